@@ -1,0 +1,118 @@
+"""best_conf/<data set>.yml: every threshold, window, path and format that differs between data sets."""
+import dataclasses
+from pathlib import Path
+
+import yaml
+
+from ga_llm import artifacts
+from ga_llm.cli import UserError
+
+# The raw files of each format, as keys under `raw:`, and the keys that only this format has.
+RAW_FILES = {
+    "getnext": ("train", "validate", "test"),
+    "tsmc2014": ("check_ins",),
+    "gowalla": ("check_ins", "all_check_ins", "spots", "states"),
+    "csv": ("check_ins",),
+}
+OWN_KEYS = {"gowalla": ("keep_states",), "csv": ("columns",)}
+CSV_COLUMNS = ("user", "poi", "category", "lat", "lon", "time")
+# What stats.json counts by split, and what `published` may hold.
+COUNTS = ("users", "pois", "categories", "trajectories", "check_ins")
+# How a format without a split of its own is filtered, split and cut into trajectories (all but getnext).
+SPLITTING = ("min_poi_freq", "min_user_freq", "split_at", "isolation_hours", "passes", "session_time_interval")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One data set's file, checked. `best_conf/tky.yml` explains each key."""
+
+    path: Path
+    dataset_name: str
+    format: str                          # getnext | tsmc2014 | gowalla | csv
+    raw: dict                            # role -> path from the repository's root
+    raw_from: str                        # the way out if a raw file is missing
+    first_id: int                        # 0: ids 0..n-1, unseen n; 1: ids 1..n, unseen 0
+    max_history: int                     # check-ins
+    max_current: int                     # check-ins
+    max_current_with_history: int        # check-ins
+    max_similar: int                     # check-ins
+    max_history_with_similar: int        # check-ins
+    published: dict                      # split -> {count: figure}; may be empty
+    min_poi_freq: int | None = None      # check-ins; kept if above
+    min_user_freq: int | None = None     # check-ins; kept if above
+    split_at: list | None = None         # shares of all check-ins where validation and test begin
+    isolation_hours: float | None = None
+    passes: int | None = None            # of filter, split and isolation
+    session_time_interval: float | None = None   # minutes
+    keep_states: list | None = None      # gowalla: names of GeoJSON features
+    columns: dict | None = None          # csv: role -> column of the file
+
+    @property
+    def folder(self) -> Path:
+        """Where this data set's samples and questions lie."""
+        return artifacts.preprocessed(self.dataset_name)
+
+    @property
+    def run_command(self) -> str:
+        return f"python data-preprocess/run.py -f {self.path}"
+
+
+_LIMITS = ("max_history", "max_current", "max_current_with_history", "max_similar", "max_history_with_similar",
+           "min_poi_freq", "min_user_freq")
+
+
+def load(path: Path | str) -> Config:
+    """Read one data set's YAML. Raises UserError with the file and the key if a key is missing, unknown or senseless."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: not found; run from the repository's root, with a file of {artifacts.CONFIGS}/")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected lines of `key: value`")
+
+    def check(holds: bool, key: str, expected: str) -> None:
+        if not holds:
+            raise UserError(f"{path}: {key}: expected {expected}, got {values.get(key)!r}")
+
+    format_ = values.get("format")
+    check(isinstance(format_, str) and format_ in RAW_FILES, "format", "one of " + ", ".join(RAW_FILES))
+    optional = {field.name for field in dataclasses.fields(Config) if field.default is None}
+    needed = {field.name for field in dataclasses.fields(Config)} - optional - {"path"}
+    needed |= set(OWN_KEYS.get(format_, ())) | (set() if format_ == "getnext" else set(SPLITTING))
+    _same_keys(f"{path}", values, needed)
+    check(values["dataset_name"] == path.stem, "dataset_name", f"{path.stem!r}, the file's own name")
+    check(values["first_id"] in (0, 1), "first_id", "0 or 1")
+    for key in needed.intersection(_LIMITS):
+        check(type(values[key]) is int and values[key] >= 0, key, "a whole number of check-ins")
+    for key, keys in (("raw", RAW_FILES[format_]), ("columns", CSV_COLUMNS)):
+        if key in needed:
+            check(isinstance(values[key], dict), key, "a map of " + ", ".join(keys))
+            _same_keys(f"{path}: {key}", values[key], set(keys))
+            check(all(isinstance(text, str) for text in values[key].values()), key, "text for each")
+    check(isinstance(values["raw_from"], str), "raw_from", "text")
+    figures = values["published"]
+    check(isinstance(figures, dict) and all(split in artifacts.SPLITS and isinstance(counts, dict)
+                                            and not counts.keys() - set(COUNTS) for split, counts in figures.items()),
+          "published", f"{{}}, or a map of {', '.join(artifacts.SPLITS)} to maps of {', '.join(COUNTS)}")
+    if "passes" in needed:
+        cuts = values["split_at"]
+        check(isinstance(cuts, list) and len(cuts) == 2 and all(isinstance(c, int | float) for c in cuts)
+              and 0 < cuts[0] <= cuts[1] <= 1, "split_at", "two rising shares such as [0.8, 0.9]")
+        check(type(values["passes"]) is int and values["passes"] >= 1, "passes", "1 or more")
+        for key in ("isolation_hours", "session_time_interval"):
+            check(isinstance(values[key], int | float) and values[key] > 0, key, "a number above 0")
+    if "keep_states" in needed:
+        check(isinstance(values["keep_states"], list) and values["keep_states"], "keep_states", "a list of names")
+    return Config(path=path, **values)
+
+
+def _same_keys(where: str, values: dict, needed: set) -> None:
+    for key in values:
+        if key not in needed:
+            raise UserError(f"{where}: unknown key {key}; it takes {', '.join(sorted(needed))}")
+    for key in sorted(needed):
+        if key not in values:
+            raise UserError(f"{where}: missing key {key}")

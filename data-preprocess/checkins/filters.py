@@ -1,0 +1,28 @@
+"""Which check-ins are left out: rare POIs, rare users, and check-ins alone in time."""
+import pandas as pd
+
+
+def frequent(check_ins: pd.DataFrame, min_poi_freq: int, min_user_freq: int) -> pd.DataFrame:
+    """Keep POIs with more than `min_poi_freq` check-ins; then, of what is left, users with more than `min_user_freq`.
+
+    Departure from the released code: there an inverted comparison, left in for debugging, keeps the rare ones.
+    """
+    check_ins = check_ins[check_ins.groupby("PoiId")["PoiId"].transform("size") > min_poi_freq]
+    return check_ins[check_ins.groupby("UserId")["UserId"].transform("size") > min_user_freq]
+
+
+def drop_isolated(check_ins: pd.DataFrame, hours: float) -> pd.DataFrame:
+    """Drop check-ins whose neighbours of the same user are both more than `hours` away.
+
+    check_ins: in time order. The neighbours are the user's previous and next check-in in the whole data, whatever
+    their split; a user's first (last) check-in has only a next (previous) one; a user's only check-in stays.
+    """
+    by_user = check_ins.sort_values("UserId", kind="stable")
+    user, time = by_user["UserId"], by_user["LocalTime"]
+    window = pd.Timedelta(hours=hours)
+    same_as_previous, same_as_next = user.eq(user.shift()), user.eq(user.shift(-1))
+    near_previous = same_as_previous & (time - time.shift() <= window)
+    near_next = same_as_next & (time.shift(-1) - time <= window)
+    alone = ~same_as_previous & ~same_as_next
+    keep = near_previous | near_next | alone
+    return check_ins[keep.reindex(check_ins.index)]

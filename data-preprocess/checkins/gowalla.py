@@ -1,0 +1,79 @@
+"""Gowalla's check-ins in some US states, with the categories of their spots (the paper's CA: California and Nevada)."""
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import shapely
+from shapely.geometry import shape
+
+from checkins import readers
+from checkins.config import Config
+from ga_llm.cli import UserError
+
+CHECK_IN_COLUMNS = ["user", "UTC time", "latitude", "longitude", "location id"]
+CHUNK = 500_000    # rows of the 6.4 million in memory at once
+
+logger = logging.getLogger(__name__)
+
+
+def states_area(path: Path, names: list[str]) -> shapely.Geometry:
+    """The union of the GeoJSON features with these names. Raises UserError if the file lacks one."""
+    try:
+        features = json.loads(path.read_text(encoding="utf-8"))["features"]
+        found = {feature["properties"]["name"]: shape(feature["geometry"]) for feature in features}
+    except (ValueError, KeyError, TypeError, shapely.errors.ShapelyError) as error:
+        raise UserError(f"{path}: not a GeoJSON of named features ({error}); fetch it again") from None
+    for name in names:
+        if name not in found:
+            raise UserError(f"{path}: no feature named {name}; it has {', '.join(sorted(found))}")
+    area = shapely.union_all([found[name] for name in names])
+    shapely.prepare(area)
+    return area
+
+
+def inside(area: shapely.Geometry, latitude: np.ndarray, longitude: np.ndarray) -> np.ndarray:
+    """Which points (degrees) intersect `area`. Only those in its bounding box are compared with the polygon."""
+    west, south, east, north = area.bounds
+    result = (latitude >= south) & (latitude <= north) & (longitude >= west) & (longitude <= east)
+    result[result] = shapely.intersects_xy(area, longitude[result], latitude[result])
+    return result
+
+
+def join(config: Config) -> pd.DataFrame:
+    """Check-ins in `keep_states` in the file's order, with their spot's category; columns as `readers` expects them.
+
+    The point is the check-in's own: the spots' file has coordinates too, but the prompt shows where a check-in was
+    recorded. Check-ins at a spot that is not in the spots' file, or has no category, are left out and counted.
+    """
+    path = {role: readers.find(name, config.raw_from) for role, name in config.raw.items() if role != "check_ins"}
+    area = states_area(path["states"], config.keep_states)
+    spots = pd.concat(readers.tables(path["spots"], keep=["id", "spot_categories"], text=("spot_categories",),
+                                     chunk=CHUNK, empty=("spot_categories",)))
+    spots = spots.assign(id=readers.integers(spots, "id", path["spots"])).dropna().drop_duplicates("id")
+    category_of = spots.set_index("id")["spot_categories"].astype("category")
+
+    kept, total, unknown = [], 0, 0
+    for chunk in readers.tables(path["all_check_ins"], columns=CHECK_IN_COLUMNS, keep=CHECK_IN_COLUMNS,
+                                text=("UTC time",), chunk=CHUNK):
+        total += len(chunk)
+        # A few recorded points lie off the globe; they lie in no state and need no error.
+        latitude = readers.numbers(chunk, "latitude", path["all_check_ins"])
+        longitude = readers.numbers(chunk, "longitude", path["all_check_ins"])
+        chunk = chunk[inside(area, latitude.to_numpy(float), longitude.to_numpy(float))]
+        poi = readers.integers(chunk, "location id", path["all_check_ins"])
+        rows = pd.DataFrame({
+            "UserId": readers.integers(chunk, "user", path["all_check_ins"]), "PoiId": poi,
+            "PoiCategoryId": poi.map(category_of), "Latitude": latitude[chunk.index],
+            "Longitude": longitude[chunk.index], "UTCTime": chunk["UTC time"]})
+        known = rows["PoiCategoryId"].notna()
+        unknown += int((~known).sum())
+        kept.append(rows[known])
+        logger.info("%d check-ins read, %d kept", total, sum(map(len, kept)))
+    rows = pd.concat(kept, ignore_index=True)
+    if rows.empty:
+        raise UserError(f"{path['all_check_ins']}: no check-in in {', '.join(config.keep_states)} at a spot of "
+                        f"{path['spots']}; are these the Gowalla files?")
+    logger.info("%d check-ins at spots without a category left out", unknown)
+    return rows[readers.GOWALLA_COLUMNS]

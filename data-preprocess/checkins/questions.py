@@ -1,0 +1,231 @@
+"""Samples → question-answer pairs (paper, Section 4), and the trajectories' texts for the search of similar ones.
+
+One pair per trajectory of a split: its last remaining check-in is the target, the others are the current trajectory.
+History and similar trajectories come from train alone, and only from before the current trajectory's first check-in.
+"""
+import argparse
+import dataclasses
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pandas as pd
+from tqdm import tqdm
+
+from checkins import config as configs
+from checkins import samples
+from checkins.config import Config
+from ga_llm import artifacts, cli, prompts
+
+SPLITS = ("train", "test")
+# A trajectory as text to search by: everything but the GPS tokens, which no text encoder knows.
+KEY_FIELDS = tuple(field for field in prompts.FIELDS if field != "gps")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Row numbers of one pair: `similar` and `history` in train's sample, `current` and `target` in the split's."""
+
+    trajectory: int
+    similar: np.ndarray
+    history: np.ndarray
+    current: np.ndarray
+    target: int
+
+
+def pairs(config: Config, train: pd.DataFrame, split: pd.DataFrame,
+          listed: dict[str, list[int]] | None = None) -> Iterator[Pair]:
+    """The pairs of `split` (which may be `train` itself), by user, then trajectory.
+
+    train, split: samples as `samples.load` gives them. listed: trajectory id, as text -> ids of similar train
+    trajectories; None: no similar ones.
+    """
+    trajectories, rows_of = _grouped(split["TrajectoryId"])
+    first_rows = np.array([rows[0] for rows in rows_of])
+    if split is train:
+        train_rows_before = first_rows    # rows are in (time, raw-file order)
+    else:
+        train_rows_before = np.searchsorted(train["Time"], split["Time"].to_numpy()[first_rows], side="right")
+
+    # Train's rows by (user, time): those of one user before row r are those whose key is in [user·n, user·n + r).
+    n = len(train)
+    by_user = np.argsort(train["UserId"].to_numpy(), kind="stable")
+    keys = train["UserId"].to_numpy()[by_user] * n + by_user
+    user = split["UserId"].to_numpy()[first_rows]
+    starts, stops = np.searchsorted(keys, user * n), np.searchsorted(keys, user * n + train_rows_before)
+
+    similar_to = _similar(train, listed, config.max_similar) if listed is not None else None
+    none = np.empty(0, dtype=int)
+    for trajectory, rows, start, stop in zip(trajectories.tolist(), rows_of, starts, stops):
+        current, target = rows[:-1], rows[-1]
+        history = by_user[max(start, stop - config.max_history):stop]
+        if len(current) > config.max_current_with_history:
+            history = none
+        similar = none
+        # Departure from the released code: there the first user with a long history ends this for all who follow.
+        if similar_to and len(history) <= config.max_history_with_similar:
+            similar = similar_to(trajectory, split["Time"].iat[rows[0]])
+        yield Pair(trajectory, similar, history, current[max(0, len(current) - config.max_current):], target)
+
+
+def records(config: Config, stage: int, split: pd.DataFrame, split_texts: list[str], train_texts: list[str],
+            pairs_: Iterable[Pair], places: pd.DataFrame) -> Iterator[dict]:
+    """Each pair as {"question", "answer"}. Stage 1 asks for the coordinates of the target's POI, stage 2 for its id.
+
+    places: the GPS mapping by id; its coordinates are stage 1's answer, for they are what the encoder sees.
+    """
+    time, user, poi = (split[column].tolist() for column in ("LocalTime", "UserId", "PoiId"))
+    coordinates = dict(zip(places.index.tolist(), zip(places["Latitude"].tolist(), places["Longitude"].tolist())))
+    first_id, last_id = min(coordinates), max(coordinates)
+    for pair in pairs_:
+        t = pair.target
+        if stage == 1:
+            ask, answer = prompts.ask_coordinates(poi[t]), prompts.answer_coordinates(*coordinates[poi[t]])
+        else:
+            ask = prompts.ask_poi(time[t], user[t], first_id, last_id)
+            answer = prompts.answer_poi(time[t], user[t], poi[t])
+        yield {"question": prompts.question(user[t], [train_texts[row] for row in pair.similar],
+                                            [train_texts[row] for row in pair.history],
+                                            [split_texts[row] for row in pair.current], ask),
+               "answer": answer}
+
+
+def texts(rows: pd.DataFrame, fields: Iterable[str]) -> list[str]:
+    """The text of each check-in, in row order."""
+    columns = ("LocalTime", "UserId", "PoiId", "Latitude", "Longitude", "PoiCategoryName", "PoiCategoryId")
+    return [prompts.check_in(fields, *cells) for cells in zip(*(rows[column].tolist() for column in columns))]
+
+
+def write(config: Config, stage: int, use_sim: bool, fields: tuple[str, ...]) -> None:
+    """Write the train and test question files of one stage."""
+    split_rows = {split: samples.load(config, split) for split in SPLITS}
+    places = samples.load_places(config)
+    listed = {split: load_similar(config, split, split_rows) if use_sim else None for split in SPLITS}
+    train_texts = texts(split_rows["train"], fields)
+    for split, rows in split_rows.items():
+        split_texts = train_texts if split == "train" else texts(rows, fields)
+        found = pairs(config, split_rows["train"], rows, listed[split])
+        made = tqdm(records(config, stage, rows, split_texts, train_texts, found, places), desc=split,
+                    total=rows["TrajectoryId"].nunique(), unit="pair", disable=not cli.show_progress())
+        path = config.folder / artifacts.questions(split, config.dataset_name, stage, use_sim)
+        count = write_json_array(path, made) if split == "train" else _write_lines(path, made)
+        logger.info("%d %s pairs, %s: %s", count, split, ",".join(fields), path)
+
+
+def write_keys_and_queries(config: Config) -> None:
+    """Write {train,test}_kq_pairs.json: one object per trajectory that has a pair.
+
+    trajectory_id, user; start, end: local time of its first and last check-in (as a key, it is known only after `end`;
+    as a query, only what ended before `start` may answer it); key: the text of all its check-ins; query: the text of
+    its current part, without the target, which is what is known when a prediction is asked for (may be empty).
+    """
+    split_rows = {split: samples.load(config, split) for split in SPLITS}
+    for split, rows in split_rows.items():
+        split_texts = texts(rows, KEY_FIELDS)
+        time, user = rows["LocalTime"].tolist(), rows["UserId"].tolist()
+        trajectories, rows_of = _grouped(rows["TrajectoryId"])
+        path = config.folder / artifacts.key_query_pairs(split)
+        count = write_json_array(path, (
+            {"trajectory_id": trajectory, "user": user[of[0]], "start": time[of[0]], "end": time[of[-1]],
+             "key": " ".join(split_texts[row] for row in of), "query": " ".join(split_texts[row] for row in of[:-1])}
+            for trajectory, of in zip(trajectories.tolist(), rows_of)))
+        logger.info("%d %s trajectories: %s", count, split, path)
+
+
+def load_similar(config: Config, split: str, split_rows: dict[str, pd.DataFrame]) -> dict[str, list[int]]:
+    """{train,test}_key_top200.json: trajectory id, as text -> ids of train trajectories.
+
+    Raises UserError if the file is missing, is no such object, or was made from other samples.
+    """
+    command = f"python data-preprocess/traj_sim.py -dataset_name {config.dataset_name}"
+    path = artifacts.require(config.folder / artifacts.similar_trajectories(split), command)
+    try:
+        listed = orjson.loads(path.read_bytes())
+        mentioned = set().union(*listed.values())
+        keys = {int(key) for key in listed}
+    except (orjson.JSONDecodeError, AttributeError, TypeError, ValueError):
+        raise cli.UserError(f"{path}: not an object of trajectory ids to lists of ids; make it again with `{command}`"
+                            ) from None
+    for ids, owner in ((keys, split), (mentioned, "train")):
+        strange = ids.difference(split_rows[owner]["TrajectoryId"].tolist())
+        if strange:
+            raise cli.UserError(f"{path}: trajectory {min(strange, key=str)} is not in "
+                                f"{artifacts.split_sample(owner)}; make it again with `{command}`")
+    return listed
+
+
+def write_json_array(path: Path, objects: Iterable[dict]) -> int:
+    """Write a JSON array, one object per line, as the objects come; returns how many there were."""
+    count = 0
+    with artifacts.atomic_write(path, "wb") as file:
+        for count, value in enumerate(objects, start=1):
+            file.write((b"[\n" if count == 1 else b",\n") + orjson.dumps(value))
+        file.write(b"\n]\n" if count else b"[]\n")
+    return count
+
+
+def command(stage: int, description: str) -> None:
+    """The command line that both question scripts share: parse it, and write the files of `stage`."""
+    default = prompts.STAGE_1_FIELDS if stage == 1 else prompts.FIELDS
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("-dataset_name", required=True, help="nyc, tky, ca, or any with a best_conf/<name>.yml")
+    parser.add_argument("-use_sim", type=cli.boolean, default=False, metavar="True|False",
+                        help="add check-ins of similar trajectories (needs traj_sim.py's files)")
+    parser.add_argument("-fields", default=",".join(default), help="what a check-in shows, comma-separated; poi always")
+    parser.add_argument("-max_history", type=int, help="check-ins of history at most (default: the YAML's)")
+    args = parser.parse_args()
+    config = configs.load(artifacts.config_file(args.dataset_name))
+    if args.max_history is not None:
+        if args.max_history < 0:
+            raise cli.UserError(f"-max_history {args.max_history}: expected 0 or more")
+        config = dataclasses.replace(config, max_history=args.max_history)
+    write(config, stage, args.use_sim, shown_fields(args.fields, default, stage))
+
+
+def shown_fields(text: str, allowed: tuple[str, ...], stage: int) -> tuple[str, ...]:
+    """Parse `-fields`, in the prompt's order. Raises UserError for an unknown one, or stage 1 without `gps`."""
+    asked = {field.strip() for field in text.split(",")} - {""} | {"poi"}
+    if asked - set(allowed):
+        raise cli.UserError(f"-fields: stage {stage} has no {min(asked - set(allowed))}; choose among "
+                            + ",".join(allowed))
+    if stage == 1 and "gps" not in asked:
+        raise cli.UserError("-fields: stage 1 trains the encoder behind the GPS tokens; add gps")
+    return tuple(field for field in allowed if field in asked)
+
+
+def _write_lines(path: Path, objects: Iterable[dict]) -> int:
+    count = 0
+    with artifacts.atomic_write(path) as file:
+        for count, value in enumerate(objects, start=1):
+            file.write(prompts.join(value["question"], value["answer"]) + "\n")
+    return count
+
+
+def _grouped(trajectory_ids: pd.Series) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The distinct ids in rising order, and the row numbers of each in row order."""
+    order = np.argsort(trajectory_ids.to_numpy(), kind="stable")
+    ids, starts = np.unique(trajectory_ids.to_numpy()[order], return_index=True)
+    return ids, np.split(order, starts[1:])
+
+
+def _similar(train: pd.DataFrame, listed: dict[str, list[int]], limit: int):
+    """A function (trajectory, its start) -> the latest `limit` train rows of the trajectories listed for it, by time.
+
+    One that has not ended before that start is passed over, whoever listed it: its check-ins would be a leak.
+    """
+    ids, rows_of = _grouped(train["TrajectoryId"])
+    rows_by_id = dict(zip(ids.tolist(), rows_of))
+    times = train["Time"].to_numpy()
+    ends = {trajectory: times[rows[-1]] for trajectory, rows in rows_by_id.items()}
+
+    def similar_to(trajectory: int, start: pd.Timestamp) -> np.ndarray:
+        start = start.to_datetime64()
+        rows = [rows_by_id[other] for other in set(listed.get(str(trajectory), ())) if ends[other] < start]
+        return np.sort(np.concatenate(rows))[max(0, sum(map(len, rows)) - limit):] if rows else np.empty(0, dtype=int)
+
+    return similar_to

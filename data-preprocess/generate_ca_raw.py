@@ -1,0 +1,24 @@
+"""Gowalla's check-ins in California and Nevada, with their spots' categories → raw file of the data set ca.
+
+    python data-preprocess/generate_ca_raw.py
+
+Reads and writes the files under `raw:` in best_conf/ca.yml.
+"""
+import argparse
+import logging
+
+from checkins import config, gowalla
+from ga_llm import artifacts, cli
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    conf = config.load(artifacts.config_file("ca"))
+    rows = gowalla.join(conf)
+    with artifacts.atomic_write(conf.raw["check_ins"]) as file:
+        rows.to_csv(file, index=False)
+    logging.info("%d check-ins written to %s", len(rows), conf.raw["check_ins"])
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,64 @@
+"""Stage 1: train the geo-encoder (GCIM), through LoRA, against an LLM that is frozen but for its own LoRA.
+
+    torchrun --nproc_per_node=1 finetune_GCIM.py --model_name_or_path M --data_path …_stage1.json \
+        --gps_mapping_path G.csv --output_dir O --lora_r 256 --lora_alpha 512 …
+
+The LLM is asked for the coordinates of a `<GPS n>`, so the encoder learns to say in the LLM's own space where that is
+(paper, Section 3.2 and 4.2). What is kept is the encoder: O/N/geo_encoder_merged.pth at every checkpoint N and
+O/geo_encoder_final_merged.pth at the end.
+"""
+import dataclasses
+import logging
+
+from transformers import set_seed
+
+from ga_llm import arguments, checkpoints, llm, training
+from ga_llm.cli import UserError, run
+from geo_encoder import encoder, gps_tokens, injection, weights
+
+log = logging.getLogger("stage 1")
+
+
+@dataclasses.dataclass
+class Stage1Arguments(arguments.SFTArguments):
+    lora_r: int = dataclasses.field(default=256, metadata={"help": "rank, of the LLM's LoRA and of the encoder's"})
+    lora_alpha: int = 512
+    encoder_training: str = dataclasses.field(default="lora", metadata={"help": "lora, or full: all of the encoder"})
+    geo_encoder: str = dataclasses.field(default="hierarchical", metadata={"help": "hierarchical, fourier or fusion"})
+    ngram: int = encoder.NGRAM
+    quadkey_level: int = encoder.LEVEL
+
+
+def main():
+    args = arguments.parse(Stage1Arguments)
+    set_seed(args.seed)
+
+    # The question-answer pairs, one <GPS n> token per place, the LLM.
+    setup = training.set_up(args)
+    model = setup.model
+
+    # The encoder, with LoRA of its own, in the place of the <GPS n> embeddings.
+    try:
+        config = encoder.GeoEncoderConfig(model.get_input_embeddings().embedding_dim, args.geo_encoder, args.ngram,
+                                          args.quadkey_level)
+    except ValueError as error:
+        raise UserError(f"--geo_encoder, --ngram, --quadkey_level: {error}") from None
+    geo_encoder = encoder.build_encoder(config)
+    if args.encoder_training == "lora":
+        weights.add_lora(geo_encoder, args.lora_r, args.lora_alpha)
+    elif args.encoder_training != "full":
+        raise UserError(f"--encoder_training {args.encoder_training}: choose lora or full")
+    if args.low_rank_training:
+        model = llm.add_lora(model, args.lora_r, args.lora_alpha, dropout=0.0)
+    injection.attach(setup.model, injection.gps_injection(geo_encoder, config.level, setup.mapping, setup.token_ids))
+    llm.trainable_to_fp32(model)
+    log.info("training %s parameters on %d pairs", llm.describe_trainable(model), len(setup.dataset))
+
+    trainer = checkpoints.GCIMTrainer(model=model, args=args, train_dataset=setup.dataset, data_collator=setup.collator,
+                                      processing_class=setup.tokenizer, encoder=geo_encoder, encoder_config=config)
+    trainer.train(resume_from_checkpoint=checkpoints.resume_point(args))
+    trainer.save_final()
+
+
+if __name__ == "__main__":
+    run(main)

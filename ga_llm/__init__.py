@@ -1,0 +1,1 @@
+"""What the three entry scripts share: prompts, training data, attention, loading, checkpoints, ranking, metrics."""

@@ -1,0 +1,97 @@
+"""The name of every file that passes from one script to another, and the command that makes it.
+
+No torch here: the preprocessing scripts use this module too.
+"""
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+from ga_llm.cli import UserError
+
+DATASETS = Path("datasets")
+CONFIGS = Path("best_conf")
+
+SPLITS = ("train", "validate", "test")
+SAMPLE = "sample.csv"
+LABEL_ENCODING = "label_encoding.json"
+STATS = "stats.json"
+
+MERGED_ENCODER = "geo_encoder_merged.pth"
+FINAL_ENCODER = "geo_encoder_final_merged.pth"
+TRAINABLE_PARAMS = "trainable_params.safetensors"
+METRICS = "metrics.json"
+PREDICTIONS = "predictions.jsonl"
+
+
+def config_file(dataset: str) -> Path:
+    """`best_conf/<dataset>.yml`: a data set is known if it has one."""
+    path = CONFIGS / f"{dataset}.yml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yml"))) or "none: run from the repository's root"
+        raise UserError(f"-dataset_name {dataset}: no {path}; write one, or choose among: {known}")
+    return path
+
+
+def preprocessed(dataset: str, root: Path | str = DATASETS) -> Path:
+    """The folder of one data set's samples, mapping and questions."""
+    return Path(root) / dataset / "preprocessed"
+
+
+def split_sample(split: str) -> str:
+    return f"{split}_sample.csv"
+
+
+def gps_mapping(dataset: str) -> str:
+    return f"{dataset}_gps_mapping.csv"
+
+
+def key_query_pairs(split: str) -> str:
+    return f"{split}_kq_pairs.json"
+
+
+def similar_trajectories(split: str) -> str:
+    return f"{split}_key_top200.json"
+
+
+def questions(split: str, dataset: str, stage: int, use_sim: bool) -> str:
+    """Question file of `split` ("train" or "test") for stage 1 (GCIM) or stage 2 (LLM)."""
+    sim = "with_sim" if use_sim else "without_sim"
+    tail = f"projector_gps_{sim}_stage1" if stage == 1 else f"llm_{sim}_gps"
+    return f"{split}_qa_pairs_kqt_200items_{dataset}_{tail}.{'json' if split == 'train' else 'txt'}"
+
+
+def require(path: Path | str, made_by: str) -> Path:
+    """Return `path`; if it is missing or empty, raise an error that names the command which makes it."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: not found; make it with `{made_by}`")
+    if path.is_file() and path.stat().st_size == 0:
+        raise UserError(f"{path}: empty; make it again with `{made_by}`")
+    return path
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path | str, mode: str = "w"):
+    """Open a temporary file beside `path` that takes its name only once it is complete and on disk."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        os.fchmod(handle, 0o666 & ~_umask())
+        with os.fdopen(handle, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

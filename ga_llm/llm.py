@@ -1,0 +1,145 @@
+"""The LLM: tokenizer, weights (4-bit where possible), longer context, attention, LoRA."""
+import importlib.util
+import logging
+import math
+import os
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from ga_llm.cli import UserError
+from ga_llm.shifted_attention import SHIFTED_SPARSE
+
+log = logging.getLogger(__name__)
+
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def _from_hub(load, path: str, **options):
+    """Call a `from_pretrained`; a missing or broken folder becomes a one-line error."""
+    if path.startswith((".", "/")) and not Path(path).is_dir():
+        raise UserError(f"{path}: no such model folder; give any Hugging Face folder, or make one with "
+                        "`python tools/get_smollm2.py`")
+    try:
+        return load(path, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{path}: not a usable model folder ({reason}); give any Hugging Face folder, or make one with "
+                        "`python tools/get_smollm2.py`") from None
+
+
+def load_tokenizer(path: str, cache_dir: str | None = None):
+    """The base model's tokenizer; padding is EOS where the tokenizer has none.
+
+    Departure from the released code: no [PAD] row is added to the vocabulary, since padding is masked by position.
+    """
+    tokenizer = _from_hub(AutoTokenizer.from_pretrained, path, cache_dir=cache_dir)
+    if not tokenizer.is_fast:
+        raise UserError(f"{path}: needs a fast tokenizer (tokenizer.json)")
+    if tokenizer.eos_token is None:
+        raise UserError(f"{path}: the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    # Prompts longer than this are cut by our own code, which keeps the answer.
+    tokenizer.model_max_length = int(1e9)
+    return tokenizer
+
+
+def extend_context(config, length: int) -> None:
+    """Linear RoPE scaling by ceil(length / the model's own context), where the context must grow."""
+    limit = config.max_position_embeddings
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    kind = rope.get("rope_type", "default")
+    if kind == "linear":
+        limit = int(limit * rope["factor"])
+    if length <= limit:
+        return
+    if not rope or kind not in ("default", "linear"):
+        raise UserError(f"the model's context is {limit} tokens and its positions ({kind}) cannot be scaled linearly; "
+                        f"give at most {limit} for --model_max_length or --context_size")
+    factor = math.ceil(length / config.max_position_embeddings)
+    config.rope_parameters = {**rope, "rope_type": "linear", "factor": float(factor)}
+    log.info("RoPE scaled by %d: context %d -> %d", factor, config.max_position_embeddings, length)
+
+
+def flash_attention_available() -> bool:
+    return torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+
+
+def training_attention(use_flash: bool, full: bool) -> str:
+    """S²-Attn by default, full attention if asked for; flash-attn's kernels where they are installed."""
+    if use_flash and not flash_attention_available():
+        log.info("flash-attn is not available: attention runs through SDPA")
+    if not full:
+        return SHIFTED_SPARSE
+    return "flash_attention_2" if use_flash and flash_attention_available() else "sdpa"
+
+
+def quantization(wanted: bool) -> BitsAndBytesConfig | None:
+    """NF4 with double quantization and bf16 compute, where bitsandbytes is installed."""
+    if not wanted:
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        log.info("bitsandbytes is not installed: the base model is not quantized to 4 bits")
+        return None
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                              bnb_4bit_compute_dtype=torch.bfloat16)
+
+
+def load_llm(path: str, length: int, attention: str, dtype: torch.dtype, four_bit: bool = False,
+             cache_dir: str | None = None):
+    """Load a causal LM for contexts of `length` tokens, on this process's GPU if there is one."""
+    config = _from_hub(AutoConfig.from_pretrained, path, cache_dir=cache_dir)
+    extend_context(config, length)
+    device_map = None
+    if torch.cuda.is_available() and not is_deepspeed_zero3_enabled():
+        device_map = {"": int(os.environ.get("LOCAL_RANK", 0))}
+    model = _from_hub(AutoModelForCausalLM.from_pretrained, path, config=config, dtype=dtype, device_map=device_map,
+                      attn_implementation=attention, quantization_config=quantization(four_bit), cache_dir=cache_dir)
+    model.config.use_cache = False
+    for module in model.modules():
+        # On such a CPU bitsandbytes repacks the weights at the first forward without gradient, after which training
+        # gives LoRA no gradient, without an error.
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def add_lora(model, r: int, alpha: int, dropout: float):
+    """LoRA on the attention's projections; all else is frozen, but for LoRA that an attached encoder already has."""
+    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS, bias="none",
+                        task_type="CAUSAL_LM")
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"LoRA finds no {', '.join(LORA_TARGETS)} in {type(model).__name__} ({error})") from None
+
+
+def train_by_name(model, parts: str) -> None:
+    """Make all parameters trainable whose name contains one of the comma-separated `parts` ("embed,norm")."""
+    wanted = [part for part in parts.split(",") if part]
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in wanted) and "lora_" not in name:
+            parameter.requires_grad_(True)
+
+
+def trainable_to_fp32(model) -> None:
+    """Steps of 2e-5 round to nothing in bf16 weights, so what is trained is kept in fp32; autocast does the rest."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def describe_trainable(model) -> str:
+    """One line: how many parameters are trained, by group."""
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = "GPS encoder" if "gps_injection" in name else "LLM"
+            kind = "LoRA" if "lora_" in name else "embeddings" if "embed" in name else "norms" if "norm" in name else "rest"
+            count = getattr(parameter, "ds_numel", parameter.numel())
+            groups[f"{part} {kind}"] = groups.get(f"{part} {kind}", 0) + count
+    return ", ".join(f"{group} {count:,}" for group, count in groups.items()) or "nothing"

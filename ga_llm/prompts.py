@@ -1,0 +1,89 @@
+"""The wording of questions and answers: the one template that preprocessing writes and evaluation reads.
+
+A pair reads, on one line (paper, Section 4: prompt construction):
+
+    <question>: [Similar trajectories: …] [History of user u: …] Current trajectory of user u: … the question
+    <answer>: the answer
+
+Whoever reads it relies on `<question>:`, `<answer>:`, `POI id n` and `<GPS n>` alone, so files in another wording
+work too. Each check-in starts and ends at a token boundary, whatever the tokenizer.
+"""
+import re
+from collections.abc import Sequence
+
+QUESTION = "<question>:"
+ANSWER = "<answer>:"
+POI_ID = re.compile(r"POI id (\d+)")
+GPS_TOKEN = re.compile(r"<GPS (\d+)>")
+
+# What a check-in may show, in the order of the prompt. `poi` is always shown: it is what is predicted.
+FIELDS = ("time", "user", "poi", "coordinates", "gps", "category")
+STAGE_1_FIELDS = tuple(field for field in FIELDS if field != "category")
+
+
+def gps_token(gps_id: int) -> str:
+    """The token whose embedding GCIM replaces: `<GPS n>`, n being the encoded POI id."""
+    return f"<GPS {gps_id}>"
+
+
+def check_in(fields: Sequence[str], time: str, user: int, poi: int, latitude: float, longitude: float,
+             category_name: str, category: int) -> str:
+    """One check-in as text. `time` is local, `YYYY-MM-DD HH:MM:SS`; coordinates are degrees, shown to 6 decimals."""
+    shown = {
+        "time": lambda: time,
+        "user": lambda: f"user {user}",
+        "poi": lambda: f"POI id {poi}",
+        "coordinates": lambda: f"({latitude:.6f}, {longitude:.6f})",
+        "gps": lambda: gps_token(poi),
+        "category": lambda: f"{category_name}, category id {category}",
+    }
+    return " ".join(shown[field]() for field in FIELDS if field in fields) + "."
+
+
+def question(user: int, similar: Sequence[str], history: Sequence[str], current: Sequence[str], ask: str) -> str:
+    """The prompt from check-in texts. An empty part is left out, its heading too."""
+    parts = [QUESTION]
+    for heading, check_ins in (("Similar trajectories:", similar), (f"History of user {user}:", history),
+                               (f"Current trajectory of user {user}:", current)):
+        if check_ins:
+            parts.append(heading)
+            parts.extend(check_ins)
+    parts.append(ask)
+    return " ".join(parts)
+
+
+def ask_poi(time: str, user: int, first_id: int, last_id: int) -> str:
+    """Stage 2 and evaluation: where will the user be at the target's time?"""
+    return f"At {time}, which POI will user {user} visit? POI ids range from {first_id} to {last_id}."
+
+
+def answer_poi(time: str, user: int, poi: int) -> str:
+    return f"{ANSWER} At {time}, user {user} will visit POI id {poi}."
+
+
+def ask_coordinates(poi: int) -> str:
+    """Stage 1: what does the encoder's vector say? The token is the *target's*.
+
+    Departure from the released code, which inserts the previous check-in's token and asks for the target's place.
+    """
+    return f"What are the coordinates of {gps_token(poi)}?"
+
+
+def answer_coordinates(latitude: float, longitude: float) -> str:
+    return f"{ANSWER} Latitude {latitude:.6f}, longitude {longitude:.6f}."
+
+
+def join(question: str, answer: str) -> str:
+    """One pair on one line: what a test file holds and what training reads."""
+    return f"{question.rstrip()} {answer.lstrip()}"
+
+
+def split(pair: str) -> tuple[str, str]:
+    """Cut a joined pair into the prompt (up to and with `<answer>:`) and the answer's text.
+
+    Raises ValueError if there is no `<answer>:`.
+    """
+    prompt, marker, answer = pair.rpartition(ANSWER)
+    if not marker:
+        raise ValueError(f"no {ANSWER}")
+    return prompt + marker, answer

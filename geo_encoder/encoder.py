@@ -1,0 +1,159 @@
+"""The three geo-encoders: hierarchical (the default), Fourier, and their fusion (the paper's full GCIM).
+
+All take quadkey digits, (N, level) integers 0-3, and return (N, hidden size) vectors that stand for `<GPS n>` in the
+LLM. Parameter names are those of the released code's files, which load strictly.
+"""
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+NGRAM = 6
+LEVEL = 25
+KINDS = ("hierarchical", "fourier", "fusion")
+# Where stage 1 puts LoRA. One regular expression, since PEFT reads a *list* as suffixes.
+# Departure from the released code: its list of patterns, read as suffixes, adapts `gps_embedding` alone.
+LORA_TARGETS = r"(.*\.)?(gps_embedding|self_attn\.out_proj|linear1|linear2|projection)"
+
+
+@dataclasses.dataclass
+class GeoEncoderConfig:
+    """What must be known to build an encoder; saved beside its weights."""
+    hidden_size: int            # width of the LLM's embeddings
+    kind: str = "hierarchical"
+    ngram: int = NGRAM
+    level: int = LEVEL
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"geo encoder {self.kind!r} is none of {', '.join(KINDS)}")
+        if not 1 <= self.ngram <= self.level:
+            raise ValueError(f"n-gram {self.ngram} does not fit a quadkey of level {self.level}")
+
+
+class SelfAttention(nn.Module):
+    """Single-head self-attention with the parameters of `nn.MultiheadAttention`.
+
+    Departure from the released code: `nn.MultiheadAttention` reads `out_proj.weight` without calling `out_proj`, so
+    that a LoRA there never runs and never learns. Here the module is called, in training and in eval.
+    """
+
+    def __init__(self, width: int, dropout: float):
+        super().__init__()
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        self.dropout = dropout
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, n-grams, width) to the same shape."""
+        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        dropout = self.dropout if self.training else 0.0
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout))
+
+
+class TransformerEncoderLayer(nn.Module):
+    """Post-norm transformer layer: 1 head, feed-forward 2·width, ReLU; the same function as torch's."""
+
+    def __init__(self, width: int, dropout: float):
+        super().__init__()
+        self.self_attn = SelfAttention(width, dropout)
+        self.linear1 = nn.Linear(width, 2 * width)
+        self.linear2 = nn.Linear(2 * width, width)
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm1(x + self.dropout(self.self_attn(x)))
+        return self.norm2(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
+
+
+class GPSEmbedding(nn.Module):
+    """Overlapping n-grams of a quadkey, each a base-4 number, to rows of an embedding; × √width."""
+
+    def __init__(self, width: int, ngram: int):
+        super().__init__()
+        self.ngram = ngram
+        self.gps_embedding = nn.Embedding(4 ** ngram, width)
+        self.register_buffer("place_values", 4 ** torch.arange(ngram - 1, -1, -1), persistent=False)
+
+    def forward(self, digits: torch.Tensor) -> torch.Tensor:
+        """(N, level) digits to (N, level − n + 1, width)."""
+        ngrams = (digits.long().unfold(-1, self.ngram, 1) * self.place_values).sum(-1)
+        vectors = self.gps_embedding(ngrams)
+        return vectors * math.sqrt(vectors.shape[-1])
+
+
+class GPSEncoder(nn.Module):
+    """Two transformer layers over the n-grams, their mean, a LayerNorm."""
+
+    def __init__(self, width: int, dropout: float):
+        super().__init__()
+        self.transformer_encoder = nn.Module()
+        self.transformer_encoder.layers = nn.ModuleList(TransformerEncoderLayer(width, dropout) for _ in range(2))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.transformer_encoder.layers:
+            x = layer(x)
+        return self.norm(x.mean(dim=1))
+
+
+class HierarchicalEncoder(nn.Module):
+    """Quadkey n-grams through a small transformer (paper, Section 3.2, hierarchical encoding)."""
+
+    def __init__(self, hidden_size: int, ngram: int = NGRAM, dropout: float = 0.3):
+        super().__init__()
+        self.gps_embed_model = GPSEmbedding(hidden_size, ngram)
+        self.gps_encoder = GPSEncoder(hidden_size, dropout)
+
+    def forward(self, digits: torch.Tensor) -> torch.Tensor:
+        return self.gps_encoder(self.gps_embed_model(digits))
+
+
+class FourierEncoder(nn.Module):
+    """Learnable Fourier features of the quadkey's digits (paper, Section 3.2, Fourier encoding)."""
+
+    FEATURES = 256
+    GAMMA = 10.0
+
+    def __init__(self, hidden_size: int, level: int = LEVEL):
+        super().__init__()
+        self.frequencies = nn.Linear(level, self.FEATURES // 2, bias=False)
+        nn.init.normal_(self.frequencies.weight, std=self.GAMMA ** -2)
+        self.linear1 = nn.Linear(self.FEATURES, 128)
+        self.linear2 = nn.Linear(128, hidden_size)
+
+    def forward(self, digits: torch.Tensor) -> torch.Tensor:
+        phase = self.frequencies(digits.to(self.frequencies.weight.dtype))
+        features = torch.cat([phase.cos(), phase.sin()], dim=-1) / math.sqrt(self.FEATURES)
+        return self.linear2(F.gelu(self.linear1(features)))
+
+
+class FusionEncoder(nn.Module):
+    """Hierarchical and Fourier at width 128 side by side, then a linear layer to the LLM's width."""
+
+    WIDTH = 128
+
+    def __init__(self, hidden_size: int, ngram: int = NGRAM, level: int = LEVEL):
+        super().__init__()
+        self.hierarchical = HierarchicalEncoder(self.WIDTH, ngram, dropout=0.1)
+        self.fourier = FourierEncoder(self.WIDTH, level)
+        self.projection = nn.Linear(2 * self.WIDTH, hidden_size)
+
+    def forward(self, digits: torch.Tensor) -> torch.Tensor:
+        return self.projection(torch.cat([self.hierarchical(digits), self.fourier(digits)], dim=-1))
+
+
+def build_encoder(config: GeoEncoderConfig) -> nn.Module:
+    """A freshly initialised encoder: (N, level) digits to (N, hidden size)."""
+    if config.kind == "hierarchical":
+        return HierarchicalEncoder(config.hidden_size, config.ngram)
+    if config.kind == "fourier":
+        return FourierEncoder(config.hidden_size, config.level)
+    return FusionEncoder(config.hidden_size, config.ngram, config.level)

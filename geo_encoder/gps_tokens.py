@@ -1,0 +1,84 @@
+"""`<GPS n>`: one token per place of the mapping, found by id, the same in training and in evaluation."""
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ga_llm.artifacts import require
+from ga_llm.cli import UserError
+from ga_llm.prompts import gps_token
+from ga_llm.sharding import gathered
+
+COLUMNS = ["GPS_id", "Latitude", "Longitude"]
+MADE_BY = "python data-preprocess/run.py -f best_conf/<name>.yml"
+
+
+@dataclasses.dataclass
+class GPSMapping:
+    """The places of a data set: ids (N,) int64, coordinates (N,) degrees. Row order carries no meaning."""
+    ids: np.ndarray
+    latitude: np.ndarray
+    longitude: np.ndarray
+
+    @property
+    def tokens(self) -> list[str]:
+        return [gps_token(gps_id) for gps_id in self.ids]
+
+
+def read_gps_mapping(path: Path | str) -> GPSMapping:
+    """Read `<ds>_gps_mapping.csv`. Raises UserError naming the line that is wrong.
+
+    Departure from the released code: it looks a place up by its position in this file, which is its id only where
+    ids start at 0 and no row is missing.
+    """
+    path = require(path, MADE_BY)
+    try:
+        table = pd.read_csv(path)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a CSV file ({error}); make it again with `{MADE_BY}`") from None
+    missing = [column for column in COLUMNS if column not in table]
+    if missing or table.empty:
+        what = f"no column {missing[0]}" if missing else "no rows"
+        raise UserError(f"{path}: {what}; expected {','.join(COLUMNS)}, make it with `{MADE_BY}`")
+
+    values = table[COLUMNS].apply(pd.to_numeric, errors="coerce")
+    ids = values["GPS_id"]
+    for wrong, what in ((ids.isna() | (ids < 0) | (ids % 1 != 0), "GPS_id is not a whole number"),
+                        (ids.duplicated(), "GPS_id stands twice"),
+                        (~values["Latitude"].between(-90, 90), "Latitude is not within -90..90 degrees"),
+                        (~values["Longitude"].between(-180, 180), "Longitude is not within -180..180 degrees")):
+        if wrong.any():
+            row = int(np.flatnonzero(wrong)[0])
+            raise UserError(f"{path}, line {row + 2}: {what}; correct it or make it again with `{MADE_BY}`")
+    return GPSMapping(ids.to_numpy(np.int64), values["Latitude"].to_numpy(), values["Longitude"].to_numpy())
+
+
+def add_gps_tokens(tokenizer, mapping: GPSMapping) -> np.ndarray:
+    """Add one special token per place to the tokenizer; return their token ids, (N,), in the mapping's order."""
+    tokenizer.add_special_tokens({"extra_special_tokens": mapping.tokens}, replace_extra_special_tokens=False)
+    return np.asarray(tokenizer.convert_tokens_to_ids(mapping.tokens))
+
+
+@torch.no_grad()
+def resize_embeddings(model, vocabulary: int, token_ids: np.ndarray) -> None:
+    """Grow the model's embeddings to `vocabulary` rows; the rows of `token_ids` start at the mean of those before.
+
+    transformers' own mean resizing draws from a normal distribution fitted to the rows: at random, and its covariance
+    costs minutes at Llama's width.
+    """
+    if vocabulary > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    first = int(token_ids.min())
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        with gathered([layer.weight], write=True):
+            weight = layer.weight
+            if len(weight):     # ZeRO-3 shows the whole parameter to rank 0 alone
+                weight[torch.from_numpy(token_ids)] = weight[:first].mean(dim=0, dtype=torch.float32).to(weight.dtype)
+
+
+def keep_rows(weight: torch.nn.Parameter, token_ids: np.ndarray) -> None:
+    """Let no gradient reach the rows of `token_ids`: where embeddings are tied, the loss would move them."""
+    rows = torch.from_numpy(token_ids)
+    weight.register_hook(lambda grad: grad.index_fill(0, rows.to(grad.device), 0))

@@ -1,0 +1,87 @@
+"""Injection: the LLM sees the encoder's vector in place of the embedding of every `<GPS n>`.
+
+A forward hook on the input embedding does it, so any Hugging Face causal LM works, in training, in `generate` and
+below PEFT, DDP or DeepSpeed, without a patched forward.
+"""
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from geo_encoder.gps_tokens import GPSMapping, keep_rows
+from geo_encoder.quadkey import quadkeys
+from geo_encoder.weights import load_encoder
+
+
+class Injection(nn.Module):
+    """Token ids and their embeddings in, the embeddings with the places' vectors in.
+
+    encoder: (N, features) to (N, hidden size), or None once frozen.
+    features: (places, features), what the encoder knows of each place.
+    token_ids: (places,), the token that stands for each place.
+    """
+
+    def __init__(self, encoder: nn.Module, features: torch.Tensor, token_ids: np.ndarray):
+        super().__init__()
+        self.encoder = encoder
+        rows = torch.full((int(max(token_ids)) + 1,), -1)
+        rows[torch.as_tensor(token_ids)] = torch.arange(len(token_ids))
+        # Not persistent: checkpoints hold what was learned, not what the mapping file already says.
+        self.register_buffer("rows", rows, persistent=False)
+        self.register_buffer("features", features, persistent=False)
+        self.register_buffer("table", None, persistent=False)
+
+    def forward(self, input_ids: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        """input_ids (B, S), embeddings (B, S, hidden size) to (B, S, hidden size)."""
+        rows = self.rows[input_ids.clamp(max=len(self.rows) - 1)]
+        is_place = (rows >= 0) & (input_ids < len(self.rows))
+        if self.table is not None:
+            return torch.where(is_place.unsqueeze(-1), self.table[rows.clamp(min=0)], embeddings)
+        # Each distinct place of the batch is encoded once, however often it was visited.
+        distinct, where = torch.unique(rows[is_place], return_inverse=True)
+        if distinct.numel() == 0:
+            # DDP waits for a gradient of every parameter, also from a batch without a place.
+            return embeddings + 0 * self.encoder(self.features[:1]).sum().to(embeddings.dtype)
+        vectors = self.encoder(self.features[distinct]).to(embeddings.dtype)
+        return embeddings.masked_scatter(is_place.unsqueeze(-1), vectors[where])
+
+    @torch.no_grad()
+    def freeze(self, dtype: torch.dtype, batch: int = 1024) -> None:
+        """Evaluate the encoder once for all places and keep the (places, hidden size) table alone."""
+        self.encoder.eval()
+        self.table = torch.cat([self.encoder(part) for part in self.features.split(batch)]).to(dtype)
+        self.encoder = None
+
+
+def gps_injection(encoder: nn.Module, level: int, mapping: GPSMapping, token_ids: np.ndarray) -> Injection:
+    """Injection of `<GPS n>` tokens by a geo-encoder of quadkeys of `level`."""
+    return Injection(encoder, torch.from_numpy(quadkeys(mapping.latitude, mapping.longitude, level)), token_ids)
+
+
+def attach_frozen(model, encoder_path: Path | str, mapping: GPSMapping, token_ids: np.ndarray):
+    """Load stage 1's encoder and let it act, frozen, on `model`; the same in stage 2 and in evaluation."""
+    encoder, config = load_encoder(encoder_path, model.get_input_embeddings().embedding_dim)
+    return attach_table(model, encoder, config.level, mapping, token_ids)
+
+
+def attach_table(model, encoder: nn.Module, level: int, mapping: GPSMapping, token_ids: np.ndarray):
+    """Let `encoder`, evaluated once for every place, act on `model`."""
+    embedding = model.get_input_embeddings()
+    injection = gps_injection(encoder, level, mapping, token_ids)
+    injection.to(embedding.weight.device).freeze(embedding.weight.dtype)
+    keep_rows(embedding.weight, token_ids)
+    return attach(model, injection)
+
+
+def attach(model, injection: Injection):
+    """Let `injection` act on `model`'s input embeddings; returns the hook's handle (`.remove()` undoes it).
+
+    An unfrozen injection becomes a submodule, so that Trainer, DDP and DeepSpeed find its parameters. Attach it after
+    the LLM's LoRA, which would freeze it.
+    """
+    embedding = model.get_input_embeddings()
+    injection.to(embedding.weight.device)
+    if injection.encoder is not None:
+        model.gps_injection = injection
+    return embedding.register_forward_hook(lambda module, inputs, output: injection(inputs[0], output))

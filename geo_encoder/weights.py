@@ -1,0 +1,109 @@
+"""LoRA on the encoder, and the encoder's files: `geo_encoder_merged.pth` with its configuration beside it."""
+import dataclasses
+import json
+import math
+import pickle
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from ga_llm.artifacts import atomic_write, require
+from ga_llm.cli import UserError
+from ga_llm.sharding import gathered
+from geo_encoder.encoder import LEVEL, LORA_TARGETS, GeoEncoderConfig, build_encoder
+
+CONFIG = "geo_encoder_config.json"
+MADE_BY = "torchrun … finetune_GCIM.py (stage 1)"
+
+
+def add_lora(encoder: nn.Module, r: int, alpha: int) -> nn.Module:
+    """Put LoRA on the encoder's embedding, attention output and feed-forward layers, dropout 0.1 (paper, stage 1)."""
+    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=0.1, target_modules=LORA_TARGETS, bias="none")
+    inject_adapter_in_model(config, encoder)
+    for name, parameter in encoder.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return encoder
+
+
+@torch.no_grad()
+def merged_state_dict(encoder: nn.Module) -> dict[str, torch.Tensor]:
+    """The encoder's weights with its LoRA merged in, fp32 on the CPU, named as without LoRA; nothing is changed."""
+    with gathered(encoder.parameters()):
+        merged = {name.replace(".base_layer", ""): tensor.float().cpu().clone()
+                  for name, tensor in encoder.state_dict().items() if "lora_" not in name}
+        for name, module in encoder.named_modules():
+            if isinstance(module, LoraLayer):
+                merged[f"{name}.weight"] += module.get_delta_weight("default").float().cpu()
+    return merged
+
+
+def save_encoder(state_dict: dict[str, torch.Tensor], config: GeoEncoderConfig, path: Path | str) -> None:
+    """Write the weights to `path` and the configuration beside them."""
+    path = Path(path)
+    with atomic_write(path.with_name(CONFIG)) as file:
+        json.dump(dataclasses.asdict(config), file, indent=2)
+    with atomic_write(path, "wb") as file:
+        torch.save(state_dict, file)
+
+
+def load_encoder(path: Path | str, hidden_size: int) -> tuple[nn.Module, GeoEncoderConfig]:
+    """Load an encoder, ours or the released code's, for an LLM of width `hidden_size`; weights load strictly.
+
+    Raises UserError if the file is missing, damaged, or of another width.
+    """
+    path = require(path, MADE_BY)
+    try:
+        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{path}: not a file of weights ({reason}); make it again with `{MADE_BY}`") from None
+    if not isinstance(state_dict, dict) or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
+        raise UserError(f"{path}: holds no state dict; make it again with `{MADE_BY}`")
+    config = read_config(path, state_dict)
+    if config.hidden_size != hidden_size:
+        raise UserError(f"{path}: made for an LLM of width {config.hidden_size}, this one has {hidden_size}; give the "
+                        "encoder that stage 1 trained with the same --model_name_or_path")
+    encoder = build_encoder(config)
+    try:
+        encoder.load_state_dict(state_dict)
+    except RuntimeError as error:
+        raise UserError(f"{path}: weights do not match a {config.kind} encoder ({_first_mismatch(error)}); give a "
+                        "geo_encoder_merged.pth") from None
+    return encoder, config
+
+
+def read_config(path: Path, state_dict: dict[str, torch.Tensor]) -> GeoEncoderConfig:
+    """From the JSON beside the weights, else (the released code's files) from the weights' shapes."""
+    beside = path.with_name(CONFIG)
+    if beside.exists():
+        try:
+            return GeoEncoderConfig(**json.loads(beside.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{beside}: {error}; delete it if the encoder is the released code's") from None
+
+    def shape(name):
+        return tuple(state_dict[name].shape)
+
+    if "projection.weight" in state_dict:
+        ngrams, _ = shape("hierarchical.gps_embed_model.gps_embedding.weight")
+        return GeoEncoderConfig(shape("projection.weight")[0], "fusion", _base4(ngrams),
+                                shape("fourier.frequencies.weight")[1])
+    if "frequencies.weight" in state_dict:
+        return GeoEncoderConfig(shape("linear2.weight")[0], "fourier", level=shape("frequencies.weight")[1])
+    if "gps_embed_model.gps_embedding.weight" in state_dict:
+        ngrams, width = shape("gps_embed_model.gps_embedding.weight")
+        return GeoEncoderConfig(width, "hierarchical", _base4(ngrams), LEVEL)
+    raise UserError(f"{path}: holds no geo-encoder (first key: {next(iter(state_dict), 'none')!r}); give a "
+                    "geo_encoder_merged.pth")
+
+
+def _base4(rows: int) -> int:
+    return round(math.log(rows, 4))
+
+
+def _first_mismatch(error: RuntimeError) -> str:
+    lines = str(error).split("\n")
+    return lines[min(1, len(lines) - 1)].strip().rstrip(".")

@@ -1,0 +1,67 @@
+"""The Gowalla join on a square state and five spots."""
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from checkins import gowalla
+
+CRAFT = "[{'url': '/categories/89', 'name': 'Craftsman'}]"
+
+
+@pytest.fixture
+def raw(settings):
+    """Squareland is 10–20 N, 30–40 E; Elsewhere lies beside it."""
+    square = [[[30, 10], [40, 10], [40, 20], [30, 20], [30, 10]]]
+    beside = [[[50, 10], [60, 10], [60, 20], [50, 20], [50, 10]]]
+    Path("states.json").write_text(json.dumps({"type": "FeatureCollection", "features": [
+        {"type": "Feature", "properties": {"name": name}, "geometry": {"type": "Polygon", "coordinates": ring}}
+        for name, ring in (("Squareland", square), ("Elsewhere", beside))]}))
+    # Spot 2's own coordinates lie outside: the check-in's count. Spot 3 has no category.
+    Path("spots.csv").write_text(f'id,lng,lat,spot_categories\n1,35,15,"{CRAFT}"\n2,0,0,"{CRAFT}"\n3,35,15,\n')
+    Path("all.txt").write_text("".join(f"{user}\t2010-10-19T23:55:2{user}Z\t{lat}\t{lng}\t{spot}\n" for
+                                       user, lat, lng, spot in [(1, 15, 35, 1),      # inside
+                                                                (2, 15, 35, 2),      # inside by its own coordinates
+                                                                (3, 15, 35, 3),      # no category
+                                                                (4, 15, 35, 99),     # no such spot
+                                                                (5, 15, 55, 1),      # in the other state
+                                                                (6, 15, 45, 1),      # in neither
+                                                                (7, 10, 30, 1),      # on the corner: intersects
+                                                                (8, 405.0, 35, 1)]))  # off the globe
+    return settings("gowalla", keep_states=["Squareland"])
+
+
+def test_join(raw, script):
+    Path("best_conf/ca.yml").write_text(raw.read_text().replace("dataset_name: city", "dataset_name: ca"))
+    script("generate_ca_raw.py")
+    rows = pd.read_csv("ca.csv")
+    assert rows.columns.tolist() == ["UserId", "PoiId", "PoiCategoryId", "Latitude", "Longitude", "UTCTime"]
+    assert rows["UserId"].tolist() == [1, 2, 7]
+    assert rows.loc[1].tolist() == [2, 2, CRAFT, 15.0, 35.0, "2010-10-19T23:55:22Z"]
+
+
+def test_several_states_and_small_chunks(raw, script, monkeypatch):
+    monkeypatch.setattr(gowalla, "CHUNK", 2)
+    raw.write_text(raw.read_text().replace("- Squareland", "- Squareland\n- Elsewhere"))
+    Path("best_conf/ca.yml").write_text(raw.read_text().replace("dataset_name: city", "dataset_name: ca"))
+    script("generate_ca_raw.py")
+    assert pd.read_csv("ca.csv")["UserId"].tolist() == [1, 2, 5, 7]
+
+
+@pytest.mark.parametrize("name, text, words", [
+    ("states.json", "{", ["states.json", "GeoJSON"]),
+    ("states.json", '{"features": []}', ["states.json", "no feature named Squareland"]),
+    ("spots.csv", "id,lat\n1,2\n", ["spots.csv", "no column spot_categories"]),
+    ("all.txt", "1\t2010-10-19T23:55:27Z\t15\t35\t1\n1\t2010-10-19T23:55:27Z\tx\t35\t1\n", ["all.txt, line 2", "latitude x"]),
+    ("all.txt", "1\t2010-10-19T23:55:27Z\t15\t35\n", ["all.txt, line 1", "4 of 5 columns"]),
+    ("all.txt", "1\t2010-10-19T23:55:27Z\t0\t0\t1\n", ["all.txt", "no check-in in Squareland"]),
+    ("all.txt", None, ["all.txt: not found", "put it there"]),
+])
+def test_mistakes_leave_the_old_file(raw, error_of, name, text, words):
+    Path("best_conf/ca.yml").write_text(raw.read_text().replace("dataset_name: city", "dataset_name: ca"))
+    Path("ca.csv").write_text("old")
+    Path(name).unlink() if text is None else Path(name).write_text(text)
+    message = error_of("generate_ca_raw.py")
+    assert all(word in message for word in words), message
+    assert Path("ca.csv").read_text() == "old"

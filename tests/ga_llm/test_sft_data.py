@@ -1,0 +1,108 @@
+"""Left truncation, label masking, padding; the loss that results, for two tokenizers."""
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from ga_llm import prompts, sft_data
+from ga_llm.cli import UserError
+from ga_llm.llm import load_llm, load_tokenizer
+
+PAIR = prompts.join(
+    prompts.question(7, [], ["2012-04-03 18:00:09 user 7 POI id 31 <GPS 31>."], ["2012-04-04 08:01:00 user 7 POI id 5."],
+                     prompts.ask_poi("2012-04-04 09:00:00", 7, 0, 40)),
+    prompts.answer_poi("2012-04-04 09:00:00", 7, 12))
+
+
+@pytest.fixture(params=["llama3", "sentencepiece"])
+def tokenizer(request, tiny_llama):
+    return load_tokenizer(tiny_llama(request.param))
+
+
+def test_loss_on_the_answer_and_eos_alone(tokenizer):
+    ids, start = sft_data.encode(tokenizer, PAIR, 10_000)
+    assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids[start:-1]).strip() == "At 2012-04-04 09:00:00, user 7 will visit POI id 12."
+    assert tokenizer.decode(ids[:start]).rstrip().endswith("<answer>:")
+    assert ids[:-1] == tokenizer(PAIR)["input_ids"]
+
+
+def test_left_truncation_keeps_bos_and_the_end(tokenizer):
+    whole, start = sft_data.encode(tokenizer, PAIR, 10_000)
+    cut, cut_start = sft_data.encode(tokenizer, PAIR, 60)
+    assert len(cut) == 60 and cut[0] == tokenizer.bos_token_id and cut[1:] == whole[-59:]
+    assert cut[cut_start:] == whole[start:]
+
+
+def test_truncate_without_bos():
+    assert sft_data.truncate([5, 6, 7, 8], 3, bos=None) == [6, 7, 8]
+    assert sft_data.truncate([1, 6, 7, 8], 3, bos=1) == [1, 7, 8]
+    assert sft_data.truncate([1, 6], 3, bos=1) == [1, 6]
+
+
+def test_answer_longer_than_the_context(tokenizer):
+    with pytest.raises(UserError, match="raise --model_max_length"):
+        sft_data.PairDataset([PAIR], tokenizer, 20)[0]
+
+
+def test_collator_by_hand():
+    batch = sft_data.AnswerCollator(pad_token_id=0)([{"input_ids": [1, 5, 6, 7, 2], "answer_start": 3},
+                                                     {"input_ids": [1, 8, 2], "answer_start": 2}])
+    assert batch["input_ids"].tolist() == [[1, 5, 6, 7, 2], [1, 8, 2, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+    assert batch["logits_to_keep"] == 4     # position 1 predicts the first answer token, of the second row
+    assert batch["shift_labels"].tolist() == [[-100, 7, 2, -100], [2, -100, -100, -100]]
+    assert batch["labels"].tolist() == [[-100, -100, 7, 2], [-100, 2, -100, -100]]
+
+
+def test_loss_equals_the_plain_formulation(tiny_llama):
+    """Logits of the tail alone, mixed lengths: the same loss as labels over the whole sequence, one by one."""
+    tokenizer, model = load_tokenizer(tiny_llama()), load_llm(tiny_llama(), 2048, "sdpa", torch.float32).eval()
+    dataset = sft_data.PairDataset([PAIR, PAIR.replace("user 7", "user 1234")], tokenizer, 2048)
+    items = [dataset[0], dataset[1]]
+    loss = model(**sft_data.AnswerCollator(tokenizer.pad_token_id)(items)).loss
+    total = count = 0
+    for item in items:
+        ids, start = item["input_ids"], item["answer_start"]
+        log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        total -= sum(log_probs[i - 1, ids[i]].item() for i in range(start, len(ids)))
+        count += len(ids) - start
+    assert loss.item() == pytest.approx(total / count, rel=1e-5)
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+@pytest.mark.parametrize("content, message", [
+    ('[{"question": "a', "line 1 column"), ("{}", "JSON array"), ("[]", "at least one pair"),
+    ('[{"question": "<question>: a"}]', "pair 0: expected texts"), ('[["a"]]', "pair 0: expected texts"),
+    ('[{"question": "a", "answer": "<answer>: b"}, {"question": "a", "answer": "b"}]', "pair 1: no <answer>:"),
+    (b'[{"question": "\xff", "answer": "b"}]', "not JSON"),
+])
+def test_bad_training_files(tmp_path, content, message):
+    path = write(tmp_path / "train.json", content)
+    with pytest.raises(UserError, match=message) as error:
+        sft_data.read_pairs(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content, message", [("a <answer>: b\nno marker\n", "line 2: no <answer>:"), ("", "empty"),
+                                              (b"\xff\xfe", "UTF-8")])
+def test_bad_test_files(tmp_path, content, message):
+    with pytest.raises(UserError, match=message):
+        sft_data.read_test_pairs(write(tmp_path / "test.txt", content), "process_llm_gps.py")
+
+
+def test_pairs_are_read_whole(tmp_path):
+    question, answer = PAIR.split(" <answer>:")
+    path = write(tmp_path / "t.json", json.dumps([{"question": question, "answer": "<answer>:" + answer}]))
+    assert sft_data.read_pairs(path) == [PAIR]
+
+
+def test_gps_id_without_a_row():
+    with pytest.raises(UserError, match="pair 0: <GPS 31> has no row in m.csv"):
+        sft_data.check_gps_ids([PAIR], np.array([1, 2, 3]), "t.json", "m.csv")
+    sft_data.check_gps_ids([PAIR], np.array([31]), "t.json", "m.csv")

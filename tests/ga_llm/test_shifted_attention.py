@@ -1,0 +1,95 @@
+"""S²-Attn against a dense mask, at awkward lengths, with padding, grouped queries and gradient checkpointing."""
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ga_llm import shifted_attention as s2
+
+TRAIN, EVAL = types.SimpleNamespace(training=True), types.SimpleNamespace(training=False)
+
+
+def qkv(batch, heads, kv_heads, length, width=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(batch, h, length, width, generator=generator) for h in (heads, kv_heads, kv_heads))
+
+
+def test_group_rule():
+    assert [s2.group_size(n) for n in (583, 4096, 4274, 8192, 32768)] == [8192, 1024, 8192, 2048, 8192]
+    assert s2.group_bounds(10, 4, 0) == [0, 4, 8, 10]
+    assert s2.group_bounds(10, 4, 2) == [0, 2, 6, 10]
+    assert s2.group_bounds(3, 8, 4) == [0, 3]
+
+
+def test_dense_mask_by_hand():
+    mask = s2.dense_mask(6, 4, heads=2)
+    assert mask[0].int().tolist() == [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0],
+                                      [1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 1]]
+    assert mask[1].int().tolist() == [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0],
+                                      [0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("length, batch", [(583, 3), (4274, 1), (4096, 2), (8192, 1)])
+def test_equals_dense_mask(length, batch):
+    q, k, v = qkv(batch, 2, 2, length)
+    out, weights = s2.shifted_sparse_attention(TRAIN, q, k, v, None)
+    dense = F.scaled_dot_product_attention(q, k, v, attn_mask=s2.dense_mask(length, s2.group_size(length), 2))
+    assert weights is None and out.shape == (batch, length, 2, 8)
+    torch.testing.assert_close(out.transpose(1, 2), dense, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [7, 16, 37])
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_small_groups_padding_and_grouped_queries(monkeypatch, length, side):
+    """Nine heads over three keys, groups of 8, padding on either side: equal to the dense mask on real tokens."""
+    monkeypatch.setattr(s2, "group_size", lambda n: 8)
+    q, k, v = (x.requires_grad_() for x in qkv(2, 9, 3, length))
+    mask = torch.ones(2, length, dtype=torch.bool)
+    if side != "none":
+        mask[1, slice(0, 3) if side == "left" else slice(length - 3, None)] = False
+    given = s2.shifted_sparse_mask(2, length, length, attention_mask=mask)
+    assert (given is None) == (side != "left")
+
+    out, _ = s2.shifted_sparse_attention(TRAIN, q, k, v, given)
+    allowed = s2.dense_mask(length, 8, 9)[None] & mask[:, None, None, :]
+    dense = F.scaled_dot_product_attention(q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), attn_mask=allowed)
+    real = mask[:, None, :, None].expand_as(dense)
+    got, wanted = out.transpose(1, 2)[real], dense[real]
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    for mine, theirs in zip(torch.autograd.grad(got.square().sum(), (q, k, v)),
+                            torch.autograd.grad(wanted.square().sum(), (q, k, v))):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
+def tiny(**options):
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2)
+    return LlamaForCausalLM._from_config(config, **options)
+
+
+def test_eval_is_full_attention_with_cache_and_padding():
+    model = tiny(attn_implementation=s2.SHIFTED_SPARSE).eval()
+    plain = tiny(attn_implementation="sdpa").eval()
+    ids = torch.randint(0, 50, (2, 20))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    generated = [m.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0,
+                            output_logits=True, return_dict_in_generate=True) for m in (model, plain)]
+    torch.testing.assert_close(torch.stack(generated[0].logits), torch.stack(generated[1].logits), rtol=1e-4, atol=1e-5)
+
+
+def test_whole_model_equals_dense_mask_with_gradient_checkpointing(monkeypatch):
+    monkeypatch.setattr(s2, "group_size", lambda n: 8)
+    model = tiny(attn_implementation=s2.SHIFTED_SPARSE).train()
+    plain = tiny(attn_implementation="sdpa").train()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    ids = torch.randint(0, 50, (2, 21))
+    model(ids, labels=ids).loss.backward()
+    allowed = s2.dense_mask(21, 8, 4)[None].expand(2, -1, -1, -1)
+    bias = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    plain(ids, attention_mask=bias, labels=ids).loss.backward()
+    for mine, theirs in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-6)

@@ -1,0 +1,144 @@
+"""The encoders against torch's own modules and the paper's formulas; LoRA where it must reach."""
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ga_llm.cli import UserError
+from geo_encoder.encoder import GeoEncoderConfig, HierarchicalEncoder, build_encoder
+from geo_encoder.quadkey import quadkeys
+from geo_encoder.weights import add_lora, load_encoder, merged_state_dict, save_encoder
+
+DIGITS = torch.from_numpy(quadkeys(np.linspace(40.5, 40.9, 7), np.linspace(-74.2, -73.7, 7)))
+
+
+def encoder(kind="hierarchical", width=16, **options):
+    torch.manual_seed(0)
+    return build_encoder(GeoEncoderConfig(width, kind, **options))
+
+
+def test_hierarchical_equals_torch_modules():
+    """n-grams counted by hand from the quadkey's text, then torch's own transformer encoder."""
+    ours = encoder().eval()
+    layer = nn.TransformerEncoderLayer(16, nhead=1, dim_feedforward=32, dropout=0.3, batch_first=True)
+    theirs = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    theirs.load_state_dict(ours.gps_encoder.transformer_encoder.state_dict())
+    texts = ["".join(map(str, row.tolist())) for row in DIGITS]
+    ngrams = torch.tensor([[int(text[i:i + 6], 4) for i in range(20)] for text in texts])
+    embedded = ours.gps_embed_model.gps_embedding(ngrams) * math.sqrt(16)
+    torch.testing.assert_close(ours(DIGITS), ours.gps_encoder.norm(theirs(embedded).mean(1)))
+
+
+def test_parameter_names_are_the_released_codes():
+    expected = {"gps_embed_model.gps_embedding.weight", "gps_encoder.norm.weight", "gps_encoder.norm.bias"}
+    torch_layer = nn.TransformerEncoderLayer(16, nhead=1, dim_feedforward=32)
+    for i in range(2):
+        expected |= {f"gps_encoder.transformer_encoder.layers.{i}.{name}" for name in torch_layer.state_dict()}
+    assert set(encoder().state_dict()) == expected
+    assert encoder().state_dict()["gps_embed_model.gps_embedding.weight"].shape == (4096, 16)
+
+
+def test_dropout_rates():
+    assert {m.p for m in encoder().modules() if isinstance(m, nn.Dropout)} == {0.3}
+    assert {m.p for m in encoder("fusion").modules() if isinstance(m, nn.Dropout)} == {0.1}
+
+
+def test_fourier_formula():
+    fourier = encoder("fourier").eval()
+    phase = DIGITS.float() @ fourier.frequencies.weight.T
+    features = torch.cat([torch.cos(phase), torch.sin(phase)], -1) / 16
+    expected = fourier.linear2(nn.functional.gelu(fourier.linear1(features)))
+    torch.testing.assert_close(fourier(DIGITS), expected)
+    assert fourier.frequencies.weight.shape == (128, 25) and fourier.frequencies.bias is None
+    assert abs(fourier.frequencies.weight.std().item() - 0.01) < 0.001
+
+
+@pytest.mark.parametrize("kind", ["hierarchical", "fourier", "fusion"])
+def test_batched_equals_one_by_one(kind):
+    model = encoder(kind).eval()
+    together = model(DIGITS)
+    assert together.shape == (7, 16)
+    torch.testing.assert_close(together, torch.cat([model(row[None]) for row in DIGITS]))
+
+
+@pytest.mark.parametrize("kind, layers", [("hierarchical", ["gps_embedding", "out_proj", "linear1", "linear2"]),
+                                          ("fusion", ["gps_embedding", "out_proj", "linear1", "linear2", "projection"])])
+@pytest.mark.parametrize("training", [True, False])
+def test_lora_reaches_every_target(kind, layers, training):
+    """Gradients arrive at the half of LoRA that starts at zero, in every target, in train and in eval mode, and that
+    half changes the output once it is not zero. (In PEFT that is B in a linear layer, A in an embedding.)"""
+    model = add_lora(encoder(kind), r=4, alpha=8).train(training)
+    targets = {name for name, module in model.named_modules() if hasattr(module, "lora_dropout")}
+    assert {name.rsplit(".", 1)[-1] for name in targets} == set(layers)
+    loss_weights = torch.randn(7, 16)
+    (model(DIGITS) * loss_weights).sum().backward()
+    zero_halves = {name: parameter for name, parameter in model.named_parameters()
+                   if "lora_B" in name or "lora_embedding_A" in name}
+    assert len(zero_halves) == len(targets)
+    for name, parameter in zero_halves.items():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+    model.eval()
+    with torch.no_grad():
+        for name, parameter in zero_halves.items():
+            before = model(DIGITS)
+            parameter.normal_()
+            assert (model(DIGITS) - before).abs().max() > 1e-4, name
+            parameter.zero_()
+
+
+@pytest.mark.parametrize("kind", ["hierarchical", "fusion"])
+def test_merged_equals_unmerged(kind, tmp_path):
+    model = add_lora(encoder(kind, width=12), r=4, alpha=8).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+        expected = model(DIGITS)
+    file = tmp_path / "7" / "geo_encoder_merged.pth"
+    save_encoder(merged_state_dict(model), GeoEncoderConfig(12, kind), file)
+    merged, config = load_encoder(file, 12)
+    assert config.kind == kind and not any("lora" in name for name in merged.state_dict())
+    torch.testing.assert_close(merged.eval()(DIGITS), expected, rtol=1e-4, atol=1e-5)
+    assert (expected - encoder(kind, width=12).eval()(DIGITS)).abs().max() > 0.01
+
+
+def test_files_of_the_released_code_load(tmp_path):
+    """They have torch's parameter names and no configuration beside them; n and width come from the shapes."""
+    reference = HierarchicalEncoder(8, ngram=5)
+    torch.save(reference.state_dict(), tmp_path / "geo_encoder_merged.pth")
+    loaded, config = load_encoder(tmp_path / "geo_encoder_merged.pth", 8)
+    assert (config.ngram, config.level, config.hidden_size) == (5, 25, 8)
+    torch.testing.assert_close(loaded.eval()(DIGITS), reference.eval()(DIGITS))
+
+
+@pytest.mark.parametrize("kind, level", [("fourier", 24), ("fusion", 25)])
+def test_configuration_from_shapes(tmp_path, kind, level):
+    torch.save(encoder(kind, level=level).state_dict(), tmp_path / "e.pth")
+    assert load_encoder(tmp_path / "e.pth", 16)[1] == GeoEncoderConfig(16, kind, 6, level)
+
+
+def write_pickle(path: Path):
+    path.write_bytes(b"cos\nsystem\n(S'touch hacked'\ntR.")
+
+
+@pytest.mark.parametrize("write, message", [
+    (lambda path: None, "not found"),
+    (lambda path: path.write_bytes(b""), "empty"),
+    (lambda path: path.write_bytes(b"not weights at all"), "not a file of weights"),
+    (write_pickle, "not a file of weights"),
+    (lambda path: torch.save(["a"], path), "holds no state dict"),
+    (lambda path: torch.save({"a": torch.ones(1)}, path), "holds no geo-encoder"),
+    (lambda path: torch.save(HierarchicalEncoder(8).state_dict(), path), "width 8, this one has 16"),
+    (lambda path: torch.save({k: v for k, v in HierarchicalEncoder(16).state_dict().items() if "norm2" not in k}, path),
+     "do not match"),
+])
+def test_bad_encoder_files(tmp_path, write, message):
+    path = tmp_path / "geo_encoder_merged.pth"
+    write(path)
+    with pytest.raises(UserError, match=message) as error:
+        load_encoder(path, 16)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+    assert not Path("hacked").exists()
