@@ -8,11 +8,11 @@ Files go to data-preprocess/data/<dataset_name>/raw; dataset_name is `sample` fo
 name otherwise. The same flags and seed give the same bytes. A file that is there with other contents is never
 replaced unless asked (-overwrite True), so real check-ins are safe.
 
-The people: everyone has a home, a work place near it, stations, lunch and coffee places near work, hobbies on days of
-their own, brunch and shopping at weekends, each at an hour of their own. They check in at a part of these, for a few
-days at a time, then pause for more than a day, which ends a trajectory. Now and then they explore: a short hop from
-where they were, to a place that is popular there and open. So the next place depends on the user, on the hour and the
-weekday, and on where the user is; a count of the user's places alone says little.
+The people: everyone has a home, a work place, lunch places near work and hobbies on weekdays of their own; some have a
+station, a coffee place, shops and outings at weekends; each at an hour of their own. They check in at a part of these,
+for a few days at a time, then pause for more than a day, which ends a trajectory. Now and then they explore: a short
+hop from where they were, to a place that is popular there and open. So the next place depends on the user, on the hour
+and the weekday, and on where the user is; a count of the user's places alone says little.
 
 What is synthetic: nothing here is fitted to real check-ins, and accuracy on this city says nothing about real ones.
 Clocks do not change for daylight saving.
@@ -79,8 +79,8 @@ EXPLORABLE = ("food", "coffee", "shop", "hobby", "outing")
 class Slot:
     """A habit of the day: what, when, from where. `hours`: each user's own is one of them, half past on average.
 
-    `hop_km` is the mean distance of the place from `anchor` (home or work); `chance` is the share of days on which
-    an active user checks in there.
+    `users` is the share of people who have the habit. `hop_km` is the mean distance of the place from `anchor` (home
+    or work); `chance` is the share of days on which an active user checks in there.
     """
     kind: str
     hours: tuple[int, ...]
@@ -88,32 +88,33 @@ class Slot:
     anchor: str = "home"
     hop_km: float = 1.
     varies: bool = False  # whether the user has a second place for it
+    users: float = 1.
 
 
 # Weekday and weekend hours hardly overlap: the hour of a check-in tells more than how often a place was visited.
 WEEKDAY = (
-    Slot("coffee", (7,), .25),
-    Slot("station", (8,), .35, hop_km=.5),
-    Slot("work", (9, 10), .45),
-    Slot("food", (12, 13), .45, "work", .5, varies=True),
-    Slot("coffee", (15, 16), .25, "work", .5),
-    Slot("hobby", (18,), .40, "work", 1., varies=True),
-    Slot("shop", (20,), .30),
-    Slot("home", (21, 22), .50),
+    Slot("coffee", (7,), .50, users=.3),
+    Slot("station", (8,), .60, hop_km=.5, users=.4),
+    Slot("work", (9, 10), .55),
+    Slot("food", (12, 13), .50, "work", .5, varies=True),
+    Slot("coffee", (15,), .50, "work", .5, users=.2),
+    Slot("hobby", (18,), .45, "work", 1., varies=True),
+    Slot("shop", (20,), .50, users=.3),
+    Slot("home", (21, 22), .55),
 )
 # The same evening slot on the user's other weekdays: another hobby, another hour.
-OTHER_HOBBY = Slot("hobby", (19,), .40, "home", 1.5)
+OTHER_HOBBY = Slot("hobby", (19,), .45, "home", 1.5)
 WEEKEND = (
-    Slot("home", (9, 10), .30),
-    Slot("food", (11,), .40, hop_km=1.),
-    Slot("shop", (14,), .40, hop_km=2., varies=True),
-    Slot("outing", (16, 17), .35, hop_km=3.),
-    Slot("hobby", (20,), .35, hop_km=3.),
-    Slot("home", (23,), .45),
+    Slot("home", (10,), .50, users=.4),
+    Slot("food", (11,), .50, hop_km=1.),
+    Slot("shop", (14,), .50, hop_km=2., varies=True, users=.6),
+    Slot("outing", (16, 17), .50, hop_km=3., users=.6),
+    Slot("hobby", (20,), .45, hop_km=3., users=.7),
+    Slot("home", (21, 22), .55),
 )
 JITTER_MINUTES = 10.
 SECOND_PLACE = .2   # chance of the second place, where there is one
-EXPLORING = .10     # chance that a check-in is at a place off the routine
+EXPLORING = .14     # chance that a check-in is at a place off the routine
 EXPLORING_KM = 1.   # mean length of such a hop
 ACTIVE_DAYS = 2.2   # mean length of a spell of check-ins
 PAUSE_DAYS = 1.2, 2.2  # shortest pause between spells, and what is added on average
@@ -281,7 +282,7 @@ def make_routine(city: City, home: np.ndarray, draw) -> Routine:
         if not slot.varies:
             choices[1] = choices[0]
         for target, values in ((place, choices[0]), (second, choices[1]), (minute, when),
-                               (chance, np.full(users, slot.chance))):
+                               (chance, slot.chance * (draw.random(users) < slot.users))):
             target[:, :, column] = np.where(days, values[:, None], target[:, :, column])
 
     weekday = np.broadcast_to(np.arange(WEEK) < 5, (users, WEEK))
@@ -323,9 +324,9 @@ def generate_block(city: City, users: np.ndarray, homes: np.ndarray, days: int, 
     order = np.lexsort((seconds, person))
     person, seconds, place = person[order], seconds[order], place[order]
     # Explore from where the user was, or from home at the start.
-    previous = np.concatenate([home[:1], place[:-1]])
-    first = np.concatenate([[True], person[1:] != person[:-1]])[:len(person)]
-    previous = np.where(first | (previous[:len(person)] < 0), home[person], previous[:len(person)])
+    previous = np.roll(place, 1)
+    starts = np.diff(person, prepend=-1) != 0
+    previous = np.where(starts | (previous < 0), home[person], previous)
     off = np.flatnonzero(draw.random(len(person)) < EXPLORING)
     if len(off):
         found = city.near(draw, "explorable", previous[off], EXPLORING_KM, seconds[off] % DAY / 60)

@@ -123,6 +123,7 @@ def _fit_to_machine(flags):
         log.info("no GPU: training on the CPU")
         # Without it torchrun's processes would each train the whole job into one folder.
         given["use_cpu"] = ["True"]
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if _is_true(given.pop("tf32", ["False"])):
             log.info("--tf32 is for GPUs: ignored")
         for precision in ("bf16", "fp16"):

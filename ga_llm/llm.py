@@ -3,17 +3,24 @@ import importlib.util
 import logging
 import math
 import os
+import warnings
 from pathlib import Path
 
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ga_llm.cli import UserError
+from ga_llm.cli import UserError, show_progress
 from ga_llm.shifted_attention import SHIFTED_SPARSE
 
 log = logging.getLogger(__name__)
+
+if not show_progress():
+    transformers.utils.logging.disable_progress_bar()
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")      # PEFT calls it by its old name
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)       # on a CPU it looks for a kernel that it can do without
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 

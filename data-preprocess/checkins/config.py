@@ -62,7 +62,7 @@ _LIMITS = ("max_history", "max_current", "max_current_with_history", "max_simila
 
 
 def load(path: Path | str) -> Config:
-    """Read one data set's YAML. Raises UserError with the file and the key if a key is missing, unknown or senseless."""
+    """Read one data set's YAML. Raises UserError with file and key if a key is missing, unknown or senseless."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: not found; run from the repository's root, with a file of {artifacts.CONFIGS}/")

@@ -7,10 +7,11 @@ raises a UserError of one line with its name and the line's number. Any file may
 import ast
 import contextlib
 import csv
+import logging
 import re
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ TSMC2014_COLUMNS = ["user", "venue", "category id", "category name", "latitude",
 GETNEXT_COLUMNS = ["user_id", "POI_id", "POI_catid", "POI_catname", "latitude", "longitude", "local_time",
                    "trajectory_id"]
 
+logger = logging.getLogger(__name__)
 # pandas says that a line is too long, and then drops the rest of it. `tables` makes that an error of its own.
 warnings.filterwarnings("ignore", category=pd.errors.ParserWarning, message="Length of header or names")
 
@@ -50,8 +52,8 @@ def find(path: Path | str, way_out: str) -> Path:
     return found
 
 
-def tables(path: Path, *, columns: list[str] | None = None, keep: list[str], text: tuple[str, ...] = (),
-           empty: tuple[str, ...] = (), encoding: str = "utf-8-sig", chunk: int | None = None) -> Iterator[pd.DataFrame]:
+def tables(path: Path, *, keep: list[str], columns: list[str] | None = None, text: Sequence[str] = (),
+           empty: Sequence[str] = (), encoding: str = "utf-8-sig", chunk: int | None = None) -> Iterator[pd.DataFrame]:
     """A raw file as tables of at most `chunk` rows (None: one table), with the columns `keep`.
 
     columns: the names of a tab-separated file without header; None: comma-separated, with a header that has at least
@@ -78,7 +80,7 @@ def tables(path: Path, *, columns: list[str] | None = None, keep: list[str], tex
                 frame = frame.set_axis(frame.index + first_line, axis=0).dropna(how="all")
                 filled = frame.notna()
                 _reject(filled[width], path, lambda line: f"more than {width} columns ({', '.join(columns)})")
-                for column in set(keep).difference(empty):
+                for column in (name for name in keep if name not in empty):
                     _reject(~filled[columns.index(column)], path,
                             lambda line: f"{column} is empty ({filled.loc[line].sum()} of {width} columns filled)")
                 empty_file = empty_file and frame.empty
@@ -161,7 +163,10 @@ def _csv(config: Config) -> pd.DataFrame:
     text = tuple(column[role] for role in ("user", "poi", "category", "time"))
     frame, = tables(path, keep=list(dict.fromkeys(column.values())), text=text)
     # Times are local. What follows them (Z, +09:00) would only say where "local" is.
-    frame[column["time"]] = frame[column["time"]].str.replace(r"(?<=\d)(?:Z|[+-]\d\d:?\d\d)$", "", regex=True)
+    zone = frame[column["time"]].str.extract(r"(?<=\d)(Z|[+-]\d\d:?\d\d)$", expand=False).fillna("")
+    if zone.any():
+        logger.warning("%s: %s are taken as local times; their offsets (Z, +09:00) are ignored", path, column["time"])
+        frame[column["time"]] = [text[:len(text) - len(z)] for text, z in zip(frame[column["time"]], zone)]
     return _check_ins(path, frame[column["user"]], frame[column["poi"]], frame[column["category"]],
                       frame[column["category"]], frame, column["lat"], column["lon"],
                       times(frame, column["time"], path, "ISO8601"))

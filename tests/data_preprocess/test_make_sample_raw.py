@@ -156,8 +156,8 @@ def test_hops_are_short(tky):
     tky = tky.sort_values(["user", "local"], kind="stable")
 
     def km(a, b):
-        north, east = (a.latitude - b.latitude) * 111.32, (a.longitude - b.longitude) * 111.32 * np.cos(np.radians(35.7))
-        return np.hypot(north, east)
+        north, east = a.latitude - b.latitude, (a.longitude - b.longitude) * np.cos(np.radians(35.7))
+        return np.hypot(north, east) * 111.32
 
     before = tky.shift()
     public = tky.category.isin([c.name for c in tool.CATEGORIES if c.kind in tool.EXPLORABLE])

@@ -15,7 +15,8 @@ CSV = "user,poi,category,lat,lon,time\n"
 
 
 def getnext_row(user=3, poi="p", time="2012-04-03 14:00:09+00:00", trajectory="3_1", lat=40.7):
-    return f"{user},{poi},k,5,Home (private),{lat},-74.0,-240,2012-04-03 18:00:09+00:00,{time},1,0.5,{trajectory},0,0.5\n"
+    return (f"{user},{poi},k,5,Home (private),{lat},-74.0,-240,2012-04-03 18:00:09+00:00,{time},1,0.5,{trajectory},"
+            "0,0.5\n")
 
 
 def write_getnext(train, validate="", test=""):
@@ -61,7 +62,7 @@ def test_gowalla_category_name(settings):
     assert row["LocalTime"] == pd.Timestamp("2010-10-19 23:55:27")
 
 
-def test_csv_of_ones_own(settings):
+def test_csv_of_ones_own(settings, caplog):
     Path("mine.csv").write_text("when,who,lat,lon,place,kind,extra\n"
                                 "2024-05-01T10:00:00Z,007,1.5,2.5,A,<question>: tea  house,0\n"
                                 "2024-05-01 09:00,7,1.5,2.5,B,tea house,0\n"
@@ -71,6 +72,7 @@ def test_csv_of_ones_own(settings):
     assert rows["UserId"].tolist() == ["7", "007", "7"]
     assert rows["PoiCategoryName"].tolist() == ["tea house", "question : tea house", "NA"]
     assert rows["LocalTime"].dt.hour.tolist() == [9, 10, 11]
+    assert "offsets" in caplog.text and "ignored" in caplog.text
 
 
 def test_equal_times_keep_the_files_order(settings):
@@ -136,7 +138,8 @@ def test_mistakes_in_getnext_name_the_file(settings):
 
 
 def test_a_category_without_a_name(settings):
-    Path("ca.csv").write_text("UserId,PoiId,PoiCategoryId,Latitude,Longitude,UTCTime\n5,1,[],1,2,2010-10-19T23:55:27Z\n")
+    Path("ca.csv").write_text("UserId,PoiId,PoiCategoryId,Latitude,Longitude,UTCTime\n"
+                              "5,1,[],1,2,2010-10-19T23:55:27Z\n")
     message = error(settings("gowalla"))
     assert "ca.csv, line 2: PoiCategoryId '[]' has no name" in message
     Path("ca.csv").unlink()

@@ -1,0 +1,136 @@
+"""run.py from raw files to samples: columns, ids, drops, counts, atomicity."""
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+FOLDER = Path("datasets/city/preprocessed")
+HEADER = "user,poi,category,lat,lon,time\n"
+
+
+def write_raw(rows):
+    """rows: (user, poi, category, hour)."""
+    start = pd.Timestamp("2024-01-01")
+    Path("raw.csv").write_text(HEADER + "".join(
+        f"{user},{poi},{category},{10 + ord(poi[0]) % 7},20,{start + pd.Timedelta(hours=hour)}\n"
+        for user, poi, category, hour in rows))
+
+
+def table(name):
+    return pd.read_csv(FOLDER / name)
+
+
+@pytest.fixture
+def unseen(settings, script):
+    """Ten rows: 8 train, 1 validation, 1 test by split_at; kim and the POI `new` come after train."""
+    write_raw([("bob", "b", "food", 0), ("bob", "a", "food", 1), ("ann", "b", "shop", 2), ("ann", "c", "food", 3),
+               ("ann", "c", "food", 4), ("bob", "b", "food", 5), ("bob", "c", "food", 6), ("ann", "a", "food", 7),
+               ("ann", "a", "cafe", 8),       # validation: a category not in train
+               ("bob", "new", "food", 9),     # validation: a POI not in train
+               ("kim", "a", "food", 10),      # test: a user not in train
+               ("kim", "b", "food", 11),
+               ("ann", "b", "shop", 12)])     # test
+    def run(first_id):
+        script("run.py", "-f", str(settings("csv", first_id=first_id, split_at=[8.5 / 13, 10.5 / 13])))
+    return run
+
+
+@pytest.mark.parametrize("first_id", [0, 1])
+def test_unseen_values(unseen, first_id):
+    unseen(first_id)
+    n = {"user": 2, "poi": 3, "category": 2}
+    encoding = json.loads((FOLDER / "label_encoding.json").read_text())
+    assert encoding["user"]["values"] == ["ann", "bob"] and encoding["poi"]["values"] == ["a", "b", "c"]
+    assert encoding["category"]["values"] == ["food", "shop"]
+    assert {field: encoding[field]["unseen"] for field in n} == ({field: 0 for field in n} if first_id else n)
+
+    sample = table("sample.csv")
+    assert len(sample) == 13
+    assert sample["UserId"].tolist()[:3] == [first_id + 1, first_id + 1, first_id]
+    assert sample.loc[sample["Split"] == "test", "UserId"].tolist() == [encoding["user"]["unseen"]] * 2 + [first_id]
+    assert sample.loc[9, "PoiId"] == encoding["poi"]["unseen"]
+    # Users and POIs not in train go; a category not in train stays, as unseen.
+    validate, test = table("validate_sample.csv"), table("test_sample.csv")
+    assert validate["PoiCategoryId"].tolist() == [encoding["category"]["unseen"]]
+    assert test["PoiId"].tolist() == [first_id + 1]
+    assert table("city_gps_mapping.csv")["GPS_id"].tolist() == [first_id, first_id + 1, first_id + 2]
+
+
+def test_columns_and_trajectories_over_splits(unseen):
+    unseen(1)
+    train, test = table("train_sample.csv"), table("test_sample.csv")
+    assert train.columns.tolist() == ["UserId", "PoiId", "PoiCategoryId", "PoiCategoryName", "Latitude", "Longitude",
+                                      "LocalTime", "TrajectoryId", "Split"]
+    assert train["LocalTime"].tolist()[:2] == ["2024-01-01 00:00:00", "2024-01-01 01:00:00"]
+    assert train.groupby("UserId")["TrajectoryId"].unique().map(list).to_dict() == {1: [0], 2: [1]}
+    assert test["TrajectoryId"].tolist() == [0]    # ann's one trajectory, cut by the splits, keeps its id
+    stats = json.loads((FOLDER / "stats.json").read_text())
+    assert stats["train"] == {"users": 2, "pois": 3, "categories": 2, "trajectories": 2, "check_ins": 8}
+
+
+def test_mapping_is_found_by_id_and_comes_from_train(unseen):
+    unseen(1)
+    places = table("city_gps_mapping.csv").set_index("GPS_id")
+    assert places.loc[2, "Latitude"] == 10 + ord("b") % 7 and len(places) == 3
+
+
+def test_filter_split_isolation_run_as_often_as_asked(settings, script):
+    # ann is near bob's POI z twice, 30 h apart: isolated in pass 1, so that z falls to 2 check-ins for pass 2.
+    rows = [("ann", "w", "k", hour) for hour in range(20)] + [("bob", "w", "k", hour) for hour in range(20)]
+    rows += [("bob", "z", "k", 20), ("bob", "z", "k", 21), ("ann", "z", "k", 60)]
+    write_raw(sorted(rows, key=lambda row: row[3]))
+    pois = {}
+    for passes in (1, 2):
+        script("run.py", "-f", str(settings("csv", passes=passes, min_poi_freq=2)))
+        sample = table("sample.csv")
+        pois[passes] = (len(sample), sample["PoiId"].nunique())
+    assert pois[1] == (42, 2) and pois[2] == (40, 1)
+
+
+def test_single_check_in_trajectories_go(settings, script):
+    rows = [("ann", "a", "k", hour) for hour in (0, 1, 2, 100, 200, 201, 202, 203)] + [("bob", "a", "k", 1)]
+    write_raw(sorted(rows, key=lambda row: row[3]))
+    script("run.py", "-f", str(settings("csv", isolation_hours=1000)))
+    sample = table("sample.csv")    # ann's 100 and bob's only check-in are trajectories of one
+    assert sample["TrajectoryId"].tolist() == [0] * 3 + [1] * 4 and set(sample["UserId"]) == {1}
+
+
+def test_equal_times_keep_the_files_order(settings, script):
+    write_raw([("ann", poi, "k", hour) for hour in range(10) for poi in ("q", "b", "z", "a")])
+    script("run.py", "-f", str(settings("csv")))
+    assert table("train_sample.csv")["PoiId"].tolist() == [3, 2, 4, 1] * 8
+
+
+def test_table_of_counts_beside_the_published(settings, script, capsys):
+    write_raw([("ann", "a", "k", hour) for hour in range(20)])
+    script("run.py", "-f", str(settings("csv", published={"train": {"trajectories": 51661}})))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["city", "users", "pois", "categories", "trajectories", "check_ins"]
+    assert lines[1].split() == ["train", "1", "1", "1", "1", "16"]
+    assert lines[2].split() == ["published", "–", "–", "–", "51,661", "–"]
+
+
+def test_same_bytes_twice_and_a_failing_run_damages_nothing(small_city, script, error_of):
+    script("run.py", "-f", str(small_city))
+    first = {path.name: path.read_bytes() for path in FOLDER.iterdir()}
+    assert set(first) == {"sample.csv", "train_sample.csv", "validate_sample.csv", "test_sample.csv",
+                          "city_gps_mapping.csv", "label_encoding.json", "stats.json"}
+    script("run.py", "-f", str(small_city))
+    assert {path.name: path.read_bytes() for path in FOLDER.iterdir()} == first
+    with open("raw.csv", "a") as raw:
+        raw.write("ann,w,food,95,0,2024-02-01\n")
+    assert "raw.csv, line 82: lat 95" in error_of("run.py", "-f", str(small_city))
+    assert {path.name: path.read_bytes() for path in FOLDER.iterdir()} == first
+
+
+def test_nothing_left(settings, error_of):
+    write_raw([("ann", "a", "k", hour) for hour in range(9)])
+    message = error_of("run.py", "-f", str(settings("csv", min_poi_freq=9)))
+    assert "no check-ins left for train" in message and "min_poi_freq" in message
+    write_raw([("ann", "a", "k", 0), ("ann", "a", "k", 1)])
+    assert "no check-ins left for test" in error_of("run.py", "-f", str(settings("csv", split_at=[1.0, 1.0])))
+
+
+def test_unknown_config(root, error_of):
+    assert "best_conf/atlantis.yml: not found" in error_of("run.py", "-f", "best_conf/atlantis.yml")
