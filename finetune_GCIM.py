@@ -10,8 +10,6 @@ O/geo_encoder_final_merged.pth at the end.
 import dataclasses
 import logging
 
-from transformers import set_seed
-
 from ga_llm import arguments, checkpoints, llm, training
 from ga_llm.cli import UserError, run
 from geo_encoder import encoder, gps_tokens, injection, weights
@@ -31,7 +29,6 @@ class Stage1Arguments(arguments.SFTArguments):
 
 def main():
     args = arguments.parse(Stage1Arguments)
-    set_seed(args.seed)
 
     # The question-answer pairs, one <GPS n> token per place, the LLM.
     setup = training.set_up(args)

@@ -9,8 +9,6 @@ S²-Attn while training (paper, Section 4.2). Leaves O/checkpoint-N/ for test_ne
 import dataclasses
 import logging
 
-from transformers import set_seed
-
 from ga_llm import arguments, checkpoints, llm, training
 from ga_llm.cli import run
 from geo_encoder import injection
@@ -31,7 +29,6 @@ class Stage2Arguments(arguments.SFTArguments):
 
 def main():
     args = arguments.parse(Stage2Arguments)
-    set_seed(args.seed)
 
     # The question-answer pairs, one <GPS n> token per place, the LLM.
     setup = training.set_up(args)

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import set_seed
 
 from ga_llm import artifacts, baselines, checkpoints, llm, metrics, ranking, sft_data
 from ga_llm.cli import UserError, boolean, run, show_progress
@@ -111,12 +110,12 @@ def predict(args, model, tokenizer, spelling, test_prompts) -> dict[int, dict]:
 
 def main():
     args = arguments()
-    set_seed(args.seed)
+    torch.manual_seed(args.seed)
     mapping = gps_tokens.read_gps_mapping(args.gps_mapping_path)
     pairs = sft_data.read_test_pairs(args.test_file, MADE_BY.format(args.dataset_name))[:args.limit]
     sft_data.check_gps_ids(pairs, mapping.ids, args.test_file, args.gps_mapping_path)
     ends = ranking.read_answers(pairs, args.test_file)
-    popularity = baselines.read_popularity(args.train_sample)
+    train = baselines.read_train(args.train_sample)
 
     model, tokenizer = load_model(args, mapping)
     spelling = ranking.Spelling(tokenizer, sorted(mapping.ids.tolist()), ends)
@@ -126,7 +125,7 @@ def main():
     predictions = predict(args, model, tokenizer, spelling, test_prompts)
     seconds = time.perf_counter() - started
 
-    report = metrics.report(test_prompts, predictions, baselines.ranks(popularity, test_prompts), seconds)
+    report = metrics.report(test_prompts, predictions, baselines.ranks(train, test_prompts), seconds)
     report["settings"] = {key: str(value) for key, value in vars(args).items()}
     with artifacts.atomic_write(Path(args.output_dir) / artifacts.PREDICTIONS) as file:
         for prompt in test_prompts:

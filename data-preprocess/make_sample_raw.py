@@ -112,7 +112,6 @@ WEEKEND = (
     Slot("hobby", (20,), .45, hop_km=3., users=.7),
     Slot("home", (21, 22), .55),
 )
-JITTER_MINUTES = 10.
 SECOND_PLACE = .2   # chance of the second place, where there is one
 EXPLORING = .14     # chance that a check-in is at a place off the routine
 EXPLORING_KM = 1.   # mean length of such a hop
@@ -162,20 +161,22 @@ def main():
     parser.add_argument("-users", type=int, default=100)
     parser.add_argument("-days", type=int, default=90)
     parser.add_argument("-pois", type=int, help="places; default: 4 for each user")
+    parser.add_argument("-jitter", type=float, default=10., metavar="MINUTES",
+                        help="spread of a habit's time from day to day; 0: the same clock time, the easiest to learn")
     parser.add_argument("-seed", type=int, default=0)
     parser.add_argument("-overwrite", type=cli.boolean, default=False, help="replace files with other contents")
     args = parser.parse_args()
 
     pois = args.pois or max(200, 4 * args.users)
     for flag, value, least in (("-users", args.users, 1), ("-days", args.days, 1), ("-pois", pois, 50),
-                               ("-seed", args.seed, 0)):
+                               ("-jitter", args.jitter, 0), ("-seed", args.seed, 0)):
         if value < least:
             raise UserError(f"{flag} {value}: must be at least {least}")
     dataset = args.dataset_name or ("sample" if args.format == "tky" else args.format)
     folder = args.out or DATA / dataset / "raw"
     city = City(FORMATS[args.format], pois, args.seed)
     log.info("generating %d users for %d days", args.users, args.days)
-    check_ins = generate(city, args.users, args.days, args.seed)
+    check_ins = generate(city, args.users, args.days, args.seed, args.jitter)
     if not len(check_ins.user):
         raise UserError(f"-users {args.users} -days {args.days}: nobody checked in; ask for more of either")
     write_files({folder / name: contents for name, contents in
@@ -297,24 +298,28 @@ def make_routine(city: City, home: np.ndarray, draw) -> Routine:
     return Routine(place, second, minute, chance * lively[:, None, None])
 
 
-def generate(city: City, users: int, days: int, seed: int) -> CheckIns:
-    """All check-ins of `users` people, in blocks of people, each with a random stream of its own."""
+def generate(city: City, users: int, days: int, seed: int, jitter: float) -> CheckIns:
+    """All check-ins of `users` people, in blocks of people, each with a random stream of its own.
+
+    `jitter` is the standard deviation, in minutes, of the time at which a habit is followed.
+    """
     homes = np.random.default_rng([seed, 1]).permutation(city.places["home"])
-    blocks = [generate_block(city, np.arange(first, min(first + USERS_AT_ONCE, users)), homes, days,
+    blocks = [generate_block(city, np.arange(first, min(first + USERS_AT_ONCE, users)), homes, days, jitter,
                              np.random.default_rng([seed, 2, first]))
               for first in range(0, users, USERS_AT_ONCE)]
     return CheckIns(*(np.concatenate([getattr(block, field.name) for block in blocks])
                       for field in dataclasses.fields(CheckIns)))
 
 
-def generate_block(city: City, users: np.ndarray, homes: np.ndarray, days: int, draw) -> CheckIns:
+def generate_block(city: City, users: np.ndarray, homes: np.ndarray, days: int, jitter: float,
+                   draw) -> CheckIns:
     home = homes[users % len(homes)]  # houses are shared where there are more people than houses
     routine = make_routine(city, home, draw)
     weekday = (city.form.start.weekday() + np.arange(days)) % WEEK
     chance = routine.chance[:, weekday]                                            # (users, days, slots)
     person, day, slot = np.nonzero(draw.random(chance.shape) < chance)
     habit = person, weekday[day], slot
-    minute = np.clip(routine.minute[habit] + draw.normal(0, JITTER_MINUTES, len(person)), 0, 1439)
+    minute = np.clip(routine.minute[habit] + draw.normal(0, jitter, len(person)), 0, 1439)
     seconds = day * DAY + (minute * 60).astype(np.int64)
 
     kept = active(len(users), days, person, seconds, draw)

@@ -1,40 +1,48 @@
 """What needs no model: the user's own history, and popularity. No result counts that does not beat them.
 
-Each ranks the same candidates on the same pairs as the model.
+Each ranks POIs on the same pairs as the model. A target that a baseline does not know has rank infinity: no credit.
 """
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ga_llm.artifacts import require
+from ga_llm.cli import UserError
+
+COLUMNS = ["UserId", "PoiId"]
 
 
-def read_popularity(train_sample: Path) -> Counter:
-    """Check-ins per encoded POI id in the train split."""
-    require(train_sample, "python data-preprocess/run.py -f best_conf/<name>.yml")
-    return Counter(pd.read_csv(train_sample, usecols=["PoiId"])["PoiId"].tolist())
+def read_train(path: Path) -> pd.DataFrame:
+    """UserId and PoiId (encoded) of the train split's check-ins, in order of time."""
+    made_by = "python data-preprocess/run.py -f best_conf/<name>.yml"
+    try:
+        return pd.read_csv(require(path, made_by), usecols=COLUMNS)
+    except ValueError as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}; make it again with `{made_by}`") from None
 
 
-def rank_by(scores: Sequence[Counter], target: int) -> float:
-    """The target's rank when candidates are ordered by the first score, ties by the next, then by id.
+def frequency_rank(visits: Iterable[int], target: int) -> float:
+    """The target's rank among the visited POIs by number of visits; ties go to the one visited first."""
+    for rank, (poi, _) in enumerate(Counter(visits).most_common(), start=1):
+        if poi == target:
+            return rank
+    return np.inf
 
-    inf if no score knows the target.
+
+def ranks(train: pd.DataFrame, test_prompts) -> dict[str, list[float]]:
+    """{"user-history frequency": (pairs,), "popularity": (pairs,)} ranks of the targets.
+
+    A user's history is all of the user's train check-ins, then the current trajectory without its target; where the
+    prompt names no user as ours does, it is the prompt's check-ins.
     """
-    def key(poi):
-        return (*(-score[poi] for score in scores), poi)
-
-    if not any(target in score for score in scores):
-        return np.inf
-    candidates = set().union(*scores)
-    return 1 + sum(key(poi) < key(target) for poi in candidates)
-
-
-def ranks(popularity: Counter, test_prompts) -> dict[str, list[float]]:
-    """{"user-history frequency": (pairs,), "popularity": (pairs,)} ranks of the targets."""
+    history = {user: rows.tolist() for user, rows in train.groupby("UserId")["PoiId"]}
+    popularity = {poi: rank for rank, (poi, _) in enumerate(Counter(train["PoiId"].tolist()).most_common(), start=1)}
     return {
-        "user-history frequency": [rank_by([Counter(p.shown), popularity], p.target) for p in test_prompts],
-        "popularity": [rank_by([popularity], p.target) for p in test_prompts],
+        "user-history frequency": [
+            frequency_rank(p.shown if p.user is None else history.get(p.user, []) + p.current, p.target)
+            for p in test_prompts],
+        "popularity": [popularity.get(p.target, np.inf) for p in test_prompts],
     }

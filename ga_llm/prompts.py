@@ -15,6 +15,8 @@ QUESTION = "<question>:"
 ANSWER = "<answer>:"
 POI_ID = re.compile(r"POI id (\d+)")
 GPS_TOKEN = re.compile(r"<GPS (\d+)>")
+CURRENT = "Current trajectory of user"
+USER = re.compile(r"user (\d+)")
 
 # What a check-in may show, in the order of the prompt. `poi` is always shown: it is what is predicted.
 FIELDS = ("time", "user", "poi", "coordinates", "gps", "category")
@@ -44,7 +46,7 @@ def question(user: int, similar: Sequence[str], history: Sequence[str], current:
     """The prompt from check-in texts. An empty part is left out, its heading too."""
     parts = [QUESTION]
     for heading, check_ins in (("Similar trajectories:", similar), (f"History of user {user}:", history),
-                               (f"Current trajectory of user {user}:", current)):
+                               (f"{CURRENT} {user}:", current)):
         if check_ins:
             parts.append(heading)
             parts.extend(check_ins)

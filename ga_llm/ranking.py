@@ -30,7 +30,22 @@ class TestPrompt:
     @property
     def shown(self) -> list[int]:
         """The POI ids of the prompt's check-ins, in its order."""
-        return [int(poi) for poi in prompts.POI_ID.findall(prompts.split(self.text)[0])]
+        return _poi_ids(prompts.split(self.text)[0])
+
+    @property
+    def current(self) -> list[int]:
+        """Those of the current trajectory alone; in another wording than ours, all."""
+        return _poi_ids(prompts.split(self.text)[0].rpartition(prompts.CURRENT)[2])
+
+    @property
+    def user(self) -> int | None:
+        """The encoded user, where the answer names one as ours does."""
+        match = prompts.USER.search(prompts.split(self.text)[1])
+        return int(match[1]) if match else None
+
+
+def _poi_ids(text: str) -> list[int]:
+    return [int(poi) for poi in prompts.POI_ID.findall(text)]
 
 
 class Spelling:

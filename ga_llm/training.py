@@ -3,6 +3,7 @@ import dataclasses
 
 import numpy as np
 import torch
+from transformers import set_seed
 
 from ga_llm import llm, sft_data
 from ga_llm.arguments import SFTArguments
@@ -20,7 +21,8 @@ class Setup:
 
 
 def set_up(args: SFTArguments) -> Setup:
-    """Read and check all inputs, then load the LLM: frozen in 4 bits, unless it is trained itself."""
+    """Fix the seed, read and check all inputs, then load the LLM: frozen in 4 bits, unless it is trained itself."""
+    set_seed(args.seed)
     mapping = read_gps_mapping(args.gps_mapping_path)
     pairs = sft_data.read_pairs(args.data_path)
     sft_data.check_gps_ids(pairs, mapping.ids, args.data_path, args.gps_mapping_path)

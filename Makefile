@@ -1,0 +1,31 @@
+# make demo   the whole system on a synthetic city, from raw check-ins to Acc@k (about 10 minutes on 2 cores)
+# make test   the tests
+# make env    the environment of both, in .venv
+#
+# On a GPU node use environment.yml. TORCH may name another build: make env TORCH=torch==2.13.0+cu130
+
+SHELL := /bin/bash
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+ROOT := $(dir $(abspath $(lastword $(MAKEFILE_LIST))))
+VENV := $(ROOT).venv
+
+# Two processes whose threads spin while they wait stop each other on a small machine.
+export OMP_WAIT_POLICY = PASSIVE
+export PATH := $(VENV)/bin:$(PATH)
+
+.PHONY: env demo test
+env: $(VENV)/.complete
+
+# The stamp is written last: after an interruption pip runs again and finishes what is missing.
+$(VENV)/.complete: $(ROOT)pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	cd $(ROOT) && python -m pip install --quiet --disable-pip-version-check $(TORCH) -e '.[test,deepspeed,quantization]'
+	touch $@
+
+demo: env
+	cd $(ROOT) && bash demo.sh
+
+test: env
+	cd $(ROOT) && python -m pytest
