@@ -13,13 +13,13 @@ DATA=datasets/sample/preprocessed
 MAPPING=$DATA/sample_gps_mapping.csv
 STAGE_1=runs/demo/stage1
 STAGE_2=runs/demo/stage2
-STEPS_1=12
-STEPS_2=45
+STEPS_1=10
+STEPS_2=60
 
 step() { printf '\n== %s\n' "$*"; }
 
 step "A synthetic city"
-python data-preprocess/make_sample_raw.py
+python data-preprocess/make_sample_raw.py -jitter 0
 
 step "The embedded model"
 python tools/get_smollm2.py --output_dir $MODEL
@@ -32,7 +32,7 @@ python data-preprocess/process_projector_gps_stage1.py -dataset_name sample -use
 python data-preprocess/process_llm_gps.py -dataset_name sample -use_sim False \
     -fields time,gps -max_history 8
 
-COMMON="--model_name_or_path $MODEL --gps_mapping_path $MAPPING --model_max_length 384 --low_rank_training True
+COMMON="--model_name_or_path $MODEL --gps_mapping_path $MAPPING --model_max_length 320 --low_rank_training True
     --bf16 True --load_in_4bit False --activation_checkpointing False --use_flash_attn True
     --per_device_train_batch_size 4 --train_sampling_strategy group_by_length
     --evaluation_strategy no --save_strategy steps --save_total_limit 1 --logging_steps 5
@@ -47,9 +47,9 @@ step "Stage 2: the LLM learns to predict the next POI"
 torchrun --nproc_per_node=1 --master_port=29502 finetune_LLM_with_GCIM.py $COMMON --output_dir $STAGE_2 \
     --data_path $DATA/train_qa_pairs_kqt_200items_sample_llm_without_sim_gps.json \
     --geoencoder_path $STAGE_1/$STEPS_1/geo_encoder_merged.pth \
-    --lora_dropout 0 --learning_rate 5e-4 --warmup_steps 5 --max_steps $STEPS_2 --save_steps $STEPS_2
+    --lora_dropout 0 --learning_rate 1e-3 --warmup_steps 5 --max_steps $STEPS_2 --save_steps $STEPS_2
 
 step "Test: every POI is ranked for every test question"
 python test_next_gps.py --base_model $MODEL --output_dir $STAGE_2/checkpoint-$STEPS_2 --dataset_name sample \
     --gps_mapping_path $MAPPING --geoencoder_path $STAGE_1/$STEPS_1/geo_encoder_merged.pth \
-    --seq_len 384 --context_size 384 --batch_size 4 --flash_attn True --test_type llm
+    --seq_len 320 --context_size 320 --batch_size 8 --dtype bfloat16 --flash_attn True --test_type llm

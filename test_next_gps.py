@@ -64,13 +64,12 @@ def load_model(args, mapping):
     full = args.test_type == "llm" and checkpoints.holds_full_model(args.output_dir)
     base = args.output_dir if full else args.base_model
     tokenizer = llm.load_tokenizer(base, args.cache_dir)
-    token_ids = gps_tokens.add_gps_tokens(tokenizer, mapping)
     gpu = torch.cuda.is_available()
     dtype = getattr(torch, args.dtype or ("bfloat16" if gpu else "float32"))
     # Ranking hands the model a mask of the trie, which flash-attn does not take.
     attention = llm.training_attention(args.flash_attn, full=True) if args.decoding == "sample" else "sdpa"
     model = llm.load_llm(base, args.context_size, attention, dtype, args.load_in_4bit and gpu and not full, args.cache_dir)
-    gps_tokens.resize_embeddings(model, len(tokenizer), token_ids)
+    token_ids = gps_tokens.add_gps_tokens(tokenizer, mapping, model)
     if args.test_type != "base":
         if args.use_random_projector:
             config = encoder.GeoEncoderConfig(model.get_input_embeddings().embedding_dim)

@@ -20,7 +20,6 @@ log = logging.getLogger(__name__)
 if not show_progress():
     transformers.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")      # PEFT calls it by its old name
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)       # on a CPU it looks for a kernel that it can do without
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 

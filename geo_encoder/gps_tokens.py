@@ -55,27 +55,33 @@ def read_gps_mapping(path: Path | str) -> GPSMapping:
     return GPSMapping(ids.to_numpy(np.int64), values["Latitude"].to_numpy(), values["Longitude"].to_numpy())
 
 
-def add_gps_tokens(tokenizer, mapping: GPSMapping) -> np.ndarray:
-    """Add one special token per place to the tokenizer; return their token ids, (N,), in the mapping's order."""
+def add_gps_tokens(tokenizer, mapping: GPSMapping, model=None) -> np.ndarray:
+    """Add one special token per place to the tokenizer, and a row to the model's embeddings, unless they are there.
+
+    Returns the tokens' ids, (N,), in the mapping's order.
+    """
+    known = len(tokenizer)
     tokenizer.add_special_tokens({"extra_special_tokens": mapping.tokens}, replace_extra_special_tokens=False)
-    return np.asarray(tokenizer.convert_tokens_to_ids(mapping.tokens))
+    token_ids = np.asarray(tokenizer.convert_tokens_to_ids(mapping.tokens))
+    if model is not None:
+        _add_rows(model, len(tokenizer), torch.from_numpy(token_ids[token_ids >= known]))
+    return token_ids
 
 
 @torch.no_grad()
-def resize_embeddings(model, vocabulary: int, token_ids: np.ndarray) -> None:
-    """Grow the model's embeddings to `vocabulary` rows; the rows of `token_ids` start at the mean of those before.
+def _add_rows(model, vocabulary: int, new: torch.Tensor) -> None:
+    """Grow the model's embeddings to `vocabulary` rows; the `new` rows start at the mean of those before them.
 
     transformers' own mean resizing draws from a normal distribution fitted to the rows: at random, and its covariance
     costs minutes at Llama's width.
     """
     if vocabulary > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
-    first = int(token_ids.min())
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         with gathered([layer.weight], write=True):
             weight = layer.weight
-            if len(weight):     # ZeRO-3 shows the whole parameter to rank 0 alone
-                weight[torch.from_numpy(token_ids)] = weight[:first].mean(dim=0, dtype=torch.float32).to(weight.dtype)
+            if len(new) and len(weight):     # ZeRO-3 shows the whole parameter to rank 0 alone
+                weight[new] = weight[:new.min()].mean(dim=0, dtype=torch.float32).to(weight.dtype)
 
 
 def keep_rows(weight: torch.nn.Parameter, token_ids: np.ndarray) -> None:

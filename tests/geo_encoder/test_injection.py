@@ -24,8 +24,7 @@ def setup(tiny_llama, mapping_csv):
     mapping = gps_tokens.read_gps_mapping(mapping_csv)
     tokenizer = load_tokenizer(tiny_llama())
     model = load_llm(tiny_llama(), 512, "sdpa", torch.float32)
-    token_ids = gps_tokens.add_gps_tokens(tokenizer, mapping)
-    gps_tokens.resize_embeddings(model, len(tokenizer), token_ids)
+    token_ids = gps_tokens.add_gps_tokens(tokenizer, mapping, model)
     torch.manual_seed(1)
     encoder = build_encoder(GeoEncoderConfig(model.config.hidden_size)).eval()
     return mapping, tokenizer, model, token_ids, encoder
@@ -133,8 +132,7 @@ def test_rows_of_places_get_no_gradient_when_tied(tiny_llama, mapping_csv):
     folder = tiny_llama(tie_embeddings=True)
     tokenizer = load_tokenizer(folder)
     model = load_llm(folder, 512, "sdpa", torch.float32)
-    token_ids = gps_tokens.add_gps_tokens(tokenizer, mapping)
-    gps_tokens.resize_embeddings(model, len(tokenizer), token_ids)
+    token_ids = gps_tokens.add_gps_tokens(tokenizer, mapping, model)
     weight = model.get_input_embeddings().weight
     injection.attach_table(model, build_encoder(GeoEncoderConfig(32)), 25, mapping, token_ids)
     batch = tokenizer([TEXT], return_tensors="pt")

@@ -1,0 +1,151 @@
+"""What training leaves behind is what evaluation loads: equal logits, whichever file they come from."""
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ga_llm import arguments, checkpoints, llm, sft_data
+from ga_llm.cli import UserError
+from geo_encoder import encoder, gps_tokens, injection, weights
+
+PAIRS = [f"<question>: user 1 POI id {i} <GPS {i}>. Where next? <answer>: user 1 will visit POI id {i}." for i in (1, 2, 3, 5)]
+
+
+@pytest.fixture
+def train(tiny_llama, mapping_csv, tmp_path):
+    """train(stage, **flags): one run of a stage in this process; returns (trainer, encoder file)."""
+    def run(stage, tied=False, **flags):
+        folder = tiny_llama(tie_embeddings=tied)
+        data = tmp_path / "pairs.json"
+        data.write_text(json.dumps([dict(zip(("question", "answer"), pair.split(" <answer>", 1))) for pair in PAIRS])
+                        .replace('"answer": "', '"answer": "<answer>'))
+        options = {"model_name_or_path": folder, "data_path": data, "gps_mapping_path": mapping_csv,
+                   "output_dir": tmp_path / f"stage{stage}", "model_max_length": 256, "load_in_4bit": False,
+                   "max_steps": 4, "save_steps": 2, "save_total_limit": 1, "learning_rate": 0.01, **flags}
+        args = arguments.parse(arguments.SFTArguments, [p for k, v in options.items() for p in (f"--{k}", str(v))])
+        torch.manual_seed(0)
+        mapping, tokenizer = gps_tokens.read_gps_mapping(mapping_csv), llm.load_tokenizer(folder)
+        model = llm.load_llm(folder, 256, "sdpa", torch.float32)
+        token_ids = gps_tokens.add_gps_tokens(tokenizer, mapping, model)
+        config = encoder.GeoEncoderConfig(model.config.hidden_size)
+        geo, base = encoder.build_encoder(config), model
+        common = {"args": args, "processing_class": tokenizer,
+                  "train_dataset": sft_data.PairDataset(sft_data.read_pairs(data), tokenizer, 256),
+                  "data_collator": sft_data.AnswerCollator(tokenizer.pad_token_id)}
+        if stage == 1:
+            weights.add_lora(geo, 4, 8)
+            model = llm.add_lora(model, 4, 8, 0.0)
+            injection.attach(base, injection.gps_injection(geo, 25, mapping, token_ids))
+            trainer = checkpoints.GCIMTrainer(model=model, encoder=geo, encoder_config=config, **common)
+        else:
+            file = tmp_path / "e" / "geo_encoder_merged.pth"
+            weights.save_encoder(geo.state_dict(), config, file)
+            injection.attach_frozen(model, file, mapping, token_ids)
+            if args.low_rank_training:
+                model = llm.add_lora(model, 8, 16, 0.1)
+                llm.train_by_name(model, "embed,norm")
+            trainer = checkpoints.GATrainer(model=model, **common)
+        trainer.train()
+        return trainer
+
+    return run
+
+
+def reload(trainer, tiny_llama, mapping_csv, tmp_path, tied=False, folder="checkpoint-4"):
+    """The model as test_next_gps.py loads it, and the logits of both on one pair."""
+    mapping, base = gps_tokens.read_gps_mapping(mapping_csv), tiny_llama(tie_embeddings=tied)
+    checkpoint = tmp_path / "stage2" / folder
+    source = checkpoint if checkpoints.holds_full_model(checkpoint) else base
+    tokenizer = llm.load_tokenizer(str(source))
+    model = llm.load_llm(str(source), 256, "sdpa", torch.float32)
+    token_ids = gps_tokens.add_gps_tokens(tokenizer, mapping, model)
+    injection.attach_frozen(model, tmp_path / "e" / "geo_encoder_merged.pth", mapping, token_ids)
+    if source == base:
+        model = checkpoints.load_adapter(model, checkpoint)
+    batch = tokenizer(PAIRS[0], return_tensors="pt")
+    with torch.no_grad():
+        return trainer.model.eval()(**batch).logits, model.eval()(**batch).logits
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_stage_2_reloads(train, tiny_llama, mapping_csv, tmp_path, tied):
+    trained, loaded = reload(train(2, tied), tiny_llama, mapping_csv, tmp_path, tied)
+    torch.testing.assert_close(loaded, trained, rtol=1e-4, atol=1e-5)
+    state = load_file(tmp_path / "stage2/checkpoint-4" / checkpoints.TRAINABLE_PARAMS)
+    assert set(state) >= {"model.embed_tokens.weight", "model.norm.weight"} and not any("lora" in name for name in state)
+    assert not any("embed_tokens" in name for name in load_file(tmp_path / "stage2/checkpoint-4" / checkpoints.ADAPTER))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_of_places_stay_where_they_were(train, tmp_path, tied, mapping_csv):
+    trainer = train(2, tied)
+    ids = torch.tensor(trainer.processing_class.convert_tokens_to_ids(gps_tokens.read_gps_mapping(mapping_csv).tokens))
+    weight = trainer.model.get_input_embeddings().weight
+    first = ids.min()
+    torch.testing.assert_close(weight[ids], weight[ids[:1]].expand(len(ids), -1))      # all still the mean they began at
+    assert (weight[:first].mean(0) - weight[first]).abs().max() > 1e-4                 # while the others have moved
+
+
+def test_low_rank_training_false_is_a_model_folder(train, tiny_llama, mapping_csv, tmp_path):
+    trained, loaded = reload(train(2, low_rank_training=False), tiny_llama, mapping_csv, tmp_path)
+    torch.testing.assert_close(loaded, trained, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_zero_to_fp32_output(train, tiny_llama, mapping_csv, tmp_path, as_folder):
+    """A file, or a folder with the file in it; names carry PEFT's prefix and the adapter's name. It comes first."""
+    trainer = train(2)
+    state = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    state["base_model.model.model.norm.weight"] += 1
+    target = tmp_path / "stage2/checkpoint-4" / checkpoints.CONVERTED
+    if as_folder:
+        target.mkdir()
+        target = target / "pytorch_model.bin"
+    torch.save(state, target)
+    trained, loaded = reload(trainer, tiny_llama, mapping_csv, tmp_path)
+    assert (loaded - trained).abs().max() > 0.01
+    trainer.model.load_state_dict(state, strict=False)
+    trained, loaded = reload(trainer, tiny_llama, mapping_csv, tmp_path)
+    torch.testing.assert_close(loaded, trained, rtol=1e-4, atol=1e-5)
+
+
+def test_stage_1_keeps_merged_encoders_and_prunes_them(train, tmp_path):
+    trainer = train(1)
+    output = tmp_path / "stage1"
+    (output / "7").mkdir()      # not ours: no encoder in it
+    trainer.save_final()
+    checkpoints.prune_encoders(output)
+    assert sorted(p.name for p in output.iterdir() if p.is_dir()) == ["4", "7", "checkpoint-4"]
+    merged, _ = weights.load_encoder(output / "4" / "geo_encoder_merged.pth", 32)
+    digits = torch.randint(0, 4, (5, 25))
+    torch.testing.assert_close(merged.eval()(digits), trainer.encoder.eval()(digits), rtol=1e-4, atol=1e-5)
+    assert (output / "geo_encoder_final_merged.pth").exists()
+    torch.manual_seed(0)
+    moved = [name for name, p in trainer.encoder.named_parameters() if ("lora_B" in name or "lora_embedding_A" in name)
+             and p.abs().sum() > 0]
+    assert len(moved) == 7      # the embedding; out_proj, linear1 and linear2 of two layers
+
+
+@pytest.mark.parametrize("break_it, message", [
+    (lambda folder: (folder / "adapter_config.json").unlink(), "no adapter_config.json"),
+    (lambda folder: (folder / checkpoints.TRAINABLE_PARAMS).unlink(), "run zero_to_fp32.py"),
+    (lambda folder: (folder / checkpoints.CONVERTED).mkdir(), "an empty folder"),
+    (lambda folder: (folder / checkpoints.CONVERTED).write_bytes(b"cos\nsystem\n(S'touch hacked'\ntR."), "does not fit"),
+    (lambda folder: save_file({"model.norm.weight": torch.ones(64)}, folder / checkpoints.TRAINABLE_PARAMS), "does not fit"),
+    (lambda folder: save_file({"other": torch.ones(1)}, folder / checkpoints.TRAINABLE_PARAMS), "no place for"),
+])
+def test_broken_checkpoints(train, tiny_llama, mapping_csv, tmp_path, break_it, message):
+    trainer = train(2)
+    break_it(tmp_path / "stage2/checkpoint-4")
+    with pytest.raises(UserError, match=message) as error:
+        reload(trainer, tiny_llama, mapping_csv, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_positions_must_be_scaled_as_in_training(tmp_path):
+    (tmp_path / checkpoints.AGREEMENT).write_text('{"model_max_length": 32768}')
+    checkpoints.check_agreement(tmp_path, 32768, native_context=4096)
+    checkpoints.check_agreement(tmp_path, 30000, native_context=4096)       # the same factor of 8
+    with pytest.raises(UserError, match="give --context_size 32768"):
+        checkpoints.check_agreement(tmp_path, 4096, native_context=4096)
