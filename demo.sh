@@ -30,9 +30,9 @@ python data-preprocess/traj_qk.py -dataset_name sample
 python data-preprocess/process_projector_gps_stage1.py -dataset_name sample -use_sim False \
     -fields coordinates,gps -max_history 2
 python data-preprocess/process_llm_gps.py -dataset_name sample -use_sim False \
-    -fields time,gps -max_history 8
+    -fields clock,gps -max_history 10
 
-COMMON="--model_name_or_path $MODEL --gps_mapping_path $MAPPING --model_max_length 320 --low_rank_training True
+COMMON="--model_name_or_path $MODEL --gps_mapping_path $MAPPING --model_max_length 384 --low_rank_training True
     --bf16 True --load_in_4bit False --activation_checkpointing False --use_flash_attn True
     --per_device_train_batch_size 4 --train_sampling_strategy group_by_length
     --evaluation_strategy no --save_strategy steps --save_total_limit 1 --logging_steps 5
@@ -52,4 +52,4 @@ torchrun --nproc_per_node=1 --master_port=29502 finetune_LLM_with_GCIM.py $COMMO
 step "Test: every POI is ranked for every test question"
 python test_next_gps.py --base_model $MODEL --output_dir $STAGE_2/checkpoint-$STEPS_2 --dataset_name sample \
     --gps_mapping_path $MAPPING --geoencoder_path $STAGE_1/$STEPS_1/geo_encoder_merged.pth \
-    --seq_len 320 --context_size 320 --batch_size 8 --dtype bfloat16 --flash_attn True --test_type llm
+    --seq_len 384 --context_size 384 --batch_size 8 --dtype bfloat16 --flash_attn True --test_type llm

@@ -20,6 +20,8 @@ USER = re.compile(r"user (\d+)")
 
 # What a check-in may show, in the order of the prompt. `poi` is always shown: it is what is predicted.
 FIELDS = ("time", "user", "poi", "coordinates", "gps", "category")
+# Instead of `time`, for short prompts: the hour and minute alone.
+CLOCK = "clock"
 STAGE_1_FIELDS = tuple(field for field in FIELDS if field != "category")
 
 
@@ -32,6 +34,7 @@ def check_in(fields: Sequence[str], time: str, user: int, poi: int, latitude: fl
              category_name: str, category: int) -> str:
     """One check-in as text. `time` is local, `YYYY-MM-DD HH:MM:SS`; coordinates are degrees, shown to 6 decimals."""
     shown = {
+        CLOCK: lambda: time[11:16],
         "time": lambda: time,
         "user": lambda: f"user {user}",
         "poi": lambda: f"POI id {poi}",
@@ -39,7 +42,7 @@ def check_in(fields: Sequence[str], time: str, user: int, poi: int, latitude: fl
         "gps": lambda: gps_token(poi),
         "category": lambda: f"{category_name}, category id {category}",
     }
-    return " ".join(shown[field]() for field in FIELDS if field in fields) + "."
+    return " ".join(shown[field]() for field in (CLOCK, *FIELDS) if field in fields) + "."
 
 
 def question(user: int, similar: Sequence[str], history: Sequence[str], current: Sequence[str], ask: str) -> str:

@@ -190,6 +190,7 @@ def command(stage: int, description: str) -> None:
 def shown_fields(text: str, allowed: tuple[str, ...], stage: int) -> tuple[str, ...]:
     """Parse `-fields`, in the prompt's order. Raises UserError for an unknown one, or stage 1 without `gps`."""
     asked = {field.strip() for field in text.split(",")} - {""} | {"poi"}
+    allowed = (prompts.CLOCK, *allowed)
     if asked - set(allowed):
         raise cli.UserError(f"-fields: stage {stage} has no {min(asked - set(allowed))}; choose among "
                             + ",".join(allowed))

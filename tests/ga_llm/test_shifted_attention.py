@@ -93,3 +93,20 @@ def test_whole_model_equals_dense_mask_with_gradient_checkpointing(monkeypatch):
     plain(ids, attention_mask=bias, labels=ids).loss.backward()
     for mine, theirs in zip(model.parameters(), plain.parameters()):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("length, shift", [(37, 0), (37, 4), (5, 4), (16, 4)])
+def test_flash_groups_equal_sdpa(monkeypatch, length, shift):
+    """The cumulative lengths handed to flash-attn's variable-length call, which a loop over them stands in for here."""
+    def varlen(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p, softmax_scale, causal):
+        assert causal and cu_q.dtype == torch.int32 and torch.equal(cu_q, cu_k) and cu_q[-1] == len(q)
+        assert max_q == max_k == (cu_q[1:] - cu_q[:-1]).max()
+        pieces = [F.scaled_dot_product_attention(*(x[a:b].transpose(0, 1) for x in (q, k, v)), is_causal=True,
+                                                 scale=softmax_scale).transpose(0, 1)
+                  for a, b in zip(cu_q.tolist(), cu_q[1:].tolist())]
+        return torch.cat(pieces)
+
+    monkeypatch.setattr(s2, "flash_attn_varlen_func", varlen)
+    q, k, v = qkv(3, 4, 4, length)
+    bounds, options = s2.group_bounds(length, 8, shift), {"mask": None, "scale": 0.3, "dropout": 0.0}
+    torch.testing.assert_close(s2._attend_flash(q, k, v, bounds, **options), s2._attend_sdpa(q, k, v, bounds, **options))
