@@ -20,7 +20,7 @@ env: $(VENV)/.complete
 # The stamp is written last: after an interruption pip runs again and finishes what is missing.
 $(VENV)/.complete: $(ROOT)pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV)
 	cd $(ROOT) && python -m pip install --quiet --disable-pip-version-check $(TORCH) -e '.[test,deepspeed,quantization]'
 	touch $@
 

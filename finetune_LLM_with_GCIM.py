@@ -9,9 +9,9 @@ S²-Attn while training (paper, Section 4.2). Leaves O/checkpoint-N/ for test_ne
 import dataclasses
 import logging
 
-from ga_llm import arguments, checkpoints, llm, training
+from ga_llm import arguments, artifacts, checkpoints, llm, training
 from ga_llm.cli import run
-from geo_encoder import injection
+from geo_encoder import injection, weights
 
 log = logging.getLogger("stage 2")
 
@@ -29,6 +29,8 @@ class Stage2Arguments(arguments.SFTArguments):
 
 def main():
     args = arguments.parse(Stage2Arguments)
+    if args.geoencoder_path:
+        artifacts.require(args.geoencoder_path, weights.MADE_BY)
 
     # The question-answer pairs, one <GPS n> token per place, the LLM.
     setup = training.set_up(args)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ga_llm import artifacts, baselines, checkpoints, llm, metrics, ranking, sft_data
 from ga_llm.cli import UserError, boolean, run, show_progress
-from geo_encoder import encoder, gps_tokens, injection
+from geo_encoder import encoder, gps_tokens, injection, weights
 
 log = logging.getLogger("test")
 TEST_TYPES = {"base": "the base model: no adapter, no GPS embedding", "projector": "GPS embedding, no adapter",
@@ -115,6 +115,8 @@ def main():
     sft_data.check_gps_ids(pairs, mapping.ids, args.test_file, args.gps_mapping_path)
     ends = ranking.read_answers(pairs, args.test_file)
     train = baselines.read_train(args.train_sample)
+    if args.geoencoder_path and args.test_type != "base":
+        artifacts.require(args.geoencoder_path, weights.MADE_BY)
 
     model, tokenizer = load_model(args, mapping)
     spelling = ranking.Spelling(tokenizer, sorted(mapping.ids.tolist()), ends)
