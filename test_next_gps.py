@@ -30,7 +30,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base_model", help="folder of the base LLM (default: --model_path)")
     parser.add_argument("--model_path", help="the same, by its other name")
-    parser.add_argument("--output_dir", required=True, help="stage 2's checkpoint-N; the results are written here")
+    parser.add_argument("--output_dir", required=True, help="stage 2's checkpoint-N; results are written here, those of "
+                        "other test types and of --decoding sample into folders of their own")
     parser.add_argument("--cache_dir")
     parser.add_argument("--data_path", default=str(artifacts.DATASETS))
     parser.add_argument("--dataset_name", required=True)
@@ -56,6 +57,9 @@ def arguments() -> argparse.Namespace:
     args.test_file = folder / (args.test_file or artifacts.questions("test", args.dataset_name, 2, use_sim=False))
     args.gps_mapping_path = args.gps_mapping_path or folder / artifacts.gps_mapping(args.dataset_name)
     args.train_sample = folder / artifacts.split_sample("train")
+    # Only the trained model's ranking lies beside the checkpoint itself; the others must not replace it.
+    variant = [args.test_type] * (args.test_type != "llm") + [args.decoding] * (args.decoding != "rank")
+    args.results = Path(args.output_dir) / "_".join(variant)
     return args
 
 
@@ -128,14 +132,14 @@ def main():
 
     report = metrics.report(test_prompts, predictions, baselines.ranks(train, test_prompts), seconds)
     report["settings"] = {key: str(value) for key, value in vars(args).items()}
-    with artifacts.atomic_write(Path(args.output_dir) / artifacts.PREDICTIONS) as file:
+    with artifacts.atomic_write(args.results / artifacts.PREDICTIONS) as file:
         for prompt in test_prompts:
             record = {"pair": prompt.pair, "target": prompt.target, "fits": prompt.fits, **predictions[prompt.pair]}
             file.write(json.dumps(record) + "\n")
-    with artifacts.atomic_write(Path(args.output_dir) / artifacts.METRICS) as file:
+    with artifacts.atomic_write(args.results / artifacts.METRICS) as file:
         json.dump(report, file, indent=2)
     print(metrics.text(report, args.decoding))
-    print(f"wrote {Path(args.output_dir) / artifacts.METRICS} and {artifacts.PREDICTIONS}")
+    print(f"wrote {args.results / artifacts.METRICS} and {args.results / artifacts.PREDICTIONS}")
 
 
 if __name__ == "__main__":

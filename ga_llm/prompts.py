@@ -6,7 +6,7 @@ A pair reads, on one line (paper, Section 4: prompt construction):
     <answer>: the answer
 
 Whoever reads it relies on `<question>:`, `<answer>:`, `POI id n` and `<GPS n>` alone, so files in another wording
-work too. Each check-in starts and ends at a token boundary, whatever the tokenizer.
+work too. (The user-history baseline also reads the user and the current part, where they stand as here.)
 """
 import re
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ USER = re.compile(r"user (\d+)")
 
 # What a check-in may show, in the order of the prompt. `poi` is always shown: it is what is predicted.
 FIELDS = ("time", "user", "poi", "coordinates", "gps", "category")
-# Instead of `time`, for short prompts: the hour and minute alone.
+# Instead of `time`, for short prompts: the time of day alone.
 CLOCK = "clock"
 STAGE_1_FIELDS = tuple(field for field in FIELDS if field != "category")
 
@@ -34,7 +34,7 @@ def check_in(fields: Sequence[str], time: str, user: int, poi: int, latitude: fl
              category_name: str, category: int) -> str:
     """One check-in as text. `time` is local, `YYYY-MM-DD HH:MM:SS`; coordinates are degrees, shown to 6 decimals."""
     shown = {
-        CLOCK: lambda: time[11:16],
+        CLOCK: lambda: time[11:],
         "time": lambda: time,
         "user": lambda: f"user {user}",
         "poi": lambda: f"POI id {poi}",

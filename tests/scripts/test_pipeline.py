@@ -55,7 +55,11 @@ def evaluate(repo, output, *flags, check=True):
                  "sample", "--test_file", "test_qa_pairs_kqt_200items_sample_llm_without_sim_gps.txt",
                  "--gps_mapping_path", MAPPING, "--geoencoder_path", "outputs/gcim/6/geo_encoder_merged.pth",
                  "--use_random_projector", "False", *flags, check=check)
-    return result, json.loads((repo / output / "metrics.json").read_text()) if check else None
+    if not check:
+        return result, None
+    wrote = result.stdout.strip().splitlines()[-1].split()
+    assert wrote[0] == "wrote" and (repo / wrote[3]).name == "predictions.jsonl"
+    return result, json.loads((repo / wrote[1]).read_text())
 
 
 @pytest.fixture(scope="session")
@@ -114,14 +118,12 @@ def test_golden_run(repo):
                                          (["--test_type", "llm", "--batch_size", "3"], True)])
 def test_types_of_test(repo, flags, same):
     """base and projector leave the adapter out, so they rank otherwise; the batch size changes nothing."""
-    def predictions(output):
-        return [json.loads(line) for line in (repo / output / "predictions.jsonl").open()]
+    def predictions(result):
+        return [json.loads(line) for line in (repo / result.stdout.split()[-1]).open()]
 
-    evaluate(repo, "outputs/llm/checkpoint-6", "--test_type", "llm")
-    reference = predictions("outputs/llm/checkpoint-6")
-    evaluate(repo, "outputs/llm/checkpoint-6", *flags)
-    difference = max(abs(a["top"][0][1] - b["top"][0][1])
-                     for a, b in zip(reference, predictions("outputs/llm/checkpoint-6")))
+    reference = predictions(evaluate(repo, "outputs/llm/checkpoint-6", "--test_type", "llm")[0])
+    other = predictions(evaluate(repo, "outputs/llm/checkpoint-6", *flags)[0])
+    difference = max(abs(a["top"][0][1] - b["top"][0][1]) for a, b in zip(reference, other))
     assert (difference < 1e-3) == same
 
 
