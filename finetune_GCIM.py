@@ -12,7 +12,7 @@ import logging
 
 from ga_llm import arguments, checkpoints, llm, training
 from ga_llm.cli import UserError, run
-from geo_encoder import encoder, gps_tokens, injection, weights
+from geo_encoder import encoder, injection, weights
 
 log = logging.getLogger("stage 1")
 

@@ -30,8 +30,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base_model", help="folder of the base LLM (default: --model_path)")
     parser.add_argument("--model_path", help="the same, by its other name")
-    parser.add_argument("--output_dir", required=True, help="stage 2's checkpoint-N; results are written here, those of "
-                        "other test types and of --decoding sample into folders of their own")
+    parser.add_argument("--output_dir", required=True, help="stage 2's checkpoint-N; results go here, those of other "
+                        "test types and of --decoding sample into folders of their own")
     parser.add_argument("--cache_dir")
     parser.add_argument("--data_path", default=str(artifacts.DATASETS))
     parser.add_argument("--dataset_name", required=True)
@@ -39,10 +39,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--test_type", choices=TEST_TYPES, default="llm", help=str(TEST_TYPES))
     parser.add_argument("--gps_mapping_path", help="default: that of the data set")
     parser.add_argument("--geoencoder_path", help="stage 1's geo_encoder_merged.pth; without it no GPS embedding")
-    parser.add_argument("--use_random_projector", type=boolean, default=False, help="an untrained geo-encoder instead")
+    parser.add_argument("--use_random_projector", type=boolean, default=False, help="an untrained encoder instead")
     parser.add_argument("--decoding", choices=("rank", "sample"), default="rank")
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--seq_len", type=int, default=32768, help="tokens of a prompt; longer ones are cut from the left")
+    parser.add_argument("--seq_len", type=int, default=32768, help="tokens; longer prompts are cut from the left")
     parser.add_argument("--context_size", type=int, default=32768, help="--model_max_length of the training")
     parser.add_argument("--flash_attn", type=boolean, default=True)
     parser.add_argument("--load_in_4bit", type=boolean, default=True)
@@ -72,7 +72,8 @@ def load_model(args, mapping):
     dtype = getattr(torch, args.dtype or ("bfloat16" if gpu else "float32"))
     # Ranking hands the model a mask of the trie, which flash-attn does not take.
     attention = llm.training_attention(args.flash_attn, full=True) if args.decoding == "sample" else "sdpa"
-    model = llm.load_llm(base, args.context_size, attention, dtype, args.load_in_4bit and gpu and not full, args.cache_dir)
+    four_bit = args.load_in_4bit and gpu and not full
+    model = llm.load_llm(base, args.context_size, attention, dtype, four_bit, args.cache_dir)
     token_ids = gps_tokens.add_gps_tokens(tokenizer, mapping, model)
     if args.test_type != "base":
         if args.use_random_projector:

@@ -90,8 +90,9 @@ class GCIMTrainer(GATrainer):
 def prune_encoders(output_dir: Path) -> None:
     """Remove N/ where --save_total_limit has removed checkpoint-N. Nothing but our own encoder folders is touched."""
     for folder in output_dir.iterdir():
-        ours = folder.name.isdigit() and folder.is_dir() and not folder.is_symlink() and (folder / MERGED_ENCODER).exists()
-        if ours and not (output_dir / f"{PREFIX_CHECKPOINT_DIR}-{folder.name}").exists():
+        is_folder = folder.name.isdigit() and folder.is_dir() and not folder.is_symlink()
+        checkpoint = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{folder.name}"
+        if is_folder and (folder / MERGED_ENCODER).exists() and not checkpoint.exists():
             shutil.rmtree(folder)
 
 
@@ -151,8 +152,8 @@ def read_converted(path: Path) -> dict[str, torch.Tensor] | None:
         raise UserError(f"{path}: an empty folder; delete it or run zero_to_fp32.py again")
     state = {}
     for file in files:
-        read = load_file if file.suffix == ".safetensors" else lambda f: torch.load(f, map_location="cpu", weights_only=True)
-        state.update(read(file))
+        state.update(load_file(file) if file.suffix == ".safetensors" else
+                     torch.load(file, map_location="cpu", weights_only=True))
     return state
 
 

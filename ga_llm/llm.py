@@ -145,7 +145,8 @@ def describe_trainable(model) -> str:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             part = "GPS encoder" if "gps_injection" in name else "LLM"
-            kind = "LoRA" if "lora_" in name else "embeddings" if "embed" in name else "norms" if "norm" in name else "rest"
+            kinds = {"lora_": "LoRA", "embed": "embeddings", "norm": "norms", "": "rest"}
+            kind = next(kind for key, kind in kinds.items() if key in name)
             count = getattr(parameter, "ds_numel", parameter.numel())
             groups[f"{part} {kind}"] = groups.get(f"{part} {kind}", 0) + count
     return ", ".join(f"{group} {count:,}" for group, count in groups.items()) or "nothing"

@@ -7,7 +7,7 @@ ACC_AT = (1, 5, 10, 20)
 
 
 def per_pair(ranks: Sequence[float]) -> dict[str, np.ndarray]:
-    """The contribution of each pair to each metric. ranks: (N,), 1 is best, inf where the target was not ranked."""
+    """What each pair adds to each metric. ranks: (N,), 1 is best, inf where the target has none."""
     ranks = np.asarray(ranks, dtype=np.float64)
     reciprocal = 1 / ranks
     values = {f"Acc@{k}": (ranks <= k).astype(np.float64) for k in ACC_AT}
@@ -17,7 +17,7 @@ def per_pair(ranks: Sequence[float]) -> dict[str, np.ndarray]:
 
 
 def summary(ranks: Sequence[float], draws: int = 1000, seed: int = 0) -> dict:
-    """{"n", and for each metric {"value", "low", "high"}}: the mean over pairs and its percentile bootstrap interval."""
+    """What each pair adds to each metric. ranks: (N,), 1 is best, inf where the target has none."""
     n = len(ranks)
     result = {"n": n}
     if n == 0:

@@ -23,7 +23,7 @@ def quadkeys(latitude: np.ndarray, longitude: np.ndarray, level: int = 25) -> np
     y = 0.5 - np.log((1.0 + sine) / (1.0 - sine)) / (4.0 * np.pi)
 
     map_pixels = float(TILE_PIXELS << level)
-    tile_x, tile_y = ((np.clip(z * map_pixels + 0.5, 0, map_pixels - 1).astype(np.int64) // TILE_PIXELS) for z in (x, y))
+    tile_x, tile_y = (np.clip(z * map_pixels + 0.5, 0, map_pixels - 1).astype(np.int64) // TILE_PIXELS for z in (x, y))
     shifts = np.arange(level - 1, -1, -1)
     bit_x = (tile_x[:, None] >> shifts) & 1
     bit_y = (tile_y[:, None] >> shifts) & 1

@@ -16,8 +16,10 @@ import time
 import zipfile
 from pathlib import Path
 
-from ga_llm import cli
-from ga_llm.cli import UserError
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))   # runs without an installation, too
+
+from ga_llm import cli  # noqa: E402
+from ga_llm.cli import UserError  # noqa: E402
 
 log = logging.getLogger("get_smollm2")
 

@@ -11,17 +11,21 @@ same folder. The tokenizer is a BPE trained on text of ga_llm.prompts, or on a f
 import argparse
 import json
 import logging
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
-import torch
-import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))   # runs without an installation, too
 
-from ga_llm import cli, prompts
-from ga_llm.cli import UserError
+from ga_llm import cli, prompts  # noqa: E402 (before transformers)
+from ga_llm.cli import UserError  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
+from transformers import (GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaTokenizer,  # noqa: E402
+                          PreTrainedTokenizerFast)
 
 log = logging.getLogger("make_tiny_llama")
 

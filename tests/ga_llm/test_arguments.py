@@ -38,7 +38,8 @@ def test_readme_flags_on_a_cpu(inputs, caplog):
         assert line in caplog.text
 
 
-@pytest.mark.parametrize("text, value", [("True", True), ("False", False), ("false", False), ("0", False), ("yes", True)])
+@pytest.mark.parametrize("text, value", [("True", True), ("False", False), ("false", False), ("0", False),
+                                         ("yes", True)])
 def test_booleans(inputs, text, value):
     assert boolean(text) is value
     assert parse("--low_rank_training", text).low_rank_training is value

@@ -9,7 +9,8 @@ from ga_llm import arguments, checkpoints, llm, sft_data
 from ga_llm.cli import UserError
 from geo_encoder import encoder, gps_tokens, injection, weights
 
-PAIRS = [f"<question>: user 1 POI id {i} <GPS {i}>. Where next? <answer>: user 1 will visit POI id {i}." for i in (1, 2, 3, 5)]
+PAIRS = [f"<question>: user 1 POI id {i} <GPS {i}>. Where next? <answer>: user 1 will visit POI id {i}."
+         for i in (1, 2, 3, 5)]
 
 
 @pytest.fixture
@@ -73,17 +74,19 @@ def test_stage_2_reloads(train, tiny_llama, mapping_csv, tmp_path, tied):
     trained, loaded = reload(train(2, tied), tiny_llama, mapping_csv, tmp_path, tied)
     torch.testing.assert_close(loaded, trained, rtol=1e-4, atol=1e-5)
     state = load_file(tmp_path / "stage2/checkpoint-4" / checkpoints.TRAINABLE_PARAMS)
-    assert set(state) >= {"model.embed_tokens.weight", "model.norm.weight"} and not any("lora" in name for name in state)
+    assert set(state) >= {"model.embed_tokens.weight", "model.norm.weight"}
+    assert not any("lora" in name for name in state)
     assert not any("embed_tokens" in name for name in load_file(tmp_path / "stage2/checkpoint-4" / checkpoints.ADAPTER))
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_rows_of_places_stay_where_they_were(train, tmp_path, tied, mapping_csv):
     trainer = train(2, tied)
-    ids = torch.tensor(trainer.processing_class.convert_tokens_to_ids(gps_tokens.read_gps_mapping(mapping_csv).tokens))
+    tokens = gps_tokens.read_gps_mapping(mapping_csv).tokens
+    ids = torch.tensor(trainer.processing_class.convert_tokens_to_ids(tokens))
     weight = trainer.model.get_input_embeddings().weight
     first = ids.min()
-    torch.testing.assert_close(weight[ids], weight[ids[:1]].expand(len(ids), -1))      # all still the mean they began at
+    torch.testing.assert_close(weight[ids], weight[ids[:1]].expand(len(ids), -1))      # all still equal
     assert (weight[:first].mean(0) - weight[first]).abs().max() > 1e-4                 # while the others have moved
 
 
@@ -131,8 +134,8 @@ def test_stage_1_keeps_merged_encoders_and_prunes_them(train, tmp_path):
     (lambda folder: (folder / "adapter_config.json").unlink(), "no adapter_config.json"),
     (lambda folder: (folder / checkpoints.TRAINABLE_PARAMS).unlink(), "run zero_to_fp32.py"),
     (lambda folder: (folder / checkpoints.CONVERTED).mkdir(), "an empty folder"),
-    (lambda folder: (folder / checkpoints.CONVERTED).write_bytes(b"cos\nsystem\n(S'touch hacked'\ntR."), "does not fit"),
-    (lambda folder: save_file({"model.norm.weight": torch.ones(64)}, folder / checkpoints.TRAINABLE_PARAMS), "does not fit"),
+    (lambda folder: (folder / checkpoints.CONVERTED).write_bytes(b"cos\nsystem\n(S'touch x'\ntR."), "does not fit"),
+    (lambda folder: save_file({"model.norm.weight": torch.ones(9)}, folder / checkpoints.TRAINABLE_PARAMS), "not fit"),
     (lambda folder: save_file({"other": torch.ones(1)}, folder / checkpoints.TRAINABLE_PARAMS), "no place for"),
 ])
 def test_broken_checkpoints(train, tiny_llama, mapping_csv, tmp_path, break_it, message):

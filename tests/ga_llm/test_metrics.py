@@ -74,7 +74,8 @@ def test_user_history_on_real_nyc(tmp_path):
     raw.parent.mkdir(parents=True)
     raw.symlink_to(NYC)
     (tmp_path / "best_conf").symlink_to(ROOT / "best_conf")
-    for command in (["run.py", "-f", "best_conf/nyc.yml"], ["process_llm_gps.py", "-dataset_name", "nyc", "-fields", "poi"]):
+    for command in (["run.py", "-f", "best_conf/nyc.yml"],
+                    ["process_llm_gps.py", "-dataset_name", "nyc", "-fields", "poi"]):
         subprocess.run([sys.executable, ROOT / "data-preprocess" / command[0], *command[1:]], cwd=tmp_path, check=True)
     folder = tmp_path / "datasets/nyc/preprocessed"
     lines = (folder / "test_qa_pairs_kqt_200items_nyc_llm_without_sim_gps.txt").read_text().splitlines()

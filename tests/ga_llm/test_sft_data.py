@@ -10,8 +10,8 @@ from ga_llm.cli import UserError
 from ga_llm.llm import load_llm, load_tokenizer
 
 PAIR = prompts.join(
-    prompts.question(7, [], ["2012-04-03 18:00:09 user 7 POI id 31 <GPS 31>."], ["2012-04-04 08:01:00 user 7 POI id 5."],
-                     prompts.ask_poi("2012-04-04 09:00:00", 7, 0, 40)),
+    prompts.question(7, [], ["2012-04-03 18:00:09 user 7 POI id 31 <GPS 31>."],
+                     ["2012-04-04 08:01:00 user 7 POI id 5."], prompts.ask_poi("2012-04-04 09:00:00", 7, 0, 40)),
     prompts.answer_poi("2012-04-04 09:00:00", 7, 12))
 
 

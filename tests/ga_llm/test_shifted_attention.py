@@ -78,7 +78,8 @@ def test_eval_is_full_attention_with_cache_and_padding():
     mask[0, :5] = 0
     generated = [m.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0,
                             output_logits=True, return_dict_in_generate=True) for m in (model, plain)]
-    torch.testing.assert_close(torch.stack(generated[0].logits), torch.stack(generated[1].logits), rtol=1e-4, atol=1e-5)
+    ours, plain = (torch.stack(output.logits) for output in generated)
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_whole_model_equals_dense_mask_with_gradient_checkpointing(monkeypatch):
@@ -109,4 +110,5 @@ def test_flash_groups_equal_sdpa(monkeypatch, length, shift):
     monkeypatch.setattr(s2, "flash_attn_varlen_func", varlen)
     q, k, v = qkv(3, 4, 4, length)
     bounds, options = s2.group_bounds(length, 8, shift), {"mask": None, "scale": 0.3, "dropout": 0.0}
-    torch.testing.assert_close(s2._attend_flash(q, k, v, bounds, **options), s2._attend_sdpa(q, k, v, bounds, **options))
+    flash, sdpa = (attend(q, k, v, bounds, **options) for attend in (s2._attend_flash, s2._attend_sdpa))
+    torch.testing.assert_close(flash, sdpa)

@@ -65,7 +65,8 @@ def test_batched_equals_one_by_one(kind):
 
 
 @pytest.mark.parametrize("kind, layers", [("hierarchical", ["gps_embedding", "out_proj", "linear1", "linear2"]),
-                                          ("fusion", ["gps_embedding", "out_proj", "linear1", "linear2", "projection"])])
+                                          ("fusion", ["gps_embedding", "out_proj", "linear1", "linear2",
+                                                      "projection"])])
 @pytest.mark.parametrize("training", [True, False])
 def test_lora_reaches_every_target(kind, layers, training):
     """Gradients arrive at the half of LoRA that starts at zero, in every target, in train and in eval mode, and that

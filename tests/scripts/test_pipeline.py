@@ -24,7 +24,8 @@ README_FLAGS = f"""--model_name_or_path models/tiny --bf16 True --gps_mapping_pa
 
 def run(repo, *command, check=True):
     """Run a command from the repository's root, as a user would."""
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PATH": path}
     result = subprocess.run([str(part) for part in command], cwd=repo, env=environment, capture_output=True, text=True,
                             timeout=600)
     assert not check or result.returncode == 0, result.stdout[-3000:] + result.stderr[-5000:]
@@ -32,8 +33,8 @@ def run(repo, *command, check=True):
 
 
 def torchrun(repo, script, *flags, processes=1, port=29611, check=True):
-    return run(repo, "torchrun", f"--nproc_per_node={processes}", f"--master_port={port}", script, *README_FLAGS, *flags,
-               check=check)
+    return run(repo, "torchrun", f"--nproc_per_node={processes}", f"--master_port={port}", script, *README_FLAGS,
+               *flags, check=check)
 
 
 def stage_1(repo, output, *flags, **options):
@@ -200,7 +201,7 @@ def test_mistakes_are_one_line(repo, change, message):
 
 
 def test_stage_2_refuses_an_encoder_of_another_width(repo):
-    run(repo, sys.executable, "tools/make_tiny_llama.py", "--output_dir", "models/wide", "--hidden", "48", "--heads", "4")
+    run(repo, sys.executable, "tools/make_tiny_llama.py", "--output_dir", "models/wide", "--hidden", "48")
     result = stage_2(repo, "outputs/wide", "--model_name_or_path", "models/wide", check=False)
     assert result.returncode != 0
     assert "made for an LLM of width 32, this one has 48" in result.stderr
