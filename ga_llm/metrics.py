@@ -17,7 +17,7 @@ def per_pair(ranks: Sequence[float]) -> dict[str, np.ndarray]:
 
 
 def summary(ranks: Sequence[float], draws: int = 1000, seed: int = 0) -> dict:
-    """What each pair adds to each metric. ranks: (N,), 1 is best, inf where the target has none."""
+    """{"n", and per metric {"value", "low", "high"}}: the mean over pairs and its percentile bootstrap interval."""
     n = len(ranks)
     result = {"n": n}
     if n == 0:
