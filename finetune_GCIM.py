@@ -53,8 +53,8 @@ def main():
 
     trainer = checkpoints.GCIMTrainer(model=model, args=args, train_dataset=setup.dataset, data_collator=setup.collator,
                                       processing_class=setup.tokenizer, encoder=geo_encoder, encoder_config=config)
-    trainer.train(resume_from_checkpoint=checkpoints.resume_point(args))
-    trainer.save_final()
+    if checkpoints.train(trainer) or not trainer.final_encoder.exists():
+        trainer.save_encoder(trainer.final_encoder)
 
 
 if __name__ == "__main__":

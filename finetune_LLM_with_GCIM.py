@@ -50,7 +50,7 @@ def main():
 
     trainer = checkpoints.GATrainer(model=model, args=args, train_dataset=setup.dataset, data_collator=setup.collator,
                                     processing_class=setup.tokenizer)
-    trainer.train(resume_from_checkpoint=checkpoints.resume_point(args))
+    checkpoints.train(trainer)
 
 
 if __name__ == "__main__":

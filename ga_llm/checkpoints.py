@@ -83,8 +83,9 @@ class GCIMTrainer(GATrainer):
         if self.args.should_save:
             prune_encoders(Path(self.args.output_dir))
 
-    def save_final(self) -> None:
-        self.save_encoder(Path(self.args.output_dir) / FINAL_ENCODER)
+    @property
+    def final_encoder(self) -> Path:
+        return Path(self.args.output_dir) / FINAL_ENCODER
 
 
 def prune_encoders(output_dir: Path) -> None:
@@ -108,6 +109,28 @@ def resume_point(args) -> str | None:
     if not Path(wanted).is_dir():
         raise UserError(f"--resume_from_checkpoint {wanted}: no such folder; name a checkpoint-N, or say auto")
     return wanted
+
+
+def finished(checkpoint: Path | str, args) -> bool:
+    """Whether the run that wrote `checkpoint` had reached its end, and `args` ask for no more."""
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    if args.max_steps > 0:
+        return state["global_step"] >= args.max_steps
+    return state["global_step"] >= state["max_steps"] and state["num_train_epochs"] >= args.num_train_epochs
+
+
+def train(trainer: Trainer) -> bool:
+    """Train from the start or from where --resume_from_checkpoint says; returns whether anything was left to train.
+
+    transformers itself takes one more step when it resumes a run that had finished.
+    """
+    checkpoint = resume_point(trainer.args)
+    if checkpoint and finished(checkpoint, trainer.args):
+        log.info("%s: this run has finished, nothing is left to train", checkpoint)
+        trainer._load_from_checkpoint(checkpoint)
+        return False
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return True
 
 
 def holds_full_model(folder: Path | str) -> bool:

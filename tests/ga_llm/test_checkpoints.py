@@ -117,7 +117,7 @@ def test_stage_1_keeps_merged_encoders_and_prunes_them(train, tmp_path):
     trainer = train(1)
     output = tmp_path / "stage1"
     (output / "7").mkdir()      # not ours: no encoder in it
-    trainer.save_final()
+    trainer.save_encoder(trainer.final_encoder)
     checkpoints.prune_encoders(output)
     assert sorted(p.name for p in output.iterdir() if p.is_dir()) == ["4", "7", "checkpoint-4"]
     merged, _ = weights.load_encoder(output / "4" / "geo_encoder_merged.pth", 32)

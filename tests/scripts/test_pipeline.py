@@ -157,6 +157,22 @@ def test_resume(repo):
         torch.testing.assert_close(two[name], one[name], rtol=1e-2, atol=1e-3)
 
 
+def test_a_finished_run_is_left_as_it_is(repo):
+    """Resuming it trains no further; a final encoder that is missing is written from the checkpoint."""
+    final = repo / "outputs/gcim/geo_encoder_final_merged.pth"
+    before = torch.load(final, weights_only=True)
+    final.unlink()
+    result = stage_1(repo, "outputs/gcim", "--resume_from_checkpoint", "auto")
+    assert "nothing is left to train" in result.stderr
+    assert sorted(p.name for p in (repo / "outputs/gcim").iterdir() if p.is_dir()) == ["4", "6", "checkpoint-4",
+                                                                                       "checkpoint-6"]
+    after = torch.load(final, weights_only=True)
+    for name in before:
+        torch.testing.assert_close(after[name], before[name])
+    result = stage_2(repo, "outputs/llm", "--resume_from_checkpoint", "auto")
+    assert "nothing is left to train" in result.stderr and not (repo / "outputs/llm/checkpoint-7").exists()
+
+
 @pytest.mark.slow
 def test_two_processes(repo):
     """Both ranks train one model: half the steps for the same pairs, and every checkpoint is whole."""
