@@ -44,7 +44,7 @@ torchrun --nproc_per_node=1 --master_port=29501 finetune_GCIM.py $COMMON --outpu
     --data_path $DATA/train_qa_pairs_kqt_200items_sample_projector_gps_without_sim_stage1.json \
     --lora_r 16 --lora_alpha 32 --learning_rate 5e-4 --warmup_steps 5 --max_steps $STEPS_1 --save_steps $STEPS_1
 
-# --trainable_params norm: at a learning rate this high (the paper's is 2e-5) the embeddings would be spoilt.
+# --trainable_params norm: the embeddings stay as they are, since this learning rate is 50 times the paper's.
 step "Stage 2: the LLM learns to predict the next POI"
 torchrun --nproc_per_node=1 --master_port=29502 finetune_LLM_with_GCIM.py $COMMON --output_dir $STAGE_2 \
     --data_path $DATA/train_qa_pairs_kqt_200items_sample_llm_without_sim_gps.json \
