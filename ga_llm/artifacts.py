@@ -16,6 +16,7 @@ SPLITS = ("train", "validate", "test")
 SAMPLE = "sample.csv"
 LABEL_ENCODING = "label_encoding.json"
 STATS = "stats.json"
+GPS_COLUMNS = ["GPS_id", "Latitude", "Longitude"]    # of the GPS mapping; GPS_id is the encoded POI id
 
 MERGED_ENCODER = "geo_encoder_merged.pth"
 FINAL_ENCODER = "geo_encoder_final_merged.pth"

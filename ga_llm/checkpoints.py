@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from ga_llm.artifacts import FINAL_ENCODER, MERGED_ENCODER, TRAINABLE_PARAMS, atomic_write
 from ga_llm.cli import UserError
+from ga_llm.llm import rope_factor
 from geo_encoder.encoder import GeoEncoderConfig
 from geo_encoder.weights import merged_state_dict, save_encoder
 
@@ -194,6 +195,6 @@ def check_agreement(folder: Path | str, context_size: int, native_context: int) 
     if not path.exists():       # a checkpoint of the released code
         return
     trained = json.loads(path.read_text(encoding="utf-8"))["model_max_length"]
-    if max(1, -(-trained // native_context)) != max(1, -(-context_size // native_context)):
+    if rope_factor(trained, native_context) != rope_factor(context_size, native_context):
         raise UserError(f"{path}: trained with --model_max_length {trained}, whose positions --context_size "
                         f"{context_size} would scale differently; give --context_size {trained}")

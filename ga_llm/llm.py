@@ -54,6 +54,11 @@ def load_tokenizer(path: str, cache_dir: str | None = None):
     return tokenizer
 
 
+def rope_factor(length: int, native_context: int) -> int:
+    """By how much positions must be scaled for `length` tokens; 1: not at all."""
+    return max(1, math.ceil(length / native_context))
+
+
 def extend_context(config, length: int) -> None:
     """Linear RoPE scaling by ceil(length / the model's own context), where the context must grow."""
     limit = config.max_position_embeddings
@@ -66,7 +71,7 @@ def extend_context(config, length: int) -> None:
     if not rope or kind not in ("default", "linear"):
         raise UserError(f"the model's context is {limit} tokens and its positions ({kind}) cannot be scaled linearly; "
                         f"give at most {limit} for --model_max_length or --context_size")
-    factor = math.ceil(length / config.max_position_embeddings)
+    factor = rope_factor(length, config.max_position_embeddings)
     config.rope_parameters = {**rope, "rope_type": "linear", "factor": float(factor)}
     log.info("RoPE scaled by %d: context %d -> %d", factor, config.max_position_embeddings, length)
 

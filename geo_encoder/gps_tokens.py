@@ -6,12 +6,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ga_llm.artifacts import require
+from ga_llm.artifacts import GPS_COLUMNS, require
 from ga_llm.cli import UserError
 from ga_llm.prompts import gps_token
 from ga_llm.sharding import gathered
 
-COLUMNS = ["GPS_id", "Latitude", "Longitude"]
 MADE_BY = "python data-preprocess/run.py -f best_conf/<name>.yml"
 
 
@@ -38,12 +37,12 @@ def read_gps_mapping(path: Path | str) -> GPSMapping:
         table = pd.read_csv(path)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a CSV file ({error}); make it again with `{MADE_BY}`") from None
-    missing = [column for column in COLUMNS if column not in table]
+    missing = [column for column in GPS_COLUMNS if column not in table]
     if missing or table.empty:
         what = f"no column {missing[0]}" if missing else "no rows"
-        raise UserError(f"{path}: {what}; expected {','.join(COLUMNS)}, make it with `{MADE_BY}`")
+        raise UserError(f"{path}: {what}; expected {','.join(GPS_COLUMNS)}, make it with `{MADE_BY}`")
 
-    values = table[COLUMNS].apply(pd.to_numeric, errors="coerce")
+    values = table[GPS_COLUMNS].apply(pd.to_numeric, errors="coerce")
     ids = values["GPS_id"]
     for wrong, what in ((ids.isna() | (ids < 0) | (ids % 1 != 0), "GPS_id is not a whole number"),
                         (ids.duplicated(), "GPS_id stands twice"),

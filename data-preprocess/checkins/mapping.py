@@ -1,8 +1,6 @@
 """The GPS mapping: where each POI lies, by its id."""
 import pandas as pd
 
-COLUMNS = ["GPS_id", "Latitude", "Longitude"]
-
 
 def places(train: pd.DataFrame) -> pd.DataFrame:
     """GPS_id, Latitude, Longitude (degrees): one row per POI of train, in id order, the mean of its check-ins.

@@ -90,7 +90,7 @@ def load(config: Config, split: str) -> pd.DataFrame:
 def load_places(config: Config) -> pd.DataFrame:
     """The GPS mapping, indexed by GPS_id: Latitude, Longitude (degrees)."""
     path = artifacts.require(config.folder / artifacts.gps_mapping(config.dataset_name), config.run_command)
-    places, = readers.tables(path, keep=mapping.COLUMNS)
+    places, = readers.tables(path, keep=artifacts.GPS_COLUMNS)
     return places.set_index("GPS_id")
 
 
