@@ -23,6 +23,7 @@ FINAL_ENCODER = "geo_encoder_final_merged.pth"
 TRAINABLE_PARAMS = "trainable_params.safetensors"
 METRICS = "metrics.json"
 PREDICTIONS = "predictions.jsonl"
+LOG_PROBABILITIES = "log_probabilities.npy"
 
 
 def config_file(dataset: str) -> Path:

@@ -1,72 +1,243 @@
-"""Acc@k and MRR from ranks, each with its 95 % bootstrap interval, and the table that shows them."""
-from collections.abc import Sequence
+"""How good a ranking is: Acc@k, MRR, NDCG and distance, each with its 95 % bootstrap interval, and the report of them.
+
+Every question has one right answer, so a method's ranks and best POIs (`Ranking`) are all that the metrics need.
+"""
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+import pandas as pd
 
 ACC_AT = (1, 5, 10, 20)
+EARTH_RADIUS_KM = 6371.0088     # the mean radius (IUGG)
+KM = ("mean km", "median km")
+WITHIN = "share within 1 km"
+# What a sampled answer has: there is no second best, so a metric of ranks beyond the first would not say what it says.
+OF_ONE_ANSWER = ("Acc@1", *KM, WITHIN)
+
+BLOCKS = (("Acc@1", "Acc@5", "Acc@10", "Acc@20"), ("MRR", "MRR@5", "MRR@10", "NDCG@10"), (*KM, WITHIN))
+GROUP_SHARE = 0.3               # how much of the users, or pairs, is at either end (STHGCN, LLM4POI)
+BLOCK_DRAWS = 2 ** 21           # pairs that are resampled at a time: bounds the memory
 
 
-def per_pair(ranks: Sequence[float]) -> dict[str, np.ndarray]:
-    """What each pair adds to each metric. ranks: (N,), 1 is best, inf where the target has none."""
+@dataclasses.dataclass
+class Ranking:
+    """What a method says about each pair. ranks: (pairs,) float, the target's, 1 is best, inf where it has none.
+
+    tops: (pairs,) int, the POI id ranked first, -1 where there is no candidate.
+    """
+    ranks: np.ndarray
+    tops: np.ndarray
+
+
+def distances(tops: Sequence[int], targets: Sequence[int], mapping) -> np.ndarray:
+    """(pairs,) km along the great circle from the POI ranked first to the true one; nan where either has no place.
+
+    tops, targets: (pairs,) POI ids; mapping: a GPSMapping. By the haversine formula.
+    """
+    places = np.radians([mapping.latitude, mapping.longitude])
+    rows = [pd.Index(mapping.ids).get_indexer(np.asarray(ids, dtype=np.int64)) for ids in (tops, targets)]
+    (lat1, lon1), (lat2, lon2) = (np.where(row >= 0, places[:, row], np.nan) for row in rows)
+    half_chord = np.sin((lat2 - lat1) / 2) ** 2 + np.cos(lat1) * np.cos(lat2) * np.sin((lon2 - lon1) / 2) ** 2
+    return 2 * EARTH_RADIUS_KM * np.arcsin(np.sqrt(np.minimum(half_chord, 1)))
+
+
+def per_pair(ranks: Sequence[float], km: Sequence[float]) -> dict[str, np.ndarray]:
+    """What each pair adds to each metric that is a mean over all pairs.
+
+    ranks: (pairs,) as in `Ranking`; km: (pairs,) as of `distances`, where nan counts as a miss.
+    """
     ranks = np.asarray(ranks, dtype=np.float64)
     reciprocal = 1 / ranks
     values = {f"Acc@{k}": (ranks <= k).astype(np.float64) for k in ACC_AT}
     values["MRR"] = reciprocal
-    values["MRR@5"] = np.where(ranks <= 5, reciprocal, 0.0)
+    values |= {f"MRR@{k}": np.where(ranks <= k, reciprocal, 0.0) for k in (5, 10)}
+    values["NDCG@10"] = np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0.0)    # one relevant item: the ideal gain is 1
+    values[WITHIN] = (np.asarray(km, dtype=np.float64) <= 1).astype(np.float64)
     return values
 
 
-def summary(ranks: Sequence[float], draws: int = 1000, seed: int = 0) -> dict:
-    """{"n", and per metric {"value", "low", "high"}}: the mean over pairs and its percentile bootstrap interval."""
-    n = len(ranks)
-    result = {"n": n}
-    if n == 0:
-        return result
-    samples = np.random.default_rng(seed).integers(0, n, size=(draws, n))
-    for name, values in per_pair(ranks).items():
-        low, high = np.percentile(values[samples].mean(axis=1), [2.5, 97.5])
-        result[name] = {"value": float(values.mean()), "low": float(low), "high": float(high)}
+def resampled(values: np.ndarray, draws: int, seed: int = 0, statistic: Callable = np.mean) -> np.ndarray:
+    """(metrics, draws): the statistic over as many pairs drawn with replacement, the same ones for every metric.
+
+    values: (metrics, pairs). The same number of pairs and seed give the same draws, so methods are compared pair by
+    pair.
+    """
+    random, n = np.random.default_rng(seed), values.shape[1]
+    at_once = max(1, BLOCK_DRAWS // n)
+    blocks = (random.integers(0, n, size=(min(at_once, draws - first), n)) for first in range(0, draws, at_once))
+    return np.concatenate([np.stack([statistic(row[drawn], axis=-1) for row in values]) for drawn in blocks], axis=1)
+
+
+def summary(ranks: Sequence[float], km: Sequence[float], draws: int = 1000, seed: int = 0) -> dict:
+    """{"n", and per metric {"value", "low", "high"}}: over the pairs, with the 95 % percentile bootstrap interval.
+
+    ranks, km: as in `per_pair`. "mean km" and "median km" leave out pairs without a distance (nan); a metric that no
+    pair is left for is absent.
+    """
+    km = np.asarray(km, dtype=np.float64)
+    known = km[~np.isnan(km)]
+    result = {"n": len(ranks)}
+    for values, statistic in ((per_pair(ranks, km), np.mean), ({KM[0]: known}, np.mean), ({KM[1]: known}, np.median)):
+        rows = np.stack(list(values.values()))
+        if rows.shape[1]:
+            bounds = np.percentile(resampled(rows, draws, seed, statistic), [2.5, 97.5], axis=1).T
+            for name, value, (low, high) in zip(values, statistic(rows, axis=1), bounds):
+                result[name] = {"value": float(value), "low": float(low), "high": float(high)}
     return result
 
 
-def table(rows: dict[str, dict], columns: Sequence[str] = ("Acc@1", "Acc@5", "Acc@10", "MRR", "MRR@5")) -> str:
-    """Aligned text: one row per {name: summary}."""
+def histories(test_prompts, train: pd.DataFrame) -> Iterator[list[int]]:
+    """For each pair where the user has been: all of the user's train check-ins, then the current trajectory.
+
+    Where the prompt names no user as ours does, it is the prompt's check-ins.
+    """
+    of_user = {user: pois.tolist() for user, pois in train.groupby("UserId")["PoiId"]}
+    for prompt in test_prompts:
+        yield prompt.shown if prompt.user is None else of_user.get(prompt.user, []) + prompt.current
+
+
+def groups(test_prompts, train: pd.DataFrame) -> dict[str, dict[str, np.ndarray]]:
+    """{grouping: {group: (pairs,) bool}}: the kinds of pairs that results are given for.
+
+    - user activity: by the user's number of train trajectories. "very active" is at or above the 70 % quantile over
+      train's users, "inactive" at or below the 30 % quantile (whoever is both is inactive), "normal" between. STHGCN
+      and LLM4POI cut at the same shares; by quantile, users with equal numbers stay together. Pairs whose prompt names
+      no user of train are in no group.
+    - trajectory length: the check-ins of the pair's trajectory, the target included; "long", "middle" and "short" by
+      the same rule, the quantiles being over the pairs.
+    - target in the user's history: whether `histories` has it ("seen", "unseen").
+    - target in prompt: whether a check-in of the prompt shows it.
+    """
+    trajectories = train.groupby("UserId")["TrajectoryId"].nunique()
+    of_user = trajectories.to_dict()
+    activity = [of_user.get(prompt.user, np.nan) for prompt in test_prompts]
+    lengths = [len(prompt.current) + 1 for prompt in test_prompts]
+    seen = [prompt.target in history for prompt, history in zip(test_prompts, histories(test_prompts, train))]
+    return {
+        "user activity": _by_quantile(activity, trajectories, "very active", "normal", "inactive"),
+        "trajectory length": _by_quantile(lengths, lengths, "long", "middle", "short"),
+        "target in the user's history": _yes_no(seen, "seen", "unseen"),
+        "target in prompt": _yes_no(_in_prompt(test_prompts), "in prompt", "not in prompt"),
+    }
+
+
+def _by_quantile(values, reference, high: str, middle: str, low: str) -> dict[str, np.ndarray]:
+    values = np.asarray(values, dtype=np.float64)
+    least, most = pd.Series(reference, dtype=np.float64).quantile([GROUP_SHARE, 1 - GROUP_SHARE])
+    is_low = values <= least
+    return {high: (values >= most) & ~is_low, middle: (values > least) & (values < most), low: is_low}
+
+
+def _yes_no(holds, yes: str, no: str) -> dict[str, np.ndarray]:
+    holds = np.asarray(holds, dtype=bool)
+    return {yes: holds, no: ~holds}
+
+
+def _in_prompt(test_prompts) -> list[bool]:
+    return [prompt.target in prompt.shown for prompt in test_prompts]
+
+
+def report(test_prompts, model: Ranking, baselines: dict[str, Ranking], train: pd.DataFrame, mapping,
+           prompts_per_second: float | None, protocol: str, decoding: str) -> dict:
+    """All of metrics.json (the script adds "settings", its flags):
+
+    - protocol: which pairs are asked (`protocols.PROTOCOLS`); n: how many there are
+    - decoding: how the model answered. "rank": among all POIs; "beam": its 20 best, all others count as unranked;
+      "sample": one answer, so that "model" has n, Acc@1 and the distances alone
+    - target_time_given: the number of pairs whose question names the target's time
+    - all, fits: {method: summary} over all pairs, and over those whose prompt fits --seq_len. Methods: "model" and the
+      baselines. A summary is {"n": pairs, metric: {"value", "low", "high"}}, low and high being the 95 % percentile
+      bootstrap interval; the metrics are Acc@k, MRR, MRR@k, NDCG@10, and, from the POI ranked first to the true one,
+      "mean km", "median km" and "share within 1 km"
+    - groups: {grouping: {group: {method: summary}}} (`groups`)
+    - target_in_prompt: the share of pairs whose target is among the prompt's check-ins; null if there are no pairs
+    - prompts_per_second: of this run; null if an earlier one had predicted all
+
+    train: as `baselines.read_train` gives it; mapping: a GPSMapping.
+    """
+    methods = {"model": model, **baselines}
+    targets = [prompt.target for prompt in test_prompts]
+    km = {name: distances(ranking.tops, targets, mapping) for name, ranking in methods.items()}
+
+    def over(pairs: np.ndarray) -> dict[str, dict]:
+        found = {name: summary(ranking.ranks[pairs], km[name][pairs]) for name, ranking in methods.items()}
+        if decoding == "sample":
+            found["model"] = {key: value for key, value in found["model"].items() if key in ("n", *OF_ONE_ANSWER)}
+        return found
+
+    in_prompt = _in_prompt(test_prompts)
+    return {
+        "protocol": protocol,
+        "n": len(test_prompts),
+        "decoding": decoding,
+        "target_time_given": sum(prompt.time is not None for prompt in test_prompts),
+        "all": over(np.ones(len(test_prompts), dtype=bool)),
+        "fits": over(np.array([prompt.fits for prompt in test_prompts], dtype=bool)),
+        "groups": {grouping: {group: over(pairs) for group, pairs in found.items()}
+                   for grouping, found in groups(test_prompts, train).items()},
+        "target_in_prompt": float(np.mean(in_prompt)) if in_prompt else None,
+        "prompts_per_second": prompts_per_second,
+    }
+
+
+def text(report: dict) -> str:
+    """The report for a person: the tables of all pairs, of those that fit, and of the groups."""
+    n, fit = report["n"], report["fits"]["model"]["n"]
+    lines = [f"protocol {report['protocol']}, n = {n}, the target's time is given in {report['target_time_given']} of "
+             f"{n} questions (GA-LLM's and LLM4POI's name it; STHGCN and GETNext never see it)", "",
+             "all pairs (value [95 % interval])", *_blocks(report["all"])]
+    if fit == n:
+        lines += ["every prompt fits --seq_len", ""]
+    else:
+        lines += [f"the pairs whose prompt fits --seq_len: {fit} of {n}", *_blocks(report["fits"])]
+    share, speed = report["target_in_prompt"], report["prompts_per_second"]
+    lines += [_group_table(report["groups"], [name for name in report["all"] if name != "model"]), "",
+              f"target among the prompt's check-ins: {'-' if share is None else format(share, '.3f')}; "
+              f"{'-' if speed is None else format(speed, '.2f')} prompts per second"]
+    return "\n".join(lines)
+
+
+def _blocks(rows: dict[str, dict]) -> list[str]:
+    return [line for columns in BLOCKS for line in (table(rows, columns), "")]
+
+
+def table(rows: dict[str, dict], columns: Sequence[str]) -> str:
+    """Aligned text: one row per {name: summary}, one column per metric, `-` where it has none."""
     width = max(len(name) for name in rows)
-    lines = [f"{'':{width}}  {'n':>6}  " + "  ".join(f"{column:^23}" for column in columns)]
+    lines = [f"{'':{width}}  {'n':>6}  " + "  ".join(f"{column:23}" for column in columns)]
     for name, result in rows.items():
-        cells = []
-        for column in columns:
-            metric = result.get(column)
-            cells.append(f"{metric['value']:.4f} [{metric['low']:.4f}, {metric['high']:.4f}]"
-                         if metric else f"{'-':^23}")
+        cells = [f"{_with_interval(result, column):23}" for column in columns]
         lines.append(f"{name:{width}}  {result['n']:>6}  " + "  ".join(cells))
     return "\n".join(line.rstrip() for line in lines)
 
 
-def report(test_prompts, predictions: dict[int, dict], baseline_ranks: dict[str, list], seconds: float) -> dict:
-    """All of metrics.json: the model's and the baselines' summaries, over all pairs and over those that fit.
+def _group_table(found: dict[str, dict[str, dict]], baselines: list[str]) -> str:
+    """One row per group: the model's Acc@1 with its interval, the baselines', the model's MRR and their best."""
+    heads = [f"{'Acc@1: model':23}", *(f"{name:>{max(6, len(name))}}" for name in baselines), "MRR: model",
+             "best baseline"]
+    width = 2 + max(len(group) for by_group in found.values() for group in by_group)
+    lines = [f"{'by group':{width}}  {'n':>6}  " + "  ".join(heads)]
+    for grouping, by_group in found.items():
+        lines.append(grouping)
+        for group, methods in by_group.items():
+            model = methods["model"]
+            # The best of texts: all have four decimals and none exceeds 1; "-" comes before digits.
+            numbers = [*(_value(methods[name], "Acc@1") for name in baselines), _value(model, "MRR"),
+                       max((_value(methods[name], "MRR") for name in baselines), default="-")]
+            cells = [f"{_with_interval(model, 'Acc@1'):23}",
+                     *(f"{number:>{len(head)}}" for number, head in zip(numbers, heads[1:]))]
+            lines.append(f"{'  ' + group:{width}}  {model['n']:>6}  " + "  ".join(cells))
+    return "\n".join(line.rstrip() for line in lines)
 
-    baseline_ranks: {name: (pairs,) ranks}, in the order of `test_prompts`.
-    """
-    ranks = {"model": [predictions[prompt.pair]["rank"] or np.inf for prompt in test_prompts], **baseline_ranks}
-    fits = np.array([prompt.fits for prompt in test_prompts], dtype=bool)
-    in_prompt = [prompt.target in prompt.shown for prompt in test_prompts]
-    return {
-        "all": {name: summary(values) for name, values in ranks.items()},
-        "fits": {name: summary(np.asarray(values)[fits]) for name, values in ranks.items()},
-        "target_in_prompt": float(np.mean(in_prompt)),
-        "prompts_per_second": len(test_prompts) / seconds,
-    }
+
+def _value(result: dict, metric: str) -> str:
+    return f"{result[metric]['value']:.4f}" if metric in result else "-"
 
 
-def text(report: dict, decoding: str) -> str:
-    """The report for a person: a table for each denominator. A sampled answer has no rank, hence Acc@1 alone."""
-    lines = []
-    for denominator, title in (("all", "all pairs"), ("fits", "pairs whose prompt fits --seq_len")):
-        rows = {name: dict(result) for name, result in report[denominator].items()}
-        if decoding == "sample":
-            rows["model"] = {key: rows["model"][key] for key in ("n", "Acc@1") if key in rows["model"]}
-        lines += [f"{title} (value [95 % interval])", table(rows), ""]
-    lines.append(f"target among the prompt's check-ins: {report['target_in_prompt']:.3f}; "
-                 f"{report['prompts_per_second']:.2f} prompts per second")
-    return "\n".join(lines)
+def _with_interval(result: dict, metric: str) -> str:
+    if metric not in result:
+        return "-"
+    digits = 2 if metric in KM else 4
+    value, low, high = (f"{result[metric][key]:.{digits}f}" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"

@@ -6,7 +6,7 @@ A pair reads, on one line (paper, Section 4: prompt construction):
     <answer>: the answer
 
 Whoever reads it relies on `<question>:`, `<answer>:`, `POI id n` and `<GPS n>` alone, so files in another wording
-work too. (The user-history baseline also reads the user and the current part, where they stand as here.)
+work too. (Evaluation also reads the user, the target's time and the current part, where they stand as here.)
 """
 import re
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ POI_ID = re.compile(r"POI id (\d+)")
 GPS_TOKEN = re.compile(r"<GPS (\d+)>")
 CURRENT = "Current trajectory of user"
 USER = re.compile(r"user (\d+)")
+TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 
 # What a check-in may show, in the order of the prompt. `poi` is always shown: it is what is predicted.
 FIELDS = ("time", "user", "poi", "coordinates", "gps", "category")

@@ -1,210 +1,343 @@
-"""Exact ranking: the log-probability of every POI, from one forward of the prompt and one tree of spelled ids.
+"""Exact ranking: the log-probability of every POI, at about the cost of reading each distinct token once.
 
-An id is spelled in tokens, "12." or "123.", so all ids form a trie. The prompt goes through the LLM once; the trie's
-inner nodes follow over the same key-value cache, each attending to the prompt and to its own ancestors. The product of
-the probabilities along an id's path is the probability of that answer: no sampling, no beams, no ids that do not exist.
+An id is spelled in tokens, "12." or "123.", so all ids form a trie, and the product of the probabilities along an id's
+path is the probability of that answer: no sampling, no beams, no ids that do not exist. Three things make it cheap:
+
+- Prompts that begin with the same tokens (a user's history) are a group: the trunk goes through the LLM once, and what
+  follows it, the prompts' own tails, branch off its key-value cache as one tree. Nothing is padded.
+- The trie's nodes are further branches of the same tree, each attending to its prompt and its own ancestors.
+- A node's log-probability bounds all below it. The target's exact rank and the exact best k need only the nodes above
+  the smaller of the target's log-probability, which is read along with the prompt, and that of the k-th best.
 """
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from transformers import DynamicCache
 
-from ga_llm import prompts
 from ga_llm.cli import UserError
-from ga_llm.sft_data import truncate
+from ga_llm.spelling import TestPrompt
 
-LOGITS_BYTES = 2 ** 28      # what the logits of one chunk of the trie may take
+TOP = 20                    # how many of the best candidates are given exactly
+LOGITS_BYTES = 2 ** 28      # what the logits of one pass over trie nodes may take
+TAIL_TOKENS = 2048          # of one pass over several prompts' tails: bounds its attention mask
+LEAST_SHARED = 32           # tokens; a shorter common beginning is not worth a group
+WIDTH = 32                  # nodes of a prompt that are tried at a time while its k-th best is not known
 
 
 @dataclasses.dataclass
-class TestPrompt:
-    """One test pair, up to where the POI id is to be spelled."""
-    pair: int               # line of the test file, from 0
-    text: str               # question and answer up to the id
-    target: int             # encoded POI id
-    input_ids: list[int]    # the text's tokens, cut from the left to what the model takes
-    tokens: int             # how many there were before cutting
-    fits: bool              # whether nothing was cut
+class Group:
+    """Prompts that begin with the same tokens, in chunks that go through the LLM together."""
+    trunk: list[int]                    # the shared token ids; may be empty
+    chunks: list[list[TestPrompt]]
 
     @property
-    def shown(self) -> list[int]:
-        """The POI ids of the prompt's check-ins, in its order."""
-        return _poi_ids(prompts.split(self.text)[0])
-
-    @property
-    def current(self) -> list[int]:
-        """Those of the current trajectory alone; in another wording than ours, all."""
-        return _poi_ids(prompts.split(self.text)[0].rpartition(prompts.CURRENT)[2])
-
-    @property
-    def user(self) -> int | None:
-        """The encoded user, where the answer names one as ours does."""
-        match = prompts.USER.search(prompts.split(self.text)[1])
-        return int(match[1]) if match else None
+    def tokens(self) -> int:
+        """Distinct tokens of the prompts: what the LLM has to read."""
+        return len(self.trunk) + sum(len(p.input_ids) - len(self.trunk) for chunk in self.chunks for p in chunk)
 
 
-def _poi_ids(text: str) -> list[int]:
-    return [int(poi) for poi in prompts.POI_ID.findall(text)]
+def plan(test_prompts: Sequence[TestPrompt], batch_size: int, tail_tokens: int = TAIL_TOKENS) -> list[Group]:
+    """Group the prompts by what they share, the longest first. At most `batch_size` prompts make a chunk.
 
-
-class Spelling:
-    """How a tokenizer spells the POI ids in an answer, each with its end, so that 12 and 123 differ.
-
-    lead: what stands before the id in the answer ("… POI id "); end: what stands behind (".", else EOS ends it).
+    The order, and with it every chunk, depends on the prompts alone, so that an interrupted run finds its place again.
     """
-
-    LEAD = "POI id "
-
-    def __init__(self, tokenizer, candidates: Sequence[int], end: str):
-        self.tokenizer, self.end = tokenizer, end
-        texts = [f"{self.LEAD}{poi}{end}" for poi in candidates]
-        encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-        last = [] if end else [tokenizer.eos_token_id]
-        self.tokens = {}
-        for poi, ids, offsets in zip(candidates, encoded["input_ids"], encoded["offset_mapping"]):
-            self.tokens[poi] = ids[_first_after(offsets, len(self.LEAD)):] + last
-
-    def prompt(self, pair: int, text: str, max_length: int) -> TestPrompt:
-        """Cut a joined pair before its answer's id. Raises UserError if the id is not spelled there as it is alone."""
-        start, target, _ = answer_id(text)
-        encoded = self.tokenizer(text[:start] + str(target) + self.end, return_offsets_mapping=True)
-        cut = _first_after(encoded["offset_mapping"], start)
-        ids = encoded["input_ids"][:cut]
-        spelled, tail, eos = self.tokens.get(target), encoded["input_ids"][cut:], self.tokenizer.eos_token_id
-        tail = tail[:-1] if tail and tail[-1] == eos else tail
-        if spelled is not None and tail + ([] if self.end else [eos]) != spelled:
-            raise UserError(f"line {pair + 1}: the tokenizer spells {target} otherwise in this answer than behind "
-                            f"'{self.LEAD}'; the answer must hold '{self.LEAD}{target}{self.end}'")
-        kept = truncate(ids, max_length, self.tokenizer.bos_token_id)
-        return TestPrompt(pair, text[:start], target, kept, len(ids), len(ids) <= max_length)
+    groups, single = [], []
+    for members, shared in _common_beginnings(test_prompts):
+        if len(members) == 1:
+            single += members
+        else:
+            groups.append(Group(members[0].input_ids[:shared], _chunks(members, shared, batch_size, tail_tokens)))
+    for chunk in _chunks(sorted(single, key=lambda p: -len(p.input_ids)), 0, batch_size, tail_tokens):
+        # A prompt alone is its own trunk: that pass needs no mask.
+        groups.append(Group(chunk[0].input_ids[:-1] if len(chunk) == 1 else [], [chunk]))
+    return sorted(groups, key=lambda group: -max(len(p.input_ids) for p in group.chunks[0]))
 
 
-def read_answers(pairs: Sequence[str], source) -> str:
-    """Check that every answer names a POI id; return what follows the id, the same in all ("." in our wording)."""
-    ends = {}
-    for line, pair in enumerate(pairs, start=1):
-        try:
-            ends.setdefault(answer_id(pair)[2], line)
-        except ValueError as error:
-            raise UserError(f"{source}, line {line}: {error}; make it again with process_llm_gps.py") from None
-    if len(ends) > 1:
-        first, second = list(ends.items())[:2]
-        raise UserError(f"{source}, line {second[1]}: the answer ends in {second[0]!r} behind its POI id, but in "
-                        f"{first[0]!r} on line {first[1]}; all answers must end alike")
-    return next(iter(ends))
+def _common_beginnings(test_prompts) -> Iterator[tuple[list[TestPrompt], int]]:
+    """(prompts, the number of tokens that they share), such that the tokens shared are the most that they can be."""
+    # Neighbours in lexicographic order share the most, so groups are runs of them; best[j] is what the first j can save.
+    prompts = sorted(test_prompts, key=lambda p: p.input_ids)
+    common = [_common(a.input_ids, b.input_ids) for a, b in zip(prompts, prompts[1:])]
+    best, start = [0], []
+    for end in range(1, len(prompts) + 1):
+        choices, shared = [(best[end - 1], end - 1)], np.inf
+        for first in range(end - 2, -1, -1):
+            shared = min(shared, common[first])
+            if shared < LEAST_SHARED:
+                break
+            choices.append((best[first] + (end - first - 1) * shared, first))
+        value, first = max(choices)
+        best.append(value)
+        start.append(first)
+    end = len(prompts)
+    while end > 0:
+        first = start[end - 1]
+        yield prompts[first:end], min(common[first:end - 1], default=0)
+        end = first
 
 
-def answer_id(text: str) -> tuple[int, int, str]:
-    """Where the answer's last POI id begins in a joined pair, the id, and what follows it (stripped).
-
-    Raises ValueError if the answer names none.
-    """
-    prompt, answer = prompts.split(text)
-    matches = list(prompts.POI_ID.finditer(answer))
-    if not matches:
-        raise ValueError("no 'POI id n' in the answer")
-    match = matches[-1]
-    return len(prompt) + match.start(1), int(match.group(1)), answer[match.end(1):].strip()
+def _common(a: list[int], b: list[int]) -> int:
+    """How many tokens two prompts share at their beginning, leaving each at least one of its own."""
+    length = min(len(a), len(b)) - 1
+    different = np.asarray(a[:length]) != np.asarray(b[:length])
+    return int(different.argmax()) if different.any() else length
 
 
-def _first_after(offsets, position: int) -> int:
-    """The first token that reaches beyond `position` of the text."""
-    return next((i for i, (_, end) in enumerate(offsets) if end > position), len(offsets))
+def _chunks(prompts, shared: int, batch_size: int, tail_tokens: int) -> list[list[TestPrompt]]:
+    chunks, room = [], 0
+    for prompt in prompts:
+        tail = len(prompt.input_ids) - shared
+        if not chunks or len(chunks[-1]) == batch_size or tail > room:
+            chunks.append([])
+            room = tail_tokens
+        chunks[-1].append(prompt)
+        room -= tail
+    return chunks
 
 
 class Trie:
-    """The spelled candidates as nodes in depth-first order: node 0 is the prompt's end, each other node a token.
+    """The spelled candidates as a tree of tokens, numbered level by level; node 0 is the prompt's end.
 
-    parent, token, depth: (nodes,); inner: node ids with children; leaf: (candidates,), the node that ends each.
+    spelled: {POI id: its tokens}. parent, token, depth, first_child, children: (nodes,), a node's children being
+    numbered first_child … first_child + children - 1; leaf: (candidates,), the node that ends each.
     """
 
-    def __init__(self, spelled: Sequence[Sequence[int]]):
-        self.parent, self.token, self.depth = [-1], [-1], [0]
-        children = {}
-        self.leaf = torch.zeros(len(spelled), dtype=torch.long)
-        for candidate in sorted(range(len(spelled)), key=lambda i: list(spelled[i])):
-            node = 0
-            for token in spelled[candidate]:
-                if (node, token) not in children:
-                    children[node, token] = len(self.parent)
-                    self.parent.append(node)
-                    self.token.append(token)
-                    self.depth.append(self.depth[node] + 1)
-                node = children[node, token]
-            self.leaf[candidate] = node
-        self.inner = sorted({parent for parent in self.parent if parent > 0})
-        if set(self.inner) & set(self.leaf.tolist()) or len(set(self.leaf.tolist())) < len(self.leaf):
-            raise ValueError("one candidate's spelling is the beginning of another's")
-        self.parent, self.token, self.depth = (torch.tensor(x) for x in (self.parent, self.token, self.depth))
+    def __init__(self, spelled: dict[int, Sequence[int]]):
+        self.candidates, self.spelled = list(spelled), spelled
+        self.place = {poi: i for i, poi in enumerate(self.candidates)}
+        parent, token, depth, first_child, children = [-1], [0], [0], [], []
+        leaf = np.full(len(spelled), -1)
+        # A node's candidates lie next to each other in lexicographic order: level by level, split each run by token.
+        order = sorted(range(len(spelled)), key=lambda i: list(spelled[self.candidates[i]]))
+        sorted_spellings = [spelled[self.candidates[i]] for i in order]
+        runs = [(0, len(order))]
+        for node, (first, last) in enumerate(runs):         # grows while it is read
+            level = depth[node]
+            first_child.append(len(parent))
+            if len(sorted_spellings[first]) == level and node > 0:
+                if last - first > 1:
+                    raise ValueError("one candidate's spelling is the beginning of another's")
+                leaf[order[first]] = node
+                children.append(0)
+                continue
+            while first < last:
+                here = sorted_spellings[first][level]
+                end = first + 1
+                while end < last and sorted_spellings[end][level] == here:
+                    end += 1
+                parent.append(node)
+                token.append(here)
+                depth.append(level + 1)
+                runs.append((first, end))
+                first = end
+            children.append(len(parent) - first_child[node])
+        self.parent, self.token, self.depth = (torch.tensor(x) for x in (parent, token, depth))
+        self.first_child, self.children = torch.tensor(first_child), torch.tensor(children)
+        self.leaf = torch.from_numpy(leaf)
+        self.inner = self.children > 0
+        # A node whose children are all leaves is never attended to once its logits are read.
+        self.keeps = torch.zeros(len(parent), dtype=torch.bool)
+        self.keeps[self.parent[self.inner & (self.parent >= 0)]] = True
 
-    def chunks(self, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Inner nodes in runs of about `size`, each with its ancestors: (nodes (M,), attended (M, M) bool)."""
-        for first in range(0, len(self.inner), size):
-            nodes = set(self.inner[first:first + size])
-            for node in list(nodes):
-                while (node := int(self.parent[node])) > 0:
-                    nodes.add(node)
-            nodes = torch.tensor(sorted(nodes))
-            place = {int(node): i for i, node in enumerate(nodes)}
-            attended = torch.eye(len(nodes), dtype=torch.bool)
-            for i, node in enumerate(nodes):        # ancestors come before, so their rows are complete
-                parent = int(self.parent[node])
-                if parent > 0:
-                    attended[i] |= attended[place[parent]]
-            yield nodes, attended
+    def path(self, poi: int) -> list[int]:
+        """The nodes that spell a candidate, from below the root to its leaf."""
+        path = [int(self.leaf[self.place[poi]])]
+        while (above := int(self.parent[path[0]])) > 0:
+            path.insert(0, above)
+        return path
+
+    def tokens_after(self, tokens: Sequence[int]) -> list[int]:
+        """The tokens that may follow a beginning; none if it is complete or begins no candidate."""
+        node = 0
+        for token in tokens:
+            children = slice(self.first_child[node], self.first_child[node] + self.children[node])
+            found = (self.token[children] == token).nonzero()
+            if not len(found):
+                return []
+            node = int(self.first_child[node] + found[0])
+        return self.token[self.first_child[node]:self.first_child[node] + self.children[node]].tolist()
 
 
-def left_pad(sequences: Sequence[Sequence[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (B, S) and attention mask (B, S), padded on the left."""
-    longest = max(len(ids) for ids in sequences)
-    input_ids = torch.full((len(sequences), longest), pad)
-    mask = torch.zeros((len(sequences), longest), dtype=torch.long)
-    for row, ids in enumerate(sequences):
-        input_ids[row, longest - len(ids):] = torch.tensor(ids)
-        mask[row, longest - len(ids):] = 1
-    return input_ids.to(device), mask.to(device)
+@dataclasses.dataclass
+class Ranked:
+    """One prompt's result."""
+    rank: int | None                            # the target's, 1 is best; None if it has none
+    top: list[tuple[int, float | None]]         # the best POIs with their log-probabilities
+    log_probs: np.ndarray | None                # (candidates,) of all, if asked for
 
 
 @torch.inference_mode()
-def log_probabilities(model, sequences: Sequence[Sequence[int]], trie: Trie, pad: int) -> torch.Tensor:
-    """log P(candidate | prompt), (B, candidates) fp32 on the CPU, for a batch of prompts as token ids."""
-    input_ids, mask = left_pad(sequences, pad, model.device)
-    batch, length = input_ids.shape
-    lengths = mask.sum(1, keepdim=True)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache(config=model.config)
-    logits = model(input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-                   logits_to_keep=1).logits[:, -1:]
+def rank(model, trie: Trie, group: Group, top: int = TOP, full: bool = False, done=frozenset()
+         ) -> Iterator[tuple[list[TestPrompt], list[Ranked]]]:
+    """Rank all candidates for each prompt of a group: yields (prompts, their results) chunk by chunk.
 
-    step = torch.zeros(batch, len(trie.parent))     # log P(node's token | its parent)
-    _fill(step, logits, torch.tensor([0]), trie)
-    smallest = torch.finfo(model.dtype).min
-    size = max(16, LOGITS_BYTES // (batch * logits.shape[-1] * 4))
-    for nodes, attended in trie.chunks(size):
-        tokens, depth = trie.token[nodes].to(model.device), trie.depth[nodes].to(model.device)
-        seen = torch.cat([mask.bool()[:, None, None, :].expand(batch, 1, len(nodes), length),
-                          attended.to(model.device).expand(batch, 1, -1, -1)], dim=-1)
-        bias = torch.zeros(seen.shape, dtype=model.dtype, device=model.device).masked_fill(~seen, smallest)
-        logits = model(tokens.expand(batch, -1), attention_mask=bias, position_ids=lengths + depth - 1,
-                       past_key_values=cache, use_cache=True).logits
-        cache.crop(-len(nodes))
-        _fill(step, logits, nodes, trie)
-
-    total = torch.zeros_like(step)
-    for depth in range(1, int(trie.depth.max()) + 1):
-        level = (trie.depth == depth).nonzero().squeeze(1)
-        total[:, level] = total[:, trie.parent[level]] + step[:, level]
-    return total[:, trie.leaf]
+    full: the log-probability of every candidate, without pruning. done: pairs that need no result; a chunk is left out
+    if it has no others.
+    """
+    chunks = [chunk for chunk in group.chunks if not all(p.pair in done for p in chunk)]
+    if not chunks:
+        return
+    tree = Tree(model, group.trunk)
+    for chunk in chunks:
+        yield chunk, _Search(tree, trie, chunk, top, full).results()
+        tree.crop(len(group.trunk))
 
 
-def _fill(step: torch.Tensor, logits: torch.Tensor, nodes: torch.Tensor, trie: Trie) -> None:
-    """Write log P of every child of `nodes`, whose logits are (B, M, vocabulary)."""
-    row = torch.full((len(trie.parent),), -1)
-    row[nodes] = torch.arange(len(nodes))
-    child = ((row[trie.parent.clamp(min=0)] >= 0) & (trie.parent >= 0)).nonzero().squeeze(1)
-    log_probs = logits.float().log_softmax(-1)
-    step[:, child] = log_probs[:, row[trie.parent[child]], trie.token[child]].cpu()
+class Tree:
+    """What stands in the LLM's key-value cache: a trunk that all see, and slots that some see."""
+
+    def __init__(self, model, trunk: Sequence[int]):
+        self.model, self.cache = model, DynamicCache()
+        self.trunk = len(trunk)
+        self.positions = torch.arange(self.trunk)           # (slots,) of all slots, on the CPU as all bookkeeping
+        if trunk:
+            self._forward(torch.tensor([trunk]), None, self.positions, torch.tensor([self.trunk - 1]))
+
+    def grow(self, tokens: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor, keep: torch.Tensor):
+        """Add tokens (M,) that see the trunk and, of the slots behind it and themselves, seen (M, slots + M) bool.
+
+        Returns the logits (1, K, vocabulary) of the K tokens that `keep` (K,) names.
+        """
+        self.positions = torch.cat([self.positions, positions])
+        seen = torch.cat([torch.ones(len(tokens), self.trunk, dtype=torch.bool), seen], dim=1)
+        return self._forward(tokens[None], self._mask(seen, positions), positions, keep)
+
+    def crop(self, slots: int) -> None:
+        """Keep the first `slots` slots alone."""
+        if slots < len(self.positions):
+            self.cache = self.cache if slots else DynamicCache()
+            if slots:
+                self.cache.crop(slots - len(self.positions))
+            self.positions = self.positions[:slots]
+
+    def _forward(self, tokens, mask, positions, keep):
+        device = self.model.device
+        return self.model(tokens.to(device), attention_mask=mask, position_ids=positions[None].to(device),
+                          past_key_values=self.cache, use_cache=True, logits_to_keep=keep.to(device)).logits
+
+    def _mask(self, seen, positions):
+        """The additive mask (1, 1, M, slots), one for each kind of layer where a model has windows of attention."""
+        config = self.model.config.get_text_config()
+        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        if window is None:
+            return self._additive(seen)
+        near = self._additive(seen & (positions[:, None] - self.positions[None] < window))
+        if "full_attention" in (getattr(config, "layer_types", None) or ()):
+            return {"full_attention": self._additive(seen), "sliding_attention": near}
+        return near
+
+    def _additive(self, seen):
+        dtype, device = self.model.dtype, self.model.device
+        bias = torch.zeros(seen.shape, dtype=dtype, device=device)
+        return bias.masked_fill_(~seen.to(device), torch.finfo(dtype).min)[None, None]
+
+
+class _Search:
+    """The search of one chunk: which trie nodes are known for which prompt, and which are still needed.
+
+    log_p: (prompts, nodes), that of a node's spelling, -inf while unknown; slot: (prompts, nodes), where its keys lie in
+    the cache, behind the trunk; own: (prompts, slots), which slots hold a prompt's tail.
+    """
+
+    def __init__(self, tree: Tree, trie: Trie, chunk: list[TestPrompt], top: int, full: bool):
+        self.tree, self.trie, self.full = tree, trie, full
+        self.top = min(top, len(trie.candidates))
+        nodes = len(trie.parent)
+        self.log_p = torch.full((len(chunk), nodes), -torch.inf)
+        self.log_p[:, 0] = 0
+        self.expanded = torch.zeros(len(chunk), nodes, dtype=torch.bool)
+        self.slot = torch.full((len(chunk), nodes), -1)
+        self.lengths = torch.tensor([len(p.input_ids) for p in chunk])
+        self.target = [trie.place.get(p.target) for p in chunk]
+        self._read(chunk)
+
+    def results(self) -> list[Ranked]:
+        while len(needed := self._needed().nonzero()):
+            self._expand(needed)
+        leaves = self.log_p[:, self.trie.leaf]
+        results = []
+        for row, target in zip(leaves, self.target):
+            best = row.topk(self.top)
+            rank = None if target is None else rank_of(row, target)
+            results.append(Ranked(rank, [(self.trie.candidates[i], value) for i, value in
+                                         zip(best.indices.tolist(), best.values.tolist())],
+                                  row.numpy() if self.full else None))
+        return results
+
+    def _read(self, chunk) -> None:
+        """Send the prompts' tails through the LLM, and along with each the spelling of its target."""
+        tokens, positions, rows, columns, at = [], [], [], [], 0
+        owners, keep, prompts, nodes = [], [], [], []
+        for i, prompt in enumerate(chunk):
+            path = self.trie.path(prompt.target)[:-1] if self.target[i] is not None else []
+            tail = prompt.input_ids[self.tree.trunk:]
+            part = len(tail) + len(path)
+            tokens += tail + self.trie.token[path].tolist()
+            positions.append(torch.arange(self.tree.trunk, self.tree.trunk + part))
+            owners.append((at, at + len(tail)))
+            keep += range(at + len(tail) - 1, at + part)
+            prompts += [i] * (len(path) + 1)
+            nodes += [0, *path]
+            self.slot[i, path] = torch.arange(at + len(tail), at + part)
+            at += part
+        seen = torch.block_diag(*(torch.ones(len(p), len(p), dtype=torch.bool).tril() for p in positions))
+        self.own = torch.zeros(len(chunk), at, dtype=torch.bool)
+        for i, (first, last) in enumerate(owners):
+            self.own[i, first:last] = True
+        logits = self.tree.grow(torch.tensor(tokens), torch.cat(positions), seen, torch.tensor(keep))
+        self._fill(torch.tensor(prompts), torch.tensor(nodes), logits)
+
+    def _needed(self) -> torch.Tensor:
+        """Which nodes (prompts, nodes) are to be expanded next; none: the rank and the best k are exact."""
+        open_ = self.trie.inner & ~self.expanded & (self.log_p > -torch.inf)
+        if self.full:
+            return open_
+        leaves = self.log_p[:, self.trie.leaf]
+        kth = leaves.topk(self.top).values[:, -1:]              # -inf while fewer are known
+        goal = torch.tensor([[torch.inf if t is None else leaves[i, t]] for i, t in enumerate(self.target)])
+        # All that may beat the target is needed for its rank. For the best k it is what beats the k-th best so far;
+        # as that grows with every leaf, a few nodes at a time spare the others.
+        best = torch.where(open_, self.log_p, -torch.inf).topk(min(WIDTH, self.log_p.shape[1]))
+        among_best = torch.zeros_like(open_).scatter_(1, best.indices, best.values >= kth)
+        return open_ & ((self.log_p >= goal) | among_best)
+
+    def _expand(self, needed: torch.Tensor) -> None:
+        """Read the logits of nodes, (M, 2) as (prompt, node). Those with inner children stay in the cache."""
+        size = max(16, LOGITS_BYTES // (4 * self.tree.model.config.get_text_config().vocab_size))
+        needed = needed[self.trie.keeps[needed[:, 1]].long().argsort(descending=True, stable=True)]
+        for prompts, nodes in (part.unbind(1) for part in needed.split(size)):
+            seen = self.own[prompts]
+            above = self.trie.parent[nodes]
+            while (above > 0).any():
+                rows = (above > 0).nonzero().squeeze(1)
+                seen[rows, self.slot[prompts[rows], above[rows]]] = True
+                above = torch.where(above > 0, self.trie.parent[above], above)
+            slots = seen.shape[1]
+            seen = torch.cat([seen, torch.eye(len(nodes), dtype=torch.bool)], dim=1)
+            logits = self.tree.grow(self.trie.token[nodes], self.lengths[prompts] + self.trie.depth[nodes] - 1, seen,
+                                    torch.arange(len(nodes)))
+            self._fill(prompts, nodes, logits)
+            kept = int(self.trie.keeps[nodes].sum())
+            self.slot[prompts[:kept], nodes[:kept]] = torch.arange(slots, slots + kept)
+            self.own = torch.nn.functional.pad(self.own, (0, kept))
+            self.tree.crop(self.tree.trunk + slots + kept)
+
+    def _fill(self, prompts: torch.Tensor, nodes: torch.Tensor, logits: torch.Tensor) -> None:
+        """Write the log-probabilities of the children of nodes, whose logits are (1, M, vocabulary)."""
+        self.expanded[prompts, nodes] = True
+        count = self.trie.children[nodes]
+        row = torch.arange(len(nodes)).repeat_interleave(count)
+        child = torch.arange(len(row)) - (count.cumsum(0) - count)[row] + self.trie.first_child[nodes][row]
+        device, token = logits.device, self.trie.token[child]
+        normal = torch.cat([part.float().logsumexp(-1) for part in logits[0].split(256)])
+        step = (logits[0][row.to(device), token.to(device)].float() - normal[row.to(device)]).clamp(max=0).cpu()
+        # In depth order, so that a target's path, given at once, finds its parents written.
+        for depth in self.trie.depth[nodes].unique().tolist():
+            here = self.trie.depth[nodes][row] == depth
+            p, n, c = prompts[row][here], nodes[row][here], child[here]
+            self.log_p[p, c] = self.log_p[p, n] + step[here]
 
 
 def rank_of(log_probs: torch.Tensor, target: int) -> int:
@@ -213,15 +346,22 @@ def rank_of(log_probs: torch.Tensor, target: int) -> int:
 
 
 @torch.inference_mode()
-def sample_ids(model, tokenizer, sequences: Sequence[Sequence[int]]) -> list[int | None]:
-    """One sampled answer per prompt as in the paper's code: T 0.6, top-k 40, top-p 0.1, at most 4 new tokens."""
-    input_ids, mask = left_pad(sequences, tokenizer.pad_token_id, model.device)
-    output = model.generate(input_ids, attention_mask=mask, do_sample=True, temperature=0.6, top_k=40, top_p=0.1,
-                            max_new_tokens=4, pad_token_id=tokenizer.pad_token_id, use_cache=True)
-    answers = tokenizer.batch_decode(output[:, input_ids.shape[1]:], skip_special_tokens=True)
-    return [int(digits) if (digits := _leading_digits(answer)) else None for answer in answers]
+def check(model, trie: Trie, prompt: TestPrompt) -> None:
+    """Compare one answer's log-probability with that of the plain forward. Raises UserError if they differ.
 
-
-def _leading_digits(text: str) -> str:
-    text = text.strip()
-    return text[:len(text) - len(text.lstrip("0123456789"))]
+    They agree for every model whose attention follows the mask and the positions that it is given.
+    """
+    tolerance = 1e-4 if model.dtype == torch.float32 else 0.05      # per nat; bf16 has 8 bits
+    poi = prompt.target if prompt.target in trie.place else trie.candidates[0]
+    spelled = list(trie.spelled[poi])
+    ids = torch.tensor([prompt.input_ids + spelled], device=model.device)
+    log_probs = model(ids, use_cache=False, logits_to_keep=len(spelled) + 1).logits[0, :-1].float().log_softmax(-1)
+    plain = log_probs.gather(1, ids[0, -len(spelled):, None]).sum().item()
+    half = len(prompt.input_ids) // 2
+    other = dataclasses.replace(prompt, input_ids=prompt.input_ids[:half + 1])
+    search = _Search(Tree(model, prompt.input_ids[:half]), trie,
+                     [other, dataclasses.replace(prompt, target=poi)], 1, False)
+    ranked = search.log_p[1, trie.leaf[trie.place[poi]]].item()
+    if not abs(plain - ranked) <= tolerance * max(1.0, abs(plain)):
+        raise UserError(f"{type(model).__name__}: its attention does not follow a mask, so POIs cannot be ranked "
+                        f"exactly (log P {ranked:.4f}, alone {plain:.4f}); use --decoding beam or sample")

@@ -4,8 +4,10 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -49,13 +51,16 @@ def stage_2(repo, output, *flags, **options):
                     "outputs/gcim/6/geo_encoder_merged.pth", *flags, **options)
 
 
+def evaluation(output, *flags):
+    return ["test_next_gps.py", "--batch_size", "8", "--base_model", "models/tiny", "--output_dir", output,
+            "--cache_dir", "./cache", "--seq_len", "4096", "--context_size", "4096", "--flash_attn", "True",
+            "--model_path", "models/tiny", "--data_path", "datasets", "--dataset_name", "sample", "--test_file",
+            "test_qa_pairs_kqt_200items_sample_llm_without_sim_gps.txt", "--gps_mapping_path", MAPPING,
+            "--geoencoder_path", "outputs/gcim/6/geo_encoder_merged.pth", "--use_random_projector", "False", *flags]
+
+
 def evaluate(repo, output, *flags, check=True):
-    result = run(repo, sys.executable, "test_next_gps.py", "--batch_size", "8", "--base_model", "models/tiny",
-                 "--output_dir", output, "--cache_dir", "./cache", "--seq_len", "4096", "--context_size", "4096",
-                 "--flash_attn", "True", "--model_path", "models/tiny", "--data_path", "datasets", "--dataset_name",
-                 "sample", "--test_file", "test_qa_pairs_kqt_200items_sample_llm_without_sim_gps.txt",
-                 "--gps_mapping_path", MAPPING, "--geoencoder_path", "outputs/gcim/6/geo_encoder_merged.pth",
-                 "--use_random_projector", "False", *flags, check=check)
+    result = run(repo, sys.executable, *evaluation(output, *flags), check=check)
     if not check:
         return result, None
     wrote = result.stdout.strip().splitlines()[-1].split()
@@ -102,7 +107,8 @@ def test_golden_run(repo):
     result, metrics = evaluate(repo, "outputs/llm/checkpoint-6", "--test_type", "llm")
     lines = (repo / DATA / "test_qa_pairs_kqt_200items_sample_llm_without_sim_gps.txt").read_text().splitlines()
     places = (repo / MAPPING).read_text().count("\n") - 1
-    for name in ("model", "user-history frequency", "popularity"):
+    assert f"protocol ga-llm, n = {len(lines)}" in result.stdout
+    for name in ("model", "user-history frequency", "popularity", "Markov chain"):
         assert metrics["all"][name]["n"] == metrics["fits"][name]["n"] == len(lines) > 20
         assert f"{name:22}  {len(lines):>6}  {metrics['all'][name]['Acc@1']['value']:.4f}" in result.stdout
     predictions = [json.loads(line) for line in (repo / "outputs/llm/checkpoint-6/predictions.jsonl").open()]
@@ -128,10 +134,57 @@ def test_types_of_test(repo, flags, same):
     assert (difference < 1e-3) == same
 
 
-def test_sampling_as_in_the_papers_code(repo):
-    result, metrics = evaluate(repo, "outputs/llm/checkpoint-6", "--decoding", "sample", "--limit", "12")
-    assert metrics["all"]["model"]["n"] == 12 and "Acc@1" in metrics["all"]["model"]
-    assert metrics["all"]["popularity"]["n"] == 12
+@pytest.mark.parametrize("how", ["sample", "beam"])
+def test_other_decodings(repo, how):
+    result, metrics = evaluate(repo, "outputs/llm/checkpoint-6", "--decoding", how, "--limit", "12")
+    assert f"outputs/llm/checkpoint-6/{how}_limit12/" in result.stdout
+    assert metrics["all"]["model"]["n"] == metrics["all"]["popularity"]["n"] == 12
+    assert ("Acc@5" in metrics["all"]["model"]) == (how == "beam") and "Acc@1" in metrics["all"]["model"]
+
+
+def test_protocol_and_comparison(repo):
+    output = "outputs/llm/checkpoint-6"
+    _, whole = evaluate(repo, output)
+    result, sample = evaluate(repo, output, "--protocol", "sthgcn")
+    assert whole["protocol"] == "ga-llm" and sample["protocol"] == "sthgcn" and 0 < sample["n"] <= whole["n"]
+    files = [f"{output}/predictions.jsonl", f"{output}/sthgcn/predictions.jsonl"]
+    assert f"protocol sthgcn, n = {sample['n']}" in result.stdout and (repo / files[1]).exists()
+    same = run(repo, sys.executable, "test_next_gps.py", "--compare", files[0], files[0])
+    assert "Acc@1" in same.stdout and "MRR" in same.stdout
+    unlike = run(repo, sys.executable, "test_next_gps.py", "--compare", *files, check=False)
+    assert (unlike.returncode == 0) == (sample["n"] == whole["n"])
+
+
+def test_killed_evaluation_ends_with_the_same_files(repo):
+    flags = ["--batch_size", "1", "--full_table", "True"]
+    folder = repo / "outputs/llm/checkpoint-6"
+    evaluate(repo, "outputs/llm/checkpoint-6", *flags)
+    names = ("predictions.jsonl", "log_probabilities.npy")
+    whole = {name: (folder / name).read_bytes() for name in names}
+    places = (repo / MAPPING).read_text().count("\n") - 1
+    table, records = np.load(folder / names[1]), [json.loads(line) for line in whole[names[0]].splitlines()]
+    assert table.shape == (len(records), places)
+    for row, record in zip(table, records):
+        assert sorted(row)[-20:][::-1] == pytest.approx([value for _, value in record["top"]], abs=1e-3)
+
+    process = subprocess.Popen([sys.executable, *evaluation("outputs/llm/checkpoint-6", *flags)], cwd=repo,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        partial = list(folder.glob(".predictions.jsonl.*.partial"))
+        if partial and partial[0].read_bytes().count(b"\n") >= 3:
+            break
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    done = partial[0].read_bytes().count(b"\n")
+    assert 3 <= done < len(records)
+    for name in names:
+        (folder / name).unlink()
+    result, _ = evaluate(repo, "outputs/llm/checkpoint-6", *flags)
+    assert f"going on behind {done} pairs" in result.stderr
+    assert {name: (folder / name).read_bytes() for name in names} == whole
+    assert not list(folder.glob(".*partial"))
 
 
 def test_prompts_that_do_not_fit_are_a_denominator_of_their_own(repo):
@@ -195,9 +248,8 @@ def test_deepspeed_and_its_conversion(repo):
     run(repo, sys.executable, f"{checkpoint}/zero_to_fp32.py", checkpoint, f"{checkpoint}/pytorch_model.bin")
     result, converted = evaluate(repo, checkpoint)
     assert "weights from outputs/ds/checkpoint-6/pytorch_model.bin" in result.stderr
-    for metric, values in direct["all"]["model"].items():
-        if metric != "n":
-            assert converted["all"]["model"][metric]["value"] == pytest.approx(values["value"], abs=0.1)
+    for metric in ("Acc@1", "Acc@20", "MRR", "NDCG@10"):
+        assert converted["all"]["model"][metric]["value"] == pytest.approx(direct["all"]["model"][metric]["value"], abs=0.1)
 
 
 @pytest.mark.parametrize("change, message", [

@@ -1,0 +1,109 @@
+"""Test prompts: each test pair up to where its POI id is to be spelled, and how the tokenizer spells the ids."""
+import dataclasses
+from collections.abc import Sequence
+
+from ga_llm import prompts
+from ga_llm.cli import UserError
+from ga_llm.sft_data import truncate
+
+
+@dataclasses.dataclass
+class TestPrompt:
+    """One test pair, up to where the POI id is to be spelled."""
+    pair: int               # line of the test file, from 0
+    text: str               # question and answer up to the id
+    target: int             # encoded POI id
+    input_ids: list[int]    # the text's tokens, cut from the left to what the model takes
+    tokens: int             # how many there were before cutting
+    fits: bool              # whether nothing was cut
+
+    @property
+    def shown(self) -> list[int]:
+        """The POI ids of the prompt's check-ins, in its order."""
+        return _poi_ids(prompts.split(self.text)[0])
+
+    @property
+    def current(self) -> list[int]:
+        """Those of the current trajectory alone; in another wording than ours, all."""
+        return _poi_ids(prompts.split(self.text)[0].rpartition(prompts.CURRENT)[2])
+
+    @property
+    def user(self) -> int | None:
+        """The encoded user, where the answer names one as ours does."""
+        match = prompts.USER.search(prompts.split(self.text)[1])
+        return int(match[1]) if match else None
+
+    @property
+    def time(self) -> str | None:
+        """The target's local time, `YYYY-MM-DD HH:MM:SS`, where the answer names it as ours does."""
+        match = prompts.TIME.search(prompts.split(self.text)[1])
+        return match[0] if match else None
+
+
+def _poi_ids(text: str) -> list[int]:
+    return [int(poi) for poi in prompts.POI_ID.findall(text)]
+
+
+class Spelling:
+    """How a tokenizer spells the POI ids in an answer, each with its end, so that 12 and 123 differ.
+
+    lead: what stands before the id in the answer ("… POI id "); end: what stands behind (".", else EOS ends it).
+    """
+
+    LEAD = "POI id "
+
+    def __init__(self, tokenizer, candidates: Sequence[int], end: str):
+        self.tokenizer, self.end = tokenizer, end
+        texts = [f"{self.LEAD}{poi}{end}" for poi in candidates]
+        encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        last = [] if end else [tokenizer.eos_token_id]
+        self.tokens = {}
+        for poi, ids, offsets in zip(candidates, encoded["input_ids"], encoded["offset_mapping"]):
+            self.tokens[poi] = ids[_first_after(offsets, len(self.LEAD)):] + last
+
+    def prompt(self, pair: int, text: str, max_length: int) -> TestPrompt:
+        """Cut a joined pair before its answer's id. Raises UserError if the id is not spelled there as it is alone."""
+        start, target, _ = answer_id(text)
+        encoded = self.tokenizer(text[:start] + str(target) + self.end, return_offsets_mapping=True)
+        cut = _first_after(encoded["offset_mapping"], start)
+        ids = encoded["input_ids"][:cut]
+        spelled, tail, eos = self.tokens.get(target), encoded["input_ids"][cut:], self.tokenizer.eos_token_id
+        tail = tail[:-1] if tail and tail[-1] == eos else tail
+        if spelled is not None and tail + ([] if self.end else [eos]) != spelled:
+            raise UserError(f"line {pair + 1}: the tokenizer spells {target} otherwise in this answer than behind "
+                            f"'{self.LEAD}'; the answer must hold '{self.LEAD}{target}{self.end}'")
+        kept = truncate(ids, max_length, self.tokenizer.bos_token_id)
+        return TestPrompt(pair, text[:start], target, kept, len(ids), len(ids) <= max_length)
+
+
+def read_answers(pairs: Sequence[str], source) -> str:
+    """Check that every answer names a POI id; return what follows the id, the same in all ("." in our wording)."""
+    ends = {}
+    for line, pair in enumerate(pairs, start=1):
+        try:
+            ends.setdefault(answer_id(pair)[2], line)
+        except ValueError as error:
+            raise UserError(f"{source}, line {line}: {error}; make it again with process_llm_gps.py") from None
+    if len(ends) > 1:
+        first, second = list(ends.items())[:2]
+        raise UserError(f"{source}, line {second[1]}: the answer ends in {second[0]!r} behind its POI id, but in "
+                        f"{first[0]!r} on line {first[1]}; all answers must end alike")
+    return next(iter(ends))
+
+
+def answer_id(text: str) -> tuple[int, int, str]:
+    """Where the answer's last POI id begins in a joined pair, the id, and what follows it (stripped).
+
+    Raises ValueError if the answer names none.
+    """
+    prompt, answer = prompts.split(text)
+    matches = list(prompts.POI_ID.finditer(answer))
+    if not matches:
+        raise ValueError("no 'POI id n' in the answer")
+    match = matches[-1]
+    return len(prompt) + match.start(1), int(match.group(1)), answer[match.end(1):].strip()
+
+
+def _first_after(offsets, position: int) -> int:
+    """The first token that reaches beyond `position` of the text."""
+    return next((i for i, (_, end) in enumerate(offsets) if end > position), len(offsets))
