@@ -32,7 +32,7 @@ MADE_BY = "python data-preprocess/process_llm_gps.py -dataset_name {} -use_sim F
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base_model", help="folder of the base LLM (default: --model_path)")
-    parser.add_argument("--model_path", help="the same, by its other name")
+    parser.add_argument("--model_path", help="the same")
     parser.add_argument("--output_dir", help="stage 2's checkpoint-N; results go here, those of other test types, "
                         "decodings and protocols into folders of their own")
     parser.add_argument("--cache_dir")
@@ -45,7 +45,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--use_random_projector", type=boolean, default=False, help="an untrained encoder instead")
     parser.add_argument("--protocol", choices=protocols.PROTOCOLS, default="ga-llm", help=str(protocols.PROTOCOLS))
     parser.add_argument("--decoding", choices=decoding.DECODINGS, default="rank")
-    parser.add_argument("--full_table", type=boolean, default=False, help="also write log P of every POI for every pair")
+    parser.add_argument("--always_end", type=boolean, default=False, help="log P of the whole answer, its '.' included")
+    parser.add_argument("--full_table", type=boolean, default=False, help="write log P of every POI, too")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--seq_len", type=int, default=32768, help="tokens; longer prompts are cut from the left")
     parser.add_argument("--context_size", type=int, default=32768, help="--model_max_length of the training")
@@ -127,9 +128,8 @@ def main():
         artifacts.require(args.geoencoder_path, weights.MADE_BY)
 
     model, tokenizer = load_model(args, mapping)
-    spelled = spelling.Spelling(tokenizer, sorted(mapping.ids.tolist()), end)
-    limit = min(args.seq_len, args.context_size)
-    test_prompts = [spelled.prompt(i, pair, limit) for i, pair in enumerate(pairs)]
+    spelled = spelling.Spelling(tokenizer, sorted(mapping.ids.tolist()), end, args.always_end)
+    test_prompts = spelled.prompts(pairs, min(args.seq_len, args.context_size))
     test_prompts = protocols.select(args.protocol, test_prompts, folder / artifacts.SAMPLE)
     if not test_prompts:
         raise UserError(f"{args.test_file}: --protocol {args.protocol} asks none of its {len(pairs)} pairs")

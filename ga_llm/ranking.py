@@ -23,7 +23,7 @@ TOP = 20                    # how many of the best candidates are given exactly
 LOGITS_BYTES = 2 ** 28      # what the logits of one pass over trie nodes may take
 TAIL_TOKENS = 2048          # of one pass over several prompts' tails: bounds its attention mask
 LEAST_SHARED = 32           # tokens; a shorter common beginning is not worth a group
-WIDTH = 32                  # nodes of a prompt that are tried at a time while its k-th best is not known
+WIDTH = 16                  # nodes of a prompt that are tried at a time while its k-th best is not known
 
 
 @dataclasses.dataclass

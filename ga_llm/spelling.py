@@ -1,6 +1,6 @@
 """Test prompts: each test pair up to where its POI id is to be spelled, and how the tokenizer spells the ids."""
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ga_llm import prompts
 from ga_llm.cli import UserError
@@ -45,35 +45,64 @@ def _poi_ids(text: str) -> list[int]:
 
 
 class Spelling:
-    """How a tokenizer spells the POI ids in an answer, each with its end, so that 12 and 123 differ.
+    """How a tokenizer spells the POI ids in an answer, and where it ends them, so that 12 and 123 differ.
 
     lead: what stands before the id in the answer ("… POI id "); end: what stands behind (".", else EOS ends it).
+    full: {POI id: the tokens of the id and its end}. tokens: {POI id: those that tell it from all others}: the end is
+    left out where no other id begins with this one, as nothing but the end can follow there; `always_end` keeps it.
     """
 
     LEAD = "POI id "
 
-    def __init__(self, tokenizer, candidates: Sequence[int], end: str):
+    def __init__(self, tokenizer, candidates: Sequence[int], end: str, always_end: bool = False):
         self.tokenizer, self.end = tokenizer, end
-        texts = [f"{self.LEAD}{poi}{end}" for poi in candidates]
-        encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-        last = [] if end else [tokenizer.eos_token_id]
-        self.tokens = {}
-        for poi, ids, offsets in zip(candidates, encoded["input_ids"], encoded["offset_mapping"]):
-            self.tokens[poi] = ids[_first_after(offsets, len(self.LEAD)):] + last
+        self.full, bare = {}, {}
+        for poi, ids, digits in self._spell(candidates, self.LEAD):
+            self.full[poi] = ids
+            bare[poi] = ids[:digits]
+        # In lexicographic order an id is followed by those that begin with it.
+        order = sorted(candidates, key=bare.get)
+        begins_another = {poi for poi, other in zip(order, order[1:]) if bare[other][:len(bare[poi])] == bare[poi]}
+        self.tokens = {poi: self.full[poi] if always_end or poi in begins_another else bare[poi] for poi in candidates}
 
-    def prompt(self, pair: int, text: str, max_length: int) -> TestPrompt:
-        """Cut a joined pair before its answer's id. Raises UserError if the id is not spelled there as it is alone."""
+    def _spell(self, candidates: Sequence[int], before: str) -> Iterator[tuple[int, list[int], int]]:
+        """For each candidate behind the text `before`: the tokens of its id and end, and how many are the id's."""
+        encoded = self.tokenizer([f"{before}{poi}{self.end}" for poi in candidates], add_special_tokens=False,
+                                 return_offsets_mapping=True)
+        for poi, ids, offsets in zip(candidates, encoded["input_ids"], encoded["offset_mapping"]):
+            first = _first_after(offsets, len(before))
+            last = _first_after(offsets, len(before) + len(str(poi)))
+            yield poi, ids[first:] + ([] if self.end else [self.tokenizer.eos_token_id]), last - first
+
+    def prompts(self, pairs: Sequence[str], max_length: int) -> list[TestPrompt]:
+        """Cut joined pairs before their answers' ids.
+
+        Raises UserError if ids are not spelled there as they are alone: every candidate is tried in the first answer,
+        and in each answer its own target.
+        """
+        if pairs:
+            start, _, _ = answer_id(pairs[0])
+            before = prompts.split(pairs[0][:start])[1]
+            for poi, ids, _ in self._spell(list(self.full), before):
+                if ids != self.full[poi]:
+                    raise self._otherwise(0, poi)
+        return [self._prompt(i, pair, max_length) for i, pair in enumerate(pairs)]
+
+    def _prompt(self, pair: int, text: str, max_length: int) -> TestPrompt:
         start, target, _ = answer_id(text)
         encoded = self.tokenizer(text[:start] + str(target) + self.end, return_offsets_mapping=True)
         cut = _first_after(encoded["offset_mapping"], start)
         ids = encoded["input_ids"][:cut]
-        spelled, tail, eos = self.tokens.get(target), encoded["input_ids"][cut:], self.tokenizer.eos_token_id
+        tail, eos = encoded["input_ids"][cut:], self.tokenizer.eos_token_id
         tail = tail[:-1] if tail and tail[-1] == eos else tail
-        if spelled is not None and tail + ([] if self.end else [eos]) != spelled:
-            raise UserError(f"line {pair + 1}: the tokenizer spells {target} otherwise in this answer than behind "
-                            f"'{self.LEAD}'; the answer must hold '{self.LEAD}{target}{self.end}'")
+        if target in self.full and tail + ([] if self.end else [eos]) != self.full[target]:
+            raise self._otherwise(pair, target)
         kept = truncate(ids, max_length, self.tokenizer.bos_token_id)
         return TestPrompt(pair, text[:start], target, kept, len(ids), len(ids) <= max_length)
+
+    def _otherwise(self, pair: int, poi: int) -> UserError:
+        return UserError(f"line {pair + 1}: the tokenizer spells {poi} otherwise in this answer than behind "
+                         f"'{self.LEAD}'; the answer must hold '{self.LEAD}{poi}{self.end}'")
 
 
 def read_answers(pairs: Sequence[str], source) -> str:

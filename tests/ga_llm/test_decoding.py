@@ -19,9 +19,9 @@ def pair(history, target):
 @pytest.fixture
 def ready(tiny_llama):
     tokenizer, model = load_tokenizer(tiny_llama()), load_llm(tiny_llama(), 2048, "sdpa", torch.float32).eval()
-    spelled = Spelling(tokenizer, CANDIDATES, ".")
+    spelled = Spelling(tokenizer, CANDIDATES, ".", always_end=True)
     texts = [pair([1, 12], 12), pair([5], 999), pair(list(range(20)), 0), pair([], 5)]
-    return model, tokenizer, ranking.Trie(spelled.tokens), [spelled.prompt(i, text, 2048) for i, text in enumerate(texts)]
+    return model, tokenizer, ranking.Trie(spelled.tokens), spelled.prompts(texts, 2048)
 
 
 def test_beams_find_the_exact_ranking(ready):
