@@ -63,7 +63,7 @@ def arguments() -> argparse.Namespace:
     for name in ("base_model", "output_dir", "dataset_name"):
         if not getattr(args, name):
             raise UserError(f"--{name} is required; see python test_next_gps.py --help")
-    folder = artifacts.preprocessed(args.dataset_name, args.data_path)
+    args.folder = folder = artifacts.preprocessed(args.dataset_name, args.data_path)
     args.test_file = folder / (args.test_file or artifacts.questions("test", args.dataset_name, 2, use_sim=False))
     args.gps_mapping_path = args.gps_mapping_path or folder / artifacts.gps_mapping(args.dataset_name)
     # Only the trained model's ranking of all pairs lies beside the checkpoint itself; no other may replace it.
@@ -122,17 +122,16 @@ def main():
     pairs = sft_data.read_test_pairs(args.test_file, MADE_BY.format(args.dataset_name))[:args.limit]
     sft_data.check_gps_ids(pairs, mapping.ids, args.test_file, args.gps_mapping_path)
     end = spelling.read_answers(pairs, args.test_file)
-    folder = artifacts.preprocessed(args.dataset_name, args.data_path)
-    train = baselines.read_train(folder / artifacts.split_sample("train"))
+    train = baselines.read_train(args.folder / artifacts.split_sample("train"))
     if args.geoencoder_path and args.test_type != "base":
         artifacts.require(args.geoencoder_path, weights.MADE_BY)
 
     model, tokenizer = load_model(args, mapping)
-    spelled = spelling.Spelling(tokenizer, sorted(mapping.ids.tolist()), end, args.always_end)
+    spelled = spelling.Spelling(tokenizer, sorted(mapping.ids.tolist()), end, args.always_end or args.decoding == "beam")
     test_prompts = spelled.prompts(pairs, min(args.seq_len, args.context_size))
-    test_prompts = protocols.select(args.protocol, test_prompts, folder / artifacts.SAMPLE)
+    test_prompts = protocols.select(args.protocol, test_prompts, args.folder / artifacts.SAMPLE)
     if not test_prompts:
-        raise UserError(f"{args.test_file}: --protocol {args.protocol} asks none of its {len(pairs)} pairs")
+        raise UserError(f"{args.test_file}: --protocol {args.protocol} has none of its {len(pairs)} pairs")
     store, speed = predict(args, model, tokenizer, test_prompts, ranking.Trie(spelled.tokens))
 
     found = store.ranking(test_prompts)

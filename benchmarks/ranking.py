@@ -62,8 +62,8 @@ def main():
     parser.add_argument("-fields", default=",".join(prompts.FIELDS))
     parser.add_argument("--model", default="models/smollm2-135m")
     parser.add_argument("--context_size", type=int, default=8192)
-    parser.add_argument("--users", type=int, default=10)
-    parser.add_argument("--beam_every", type=int, default=8, help="the beam search reads every so manieth prompt")
+    parser.add_argument("--users", type=int, default=6)
+    parser.add_argument("--beam_every", type=int, default=10, help="the beam search reads every so manieth prompt")
     args = parser.parse_args()
 
     folder = artifacts.preprocessed(args.dataset_name)
@@ -103,8 +103,8 @@ def main():
     decoded("rank", tries[told], few[:1], 8)()                                               # warm up
     timed("reading each distinct token once", sample, lambda: read(model, ranking.plan(sample, 8)))
     timed("exact ranking", sample, decoded("rank", tries[told], sample, 8))
-    timed("exact ranking, whole answers (--always_end)", sample, decoded("rank", tries[whole], sample, 8))
     timed("sampling, one by one", sample, decoded("sample", tries[told], sample, 1))
+    timed("exact ranking, whole answers (--always_end)", sample, decoded("rank", tries[whole], sample, 8))
     timed(f"beam search, {decoding.BEAMS} beams, one by one", few, decoded("beam", tries[whole], few, 1))
 
     ours = seconds["exact ranking"]

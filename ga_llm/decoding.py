@@ -60,11 +60,12 @@ def sample(model, tokenizer, trie: Trie, batch: Sequence[TestPrompt], seed: int 
 @torch.inference_mode()
 def beam(model, tokenizer, trie: Trie, batch: Sequence[TestPrompt], seed: int = 0, beams: int = BEAMS) -> list[Ranked]:
     """Beam search over valid ids: what the beams find, best first, with log-probabilities; a target that they do not
-    find has no rank."""
+    find has no rank. The trie's ids must all have their end, at which a beam stops.
+    """
     ends = sorted(set(trie.token[trie.leaf].tolist()))
     if set(ends) & set(trie.token[(trie.children > 0).nonzero().squeeze(1)[1:]].tolist()):
-        raise UserError("--decoding beam needs a token that ends an id and stands in none; this tokenizer has none: use "
-                        "--decoding rank")
+        raise UserError("--decoding beam needs a token that ends an id and stands in none, which this tokenizer lacks; "
+                        "use --decoding rank")
     input_ids, mask = left_pad([prompt.input_ids for prompt in batch], tokenizer.pad_token_id, model.device)
     length = input_ids.shape[1]
 

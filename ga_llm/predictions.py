@@ -95,7 +95,7 @@ class Store:
 
 
 def key(settings: dict, contents: Iterable[Path | str], models: Iterable[Path | str]) -> str:
-    """A short name for what predictions depend on: settings, files' contents, and models' weights (by size and time)."""
+    """A short name for what predictions depend on: settings, files' contents, models' weights (by size and time)."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for path in contents:
         digest.update(Path(path).read_bytes())

@@ -23,7 +23,8 @@ TOP = 20                    # how many of the best candidates are given exactly
 LOGITS_BYTES = 2 ** 28      # what the logits of one pass over trie nodes may take
 TAIL_TOKENS = 2048          # of one pass over several prompts' tails: bounds its attention mask
 LEAST_SHARED = 32           # tokens; a shorter common beginning is not worth a group
-WIDTH = 16                  # nodes of a prompt that are tried at a time while its k-th best is not known
+WIDTH = 16                  # nodes of a prompt that are tried at a time while its best k are not certain
+PASS_NODES = 160            # or more, up to so many in all prompts: a pass over fewer takes hardly less time
 
 
 @dataclasses.dataclass
@@ -57,7 +58,7 @@ def plan(test_prompts: Sequence[TestPrompt], batch_size: int, tail_tokens: int =
 
 def _common_beginnings(test_prompts) -> Iterator[tuple[list[TestPrompt], int]]:
     """(prompts, the number of tokens that they share), such that the tokens shared are the most that they can be."""
-    # Neighbours in lexicographic order share the most, so groups are runs of them; best[j] is what the first j can save.
+    # Neighbours in lexicographic order share the most, so groups are runs of them; best[j]: what the first j can save.
     prompts = sorted(test_prompts, key=lambda p: p.input_ids)
     common = [_common(a.input_ids, b.input_ids) for a, b in zip(prompts, prompts[1:])]
     best, start = [0], []
@@ -148,6 +149,12 @@ class Trie:
             path.insert(0, above)
         return path
 
+    def first_nodes(self, limit: int) -> list[int]:
+        """The root's inner children, if there are no more than `limit`: what any search has to visit."""
+        children = torch.arange(self.first_child[0], self.first_child[0] + self.children[0])
+        children = children[self.inner[children]].tolist()
+        return children if len(children) <= limit else []
+
     def tokens_after(self, tokens: Sequence[int]) -> list[int]:
         """The tokens that may follow a beginning; none if it is complete or begins no candidate."""
         node = 0
@@ -237,8 +244,8 @@ class Tree:
 class _Search:
     """The search of one chunk: which trie nodes are known for which prompt, and which are still needed.
 
-    log_p: (prompts, nodes), that of a node's spelling, -inf while unknown; slot: (prompts, nodes), where its keys lie in
-    the cache, behind the trunk; own: (prompts, slots), which slots hold a prompt's tail.
+    log_p: (prompts, nodes), that of a node's spelling, -inf while unknown; slot: (prompts, nodes), where a node's keys
+    lie in the cache, counted behind the trunk; own: (prompts, slots), which slots hold a prompt's tail.
     """
 
     def __init__(self, tree: Tree, trie: Trie, chunk: list[TestPrompt], top: int, full: bool):
@@ -267,26 +274,29 @@ class _Search:
         return results
 
     def _read(self, chunk) -> None:
-        """Send the prompts' tails through the LLM, and along with each the spelling of its target."""
-        tokens, positions, rows, columns, at = [], [], [], [], 0
-        owners, keep, prompts, nodes = [], [], [], []
+        """Send the prompts' tails through the LLM, with each the nodes that spell its target and the first ones."""
+        tokens, positions, seen, keep, prompts, nodes, tails, at = [], [], [], [], [], [], [], 0
         for i, prompt in enumerate(chunk):
-            path = self.trie.path(prompt.target)[:-1] if self.target[i] is not None else []
             tail = prompt.input_ids[self.tree.trunk:]
-            part = len(tail) + len(path)
-            tokens += tail + self.trie.token[path].tolist()
-            positions.append(torch.arange(self.tree.trunk, self.tree.trunk + part))
-            owners.append((at, at + len(tail)))
+            path = self.trie.path(prompt.target)[:-1] if self.target[i] is not None else []
+            branches = path + [node for node in self.trie.first_nodes(WIDTH) if node not in path]
+            chain, part = len(tail) + len(path), len(tail) + len(branches)
+            sees = torch.ones(part, part, dtype=torch.bool).tril()
+            sees[chain:, len(tail):] = torch.eye(part, dtype=torch.bool)[chain:, len(tail):]
+            seen.append(sees)
+            tokens += tail + self.trie.token[branches].tolist()
+            positions += [torch.arange(self.tree.trunk, len(prompt.input_ids)),
+                          len(prompt.input_ids) + self.trie.depth[branches] - 1]
             keep += range(at + len(tail) - 1, at + part)
-            prompts += [i] * (len(path) + 1)
-            nodes += [0, *path]
-            self.slot[i, path] = torch.arange(at + len(tail), at + part)
+            prompts += [i] * (len(branches) + 1)
+            nodes += [0, *branches]
+            self.slot[i, branches] = torch.arange(at + len(tail), at + part)
+            tails.append((at, at + len(tail)))
             at += part
-        seen = torch.block_diag(*(torch.ones(len(p), len(p), dtype=torch.bool).tril() for p in positions))
         self.own = torch.zeros(len(chunk), at, dtype=torch.bool)
-        for i, (first, last) in enumerate(owners):
+        for i, (first, last) in enumerate(tails):
             self.own[i, first:last] = True
-        logits = self.tree.grow(torch.tensor(tokens), torch.cat(positions), seen, torch.tensor(keep))
+        logits = self.tree.grow(torch.tensor(tokens), torch.cat(positions), torch.block_diag(*seen), torch.tensor(keep))
         self._fill(torch.tensor(prompts), torch.tensor(nodes), logits)
 
     def _needed(self) -> torch.Tensor:
@@ -299,8 +309,10 @@ class _Search:
         goal = torch.tensor([[torch.inf if t is None else leaves[i, t]] for i, t in enumerate(self.target)])
         # All that may beat the target is needed for its rank. For the best k it is what beats the k-th best so far;
         # as that grows with every leaf, a few nodes at a time spare the others.
-        best = torch.where(open_, self.log_p, -torch.inf).topk(min(WIDTH, self.log_p.shape[1]))
-        among_best = torch.zeros_like(open_).scatter_(1, best.indices, best.values >= kth)
+        open_ &= self.log_p >= torch.minimum(kth, goal)
+        width = max(WIDTH, PASS_NODES // max(1, int(open_.any(1).sum())))
+        best = torch.where(open_, self.log_p, -torch.inf).topk(min(width, self.log_p.shape[1]))
+        among_best = torch.zeros_like(open_).scatter_(1, best.indices, True)
         return open_ & ((self.log_p >= goal) | among_best)
 
     def _expand(self, needed: torch.Tensor) -> None:
@@ -358,7 +370,7 @@ def check(model, trie: Trie, prompt: TestPrompt) -> None:
     log_probs = model(ids, use_cache=False, logits_to_keep=len(spelled) + 1).logits[0, :-1].float().log_softmax(-1)
     plain = log_probs.gather(1, ids[0, -len(spelled):, None]).sum().item()
     half = len(prompt.input_ids) // 2
-    other = dataclasses.replace(prompt, input_ids=prompt.input_ids[:half + 1])
+    other = dataclasses.replace(prompt, input_ids=prompt.input_ids[:half] + prompt.input_ids[:half - 1:-1])
     search = _Search(Tree(model, prompt.input_ids[:half]), trie,
                      [other, dataclasses.replace(prompt, target=poi)], 1, False)
     ranked = search.log_p[1, trie.leaf[trie.place[poi]]].item()

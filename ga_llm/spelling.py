@@ -120,6 +120,12 @@ def read_answers(pairs: Sequence[str], source) -> str:
     return next(iter(ends))
 
 
+def untokenized(pairs: Sequence[str]) -> list[TestPrompt]:
+    """Test prompts without tokens, for what reads their text alone."""
+    found = ((i, pair, *answer_id(pair)) for i, pair in enumerate(pairs))
+    return [TestPrompt(i, pair[:start], target, [], 0, True) for i, pair, start, target, _ in found]
+
+
 def answer_id(text: str) -> tuple[int, int, str]:
     """Where the answer's last POI id begins in a joined pair, the id, and what follows it (stripped).
 

@@ -43,7 +43,7 @@ def nyc(tmp_path_factory):
         subprocess.run([sys.executable, ROOT / "data-preprocess" / command[0], *command[1:]], cwd=root, check=True)
     folder = root / "datasets/nyc/preprocessed"
     lines = (folder / "test_qa_pairs_kqt_200items_nyc_llm_without_sim_gps.txt").read_text().splitlines()
-    return folder, [from_line(pair, line) for pair, line in enumerate(lines)]
+    return folder, spelling.untokenized(lines)
 
 
 def from_line(pair, line, fits=True):

@@ -12,7 +12,8 @@ CANDIDATES = [0, 1, 2, 10, 12, 123, 999]
 
 def pair(history, target):
     time = "2012-04-04 09:00:00"
-    return prompts.join(prompts.question(7, [], [f"POI id {i}." for i in history], [], prompts.ask_poi(time, 7, 0, 999)),
+    visits = [f"POI id {i}." for i in history]
+    return prompts.join(prompts.question(7, [], visits, [], prompts.ask_poi(time, 7, 0, 999)),
                         prompts.answer_poi(time, 7, target))
 
 

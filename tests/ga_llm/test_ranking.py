@@ -133,7 +133,8 @@ def test_pruning_changes_neither_rank_nor_top(tiny_llama, style, sure):
         best = ranked(peaked(model), trie, test_prompts, top=5)
         test_prompts = [dataclasses.replace(p, target=best[p.pair].top[p.pair % 5][0]) for p in test_prompts]
     fed = []
-    embedding = model.get_input_embeddings().register_forward_hook(lambda m, inputs, output: fed.append(output.shape[1]))
+    embedding = model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: fed.append(output.shape[1]))
     pruned, fed_pruned = ranked(model, trie, test_prompts), sum(fed)
     fed.clear()
     whole, fed_whole = ranked(model, trie, test_prompts, full=True), sum(fed)
@@ -214,7 +215,7 @@ def test_plan_by_hand():
     assert shape(ranking.plan(test_prompts, 8, tail_tokens=4))[1:] == [(40, [[1]], 41), (2, [[5]], 3), (1, [[3]], 2)]
     # The same prompt twice keeps a token of its own; a short common beginning is not worth giving up a long one.
     assert shape(ranking.plan([prompt(0, history), prompt(1, history)], 8)) == [(99, [[0, 1]], 101)]
-    short = [prompt(0, history[:40] + [1]), prompt(1, history + [1]), prompt(2, history + [2]), prompt(3, history + [3])]
+    short = [prompt(0, history[:40] + [1]), *(prompt(i, history + [i]) for i in (1, 2, 3))]
     assert shape(ranking.plan(short, 8)) == [(100, [[1, 2, 3]], 103), (40, [[0]], 41)]
 
 

@@ -1,0 +1,39 @@
+"""What needs no model, on a data set's test pairs: the figures that any result has to beat.
+
+    python tools/baselines.py -dataset_name nyc
+
+Prints the baselines' metrics, with 95 % intervals, on the pairs of each protocol. `test_next_gps.py` prints the same
+beside every model's.
+"""
+import argparse
+from pathlib import Path
+
+from ga_llm import artifacts, baselines, metrics, protocols, sft_data, spelling
+from ga_llm.cli import run
+from geo_encoder.gps_tokens import read_gps_mapping
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-dataset_name", required=True)
+    parser.add_argument("-data_path", default=str(artifacts.DATASETS))
+    args = parser.parse_args()
+    folder = artifacts.preprocessed(args.dataset_name, args.data_path)
+    test_file = folder / artifacts.questions("test", args.dataset_name, 2, use_sim=False)
+    made_by = f"python data-preprocess/process_llm_gps.py -dataset_name {args.dataset_name} -use_sim False"
+    pairs = sft_data.read_test_pairs(test_file, made_by)
+    spelling.read_answers(pairs, test_file)
+    train = baselines.read_train(folder / artifacts.split_sample("train"))
+    mapping = read_gps_mapping(Path(folder / artifacts.gps_mapping(args.dataset_name)))
+    for protocol, what in protocols.PROTOCOLS.items():
+        asked = protocols.select(protocol, spelling.untokenized(pairs), folder / artifacts.SAMPLE)
+        targets = [prompt.target for prompt in asked]
+        rows = {name: metrics.summary(found.ranks, metrics.distances(found.tops, targets, mapping))
+                for name, found in baselines.rankings(train, asked).items()}
+        print(f"protocol {protocol}: {what}\n")
+        for columns in metrics.BLOCKS:
+            print(metrics.table(rows, columns) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)
