@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from ga_llm import (artifacts, baselines, checkpoints, comparison, decoding, llm, metrics, predictions, protocols,
-                    ranking, sft_data, spelling)
+                    ranking, sft_data, spelling, tree_attention)
 from ga_llm.cli import UserError, boolean, run
 from geo_encoder import encoder, gps_tokens, injection, weights
 
@@ -78,11 +78,10 @@ def load_model(args, mapping):
     full = args.test_type == "llm" and checkpoints.holds_full_model(args.output_dir)
     base = args.output_dir if full else args.base_model
     tokenizer = llm.load_tokenizer(base, args.cache_dir)
-    gpu = torch.cuda.is_available()
-    dtype = getattr(torch, args.dtype or ("bfloat16" if gpu else "float32"))
+    dtype = getattr(torch, args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32"))
     # Ranking hands the model a mask of the trie, which flash-attn does not take.
-    attention = llm.training_attention(args.flash_attn, full=True) if args.decoding != "rank" else "sdpa"
-    four_bit = args.load_in_4bit and gpu and not full
+    attention = tree_attention.TREE if args.decoding == "rank" else llm.training_attention(args.flash_attn, full=True)
+    four_bit = args.load_in_4bit and torch.cuda.is_available() and not full
     model = llm.load_llm(base, args.context_size, attention, dtype, four_bit, args.cache_dir)
     token_ids = gps_tokens.add_gps_tokens(tokenizer, mapping, model)
     if args.test_type != "base":
@@ -127,7 +126,8 @@ def main():
         artifacts.require(args.geoencoder_path, weights.MADE_BY)
 
     model, tokenizer = load_model(args, mapping)
-    spelled = spelling.Spelling(tokenizer, sorted(mapping.ids.tolist()), end, args.always_end or args.decoding == "beam")
+    whole = args.always_end or args.decoding == "beam"
+    spelled = spelling.Spelling(tokenizer, sorted(mapping.ids.tolist()), end, whole)
     test_prompts = spelled.prompts(pairs, min(args.seq_len, args.context_size))
     test_prompts = protocols.select(args.protocol, test_prompts, args.folder / artifacts.SAMPLE)
     if not test_prompts:

@@ -10,6 +10,7 @@ from ga_llm import prompts, ranking, spelling
 from ga_llm.cli import UserError
 from ga_llm.llm import load_llm, load_tokenizer
 from ga_llm.spelling import Spelling, answer_id
+from ga_llm.tree_attention import TREE
 from geo_encoder import encoder, gps_tokens, injection
 
 CANDIDATES = [0, 1, 2, 3, 10, 12, 100, 120, 123, 1234, 999]
@@ -45,9 +46,9 @@ PAIRS = [shared(HISTORY, [1, 12, 123], 12), shared(HISTORY, [5], 1234), pair([5]
          pair(list(range(20)), 0, user=9), pair(list(range(8)), 100, user=8)]
 
 
-def ready(folder, texts, end=".", candidates=CANDIDATES, always_end=False):
+def ready(folder, texts, end=".", candidates=CANDIDATES, always_end=False, attention=TREE):
     spelled = Spelling(load_tokenizer(folder), candidates, end, always_end)
-    return (load_llm(folder, 2048, "sdpa", torch.float32).eval(), ranking.Trie(spelled.tokens),
+    return (load_llm(folder, 2048, attention, torch.float32).eval(), ranking.Trie(spelled.tokens),
             spelled.prompts(texts, 2048))
 
 
@@ -150,6 +151,14 @@ def test_pruning_changes_neither_rank_nor_top(tiny_llama, style, sure):
         assert a.log_probs is None
     if sure:
         assert fed_pruned < fed_whole / 3
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_does_not_matter(tiny_llama, attention):
+    ours, other = (ranked(peaked(model), trie, test_prompts) for model, trie, test_prompts in (
+        ready(tiny_llama(), PAIRS, attention=kind) for kind in (TREE, attention)))
+    for pair_, result in ours.items():
+        assert result.top == [(poi, pytest.approx(value, abs=1e-4)) for poi, value in other[pair_].top]
 
 
 def test_batch_size_does_not_matter(tiny_llama):
