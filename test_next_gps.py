@@ -126,8 +126,8 @@ def main():
         artifacts.require(args.geoencoder_path, weights.MADE_BY)
 
     model, tokenizer = load_model(args, mapping)
-    whole = args.always_end or args.decoding == "beam"
-    spelled = spelling.Spelling(tokenizer, sorted(mapping.ids.tolist()), end, whole)
+    ends = args.always_end or args.decoding == "beam"
+    spelled = spelling.Spelling(tokenizer, sorted(mapping.ids.tolist()), end, ends)
     test_prompts = spelled.prompts(pairs, min(args.seq_len, args.context_size))
     test_prompts = protocols.select(args.protocol, test_prompts, args.folder / artifacts.SAMPLE)
     if not test_prompts:
@@ -138,9 +138,9 @@ def main():
     report = metrics.report(test_prompts, found, baselines.rankings(train, test_prompts), train, mapping, speed,
                             args.protocol, args.decoding)
     report["settings"] = {name: str(value) for name, value in vars(args).items()}
-    written = store.finish(test_prompts, metrics.distances(found.tops, [p.target for p in test_prompts], mapping))
     with artifacts.atomic_write(args.results / artifacts.METRICS) as file:
         json.dump(report, file, indent=2)
+    written = store.finish(test_prompts, metrics.distances(found.tops, [p.target for p in test_prompts], mapping))
     print(metrics.text(report))
     print(f"wrote {' and '.join(str(args.results / name) for name in [artifacts.METRICS, *written])}")
 

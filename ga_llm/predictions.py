@@ -80,7 +80,7 @@ class Store:
     def finish(self, test_prompts: Iterable[TestPrompt], km: Iterable[float]) -> list[str]:
         """Write predictions.jsonl in the order of the pairs, with km, the top-1 place's distance to the true one.
 
-        Returns the names of the files written.
+        Returns the names of the files written. Call it last: until here a killed evaluation can go on.
         """
         written = [artifacts.PREDICTIONS]
         with artifacts.atomic_write(self.folder / artifacts.PREDICTIONS) as file:

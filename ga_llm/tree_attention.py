@@ -3,9 +3,8 @@
 On a CPU the kernel behind SDPA is made for many queries; for few, two matrix products and a softmax take about two
 thirds of its time. Everywhere else, and for many queries, it is SDPA.
 """
-import torch
-import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 TREE = "tree"       # what `attn_implementation` calls it
@@ -18,14 +17,9 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, **op
     Returns (B, M, H, D) and None, as transformers expects. Grouped queries share their key's product.
     """
     batch, heads, length, size = query.shape
-    scaling = size ** -0.5 if scaling is None else scaling
     if attention_mask is None or length > FEW or query.device.type != "cpu":
-        groups = heads // key.shape[1]
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        output = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling,
-                                                is_causal=attention_mask is None and length > 1)
-        return output.transpose(1, 2).contiguous(), None
-    grouped = (query * scaling).reshape(batch, key.shape[1], -1, size)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    grouped = (query * (size ** -0.5 if scaling is None else scaling)).reshape(batch, key.shape[1], -1, size)
     scores = (grouped @ key.transpose(2, 3)).view(batch, key.shape[1], -1, length, key.shape[2])
     scores += attention_mask.unsqueeze(2)
     weights = scores.softmax(-1).view(batch, key.shape[1], -1, key.shape[2])

@@ -1,4 +1,6 @@
 """The CPU's short cut against scaled_dot_product_attention."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,8 @@ def test_equals_sdpa(monkeypatch, kv_heads, length, past, few):
     seen = torch.rand(2, 1, length, past + length) < 0.5
     seen[..., -1] = True
     bias = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
-    output, _ = tree_attention.tree_attention(None, query, key, value, bias, scaling=0.3)
+    layer = SimpleNamespace(num_key_value_groups=6 // kv_heads, is_causal=True)
+    output, _ = tree_attention.tree_attention(layer, query, key, value, bias, scaling=0.3)
     whole = [part.repeat_interleave(6 // kv_heads, 1) for part in (key, value)]
     expected = F.scaled_dot_product_attention(query, *whole, attn_mask=seen, scale=0.3)
     torch.testing.assert_close(output, expected.transpose(1, 2), rtol=1e-4, atol=1e-5)
@@ -26,6 +29,6 @@ def test_equals_sdpa(monkeypatch, kv_heads, length, past, few):
 def test_without_a_mask_it_is_causal():
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, 2, 10, 8)
-    output, _ = tree_attention.tree_attention(None, query, key, value, None)
+    output, _ = tree_attention.tree_attention(SimpleNamespace(is_causal=True), query, key, value, None)
     expected = F.scaled_dot_product_attention(query, key, value, is_causal=True)
     torch.testing.assert_close(output, expected.transpose(1, 2))
