@@ -171,6 +171,18 @@ def test_batch_size_does_not_matter(tiny_llama):
 
 
 @torch.inference_mode()
+def test_four_bit_weights(tiny_llama):
+    pytest.importorskip("bitsandbytes")
+    _, trie, test_prompts = ready(tiny_llama(), PAIRS)
+    model = load_llm(tiny_llama(), 2048, TREE, torch.bfloat16, four_bit=True).eval()
+    assert any("4bit" in type(module).__name__ for module in model.modules())
+    results = ranked(model, trie, test_prompts, full=True)
+    for prompt in test_prompts:
+        expected = [alone(model, prompt.input_ids, trie.spelled[poi]) for poi in trie.candidates]
+        assert results[prompt.pair].log_probs.tolist() == pytest.approx(expected, abs=0.1)      # bf16
+
+
+@torch.inference_mode()
 def test_gps_vectors_are_seen_in_trunk_and_tails(tiny_llama, mapping_csv):
     tokenizer = load_tokenizer(tiny_llama())
     model = load_llm(tiny_llama(), 2048, "sdpa", torch.float32).eval()
