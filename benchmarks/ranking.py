@@ -86,9 +86,9 @@ def main():
     tries = {spelled: ranking.Trie(spelled.tokens) for spelled in (told, whole)}
     for what, chosen in (("all", everyone), ("drawn", sample)):
         tokens, distinct = sum(len(p.input_ids) for p in chosen), sum(g.tokens for g in ranking.plan(chosen, 8))
-        bound = tokens / distinct
-        print(f"{what}: {len(chosen)} prompts of {len({p.user for p in chosen})} users, {tokens} tokens, {distinct} "
-              f"distinct: {bound:.2f} times fewer", flush=True)
+        bound, cut = tokens / distinct, sum(not p.fits for p in chosen)
+        print(f"{what}: {len(chosen)} prompts ({cut} cut) of {len({p.user for p in chosen})} users, {tokens} tokens, "
+              f"{distinct} distinct: {bound:.2f} times fewer", flush=True)
 
     seconds = {}
 
