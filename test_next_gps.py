@@ -68,7 +68,7 @@ def arguments() -> argparse.Namespace:
     args.gps_mapping_path = args.gps_mapping_path or folder / artifacts.gps_mapping(args.dataset_name)
     # Only the trained model's ranking of all pairs lies beside the checkpoint itself; no other may replace it.
     variant = [value for value, default in ((args.test_type, "llm"), (args.decoding, "rank"), (args.protocol, "ga-llm"))
-               if value != default] + [f"limit{args.limit}"] * (args.limit is not None)
+               if value != default] + ["always_end"] * args.always_end + [f"limit{args.limit}"] * bool(args.limit)
     args.results = Path(args.output_dir) / "_".join(variant)
     return args
 
