@@ -22,11 +22,10 @@ import torch
 from ga_llm import (artifacts, baselines, checkpoints, comparison, decoding, llm, metrics, predictions, protocols,
                     ranking, sft_data, spelling, tree_attention)
 from ga_llm.cli import UserError, boolean, run
-from geo_encoder import encoder, gps_tokens, injection, weights
+from geo_encoder import gps_tokens, injection, weights
 
 TEST_TYPES = {"base": "the base model: no adapter, no GPS embedding", "projector": "GPS embedding, no adapter",
               "llm": "both"}
-MADE_BY = "python data-preprocess/process_llm_gps.py -dataset_name {} -use_sim False"
 
 
 def arguments() -> argparse.Namespace:
@@ -86,8 +85,7 @@ def load_model(args, mapping):
     token_ids = gps_tokens.add_gps_tokens(tokenizer, mapping, model)
     if args.test_type != "base":
         if args.use_random_projector:
-            config = encoder.GeoEncoderConfig(model.get_input_embeddings().embedding_dim)
-            injection.attach_table(model, encoder.build_encoder(config), config.level, mapping, token_ids)
+            injection.attach_untrained(model, mapping, token_ids)
         elif args.geoencoder_path:
             injection.attach_frozen(model, args.geoencoder_path, mapping, token_ids)
         elif args.test_type == "projector":
@@ -118,7 +116,7 @@ def main():
         return print(comparison.compare(*map(Path, args.compare)))
     torch.manual_seed(args.seed)
     mapping = gps_tokens.read_gps_mapping(args.gps_mapping_path)
-    pairs = sft_data.read_test_pairs(args.test_file, MADE_BY.format(args.dataset_name))[:args.limit]
+    pairs = sft_data.read_test_pairs(args.test_file, artifacts.questions_command(args.dataset_name))[:args.limit]
     sft_data.check_gps_ids(pairs, mapping.ids, args.test_file, args.gps_mapping_path)
     end = spelling.read_answers(pairs, args.test_file)
     train = baselines.read_train(args.folder / artifacts.split_sample("train"))

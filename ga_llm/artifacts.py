@@ -63,6 +63,11 @@ def questions(split: str, dataset: str, stage: int, use_sim: bool) -> str:
     return f"{split}_qa_pairs_kqt_200items_{dataset}_{tail}.{'json' if split == 'train' else 'txt'}"
 
 
+def questions_command(dataset: str) -> str:
+    """What makes stage 2's question files."""
+    return f"python data-preprocess/process_llm_gps.py -dataset_name {dataset} -use_sim False"
+
+
 def require(path: Path | str, made_by: str) -> Path:
     """Return `path`; if it is missing or empty, raise an error that names the command which makes it."""
     path = Path(path)

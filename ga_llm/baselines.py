@@ -11,11 +11,10 @@ import pandas as pd
 
 from ga_llm.artifacts import require
 from ga_llm.cli import UserError
-from ga_llm.metrics import Ranking, histories
+from ga_llm.metrics import NO_POI, Ranking, histories
 
 MADE_BY = "python data-preprocess/run.py -f best_conf/<name>.yml"
 COLUMNS = ["UserId", "PoiId", "TrajectoryId"]
-NONE = -1       # in a Ranking's tops: no candidate
 
 
 def read_check_ins(path: Path, columns: Sequence[str]) -> pd.DataFrame:
@@ -48,7 +47,7 @@ def user_history(train: pd.DataFrame, test_prompts) -> Ranking:
     """By how often the user has been there (`metrics.histories`)."""
     def ranked(history: list[int], target: int) -> tuple[float, int]:
         pois, _ = _most_visited(history)
-        return pois.index(target) + 1 if target in pois else np.inf, next(iter(pois), NONE)
+        return pois.index(target) + 1 if target in pois else np.inf, next(iter(pois), NO_POI)
 
     found = zip(histories(test_prompts, train), test_prompts)
     return _ranking(ranked(history, prompt.target) for history, prompt in found)
@@ -58,7 +57,7 @@ def popularity(train: pd.DataFrame, test_prompts) -> Ranking:
     """By how often anyone has been there, in train."""
     pois, _ = _most_visited(train["PoiId"].tolist())
     rank = {poi: i for i, poi in enumerate(pois, start=1)}
-    return _ranking((rank.get(prompt.target, np.inf), next(iter(pois), NONE)) for prompt in test_prompts)
+    return _ranking((rank.get(prompt.target, np.inf), next(iter(pois), NO_POI)) for prompt in test_prompts)
 
 
 def markov_chain(train: pd.DataFrame, test_prompts) -> Ranking:
@@ -83,7 +82,7 @@ def markov_chain(train: pd.DataFrame, test_prompts) -> Ranking:
         # Scores times 5 · (train's check-ins) · (steps from here): whole numbers, so equal scores are equal.
         scores = 2 * visits * max(1, times[first:end].sum())
         scores[steps[first:end] - last * n] = 5 * len(train) * times[first:end]
-        top = pois[scores.argmax()] if n else NONE
+        top = pois[scores.argmax()] if n else NO_POI
         target = place.get(prompt.target)
         if target is None:
             return np.inf, top

@@ -15,6 +15,7 @@ WITHIN = "share within 1 km"
 # What a sampled answer has: there is no second best, so a metric of ranks beyond the first would not say what it says.
 OF_ONE_ANSWER = ("Acc@1", *KM, WITHIN)
 
+NO_POI = -1                     # in a Ranking's tops: no candidate
 BLOCKS = (("Acc@1", "Acc@5", "Acc@10", "Acc@20"), ("MRR", "MRR@5", "MRR@10", "NDCG@10"), (*KM, WITHIN))
 GROUP_SHARE = 0.3               # how much of the users, or pairs, is at either end (STHGCN, LLM4POI)
 BLOCK_DRAWS = 2 ** 21           # pairs that are resampled at a time: bounds the memory
@@ -24,7 +25,7 @@ BLOCK_DRAWS = 2 ** 21           # pairs that are resampled at a time: bounds the
 class Ranking:
     """What a method says about each pair. ranks: (pairs,) float, the target's, 1 is best, inf where it has none.
 
-    tops: (pairs,) int, the POI id ranked first, -1 where there is no candidate.
+    tops: (pairs,) int, the POI id ranked first, NO_POI where there is no candidate.
     """
     ranks: np.ndarray
     tops: np.ndarray

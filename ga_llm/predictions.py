@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ga_llm import artifacts
-from ga_llm.metrics import Ranking
+from ga_llm.metrics import NO_POI, Ranking
 from ga_llm.ranking import Ranked
 from ga_llm.spelling import TestPrompt
 
@@ -75,7 +75,7 @@ class Store:
         """The ranks and best POIs, in the order of `test_prompts`."""
         records = [self.done[prompt.pair] for prompt in test_prompts]
         return Ranking(np.array([record["rank"] or np.inf for record in records]),
-                       np.array([record["top"][0][0] if record["top"] else -1 for record in records]))
+                       np.array([record["top"][0][0] if record["top"] else NO_POI for record in records]))
 
     def finish(self, test_prompts: Iterable[TestPrompt], km: Iterable[float]) -> list[str]:
         """Write predictions.jsonl in the order of the pairs, with km, the top-1 place's distance to the true one.

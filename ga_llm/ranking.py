@@ -215,9 +215,10 @@ class Tree:
     def crop(self, slots: int) -> None:
         """Keep the first `slots` slots alone."""
         if slots < len(self.positions):
-            self.cache = self.cache if slots else DynamicCache()
             if slots:
                 self.cache.crop(slots - len(self.positions))
+            else:
+                self.cache = DynamicCache()
             self.positions = self.positions[:slots]
 
     def _forward(self, tokens, mask, positions, keep):

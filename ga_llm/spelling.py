@@ -1,5 +1,6 @@
 """Test prompts: each test pair up to where its POI id is to be spelled, and how the tokenizer spells the ids."""
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 
 from ga_llm import prompts
@@ -17,23 +18,23 @@ class TestPrompt:
     tokens: int             # how many there were before cutting
     fits: bool              # whether nothing was cut
 
-    @property
+    @functools.cached_property
     def shown(self) -> list[int]:
         """The POI ids of the prompt's check-ins, in its order."""
         return _poi_ids(prompts.split(self.text)[0])
 
-    @property
+    @functools.cached_property
     def current(self) -> list[int]:
         """Those of the current trajectory alone; in another wording than ours, all."""
         return _poi_ids(prompts.split(self.text)[0].rpartition(prompts.CURRENT)[2])
 
-    @property
+    @functools.cached_property
     def user(self) -> int | None:
         """The encoded user, where the answer names one as ours does."""
         match = prompts.USER.search(prompts.split(self.text)[1])
         return int(match[1]) if match else None
 
-    @property
+    @functools.cached_property
     def time(self) -> str | None:
         """The target's local time, `YYYY-MM-DD HH:MM:SS`, where the answer names it as ours does."""
         match = prompts.TIME.search(prompts.split(self.text)[1])

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from geo_encoder.encoder import GeoEncoderConfig, build_encoder
 from geo_encoder.gps_tokens import GPSMapping, keep_rows
 from geo_encoder.quadkey import quadkeys
 from geo_encoder.weights import load_encoder
@@ -63,6 +64,12 @@ def attach_frozen(model, encoder_path: Path | str, mapping: GPSMapping, token_id
     """Load stage 1's encoder and let it act, frozen, on `model`; the same in stage 2 and in evaluation."""
     encoder, config = load_encoder(encoder_path, model.get_input_embeddings().embedding_dim)
     return attach_table(model, encoder, config.level, mapping, token_ids)
+
+
+def attach_untrained(model, mapping: GPSMapping, token_ids: np.ndarray):
+    """The same with an encoder that has learned nothing: torch's random numbers, the default kind."""
+    config = GeoEncoderConfig(model.get_input_embeddings().embedding_dim)
+    return attach_table(model, build_encoder(config), config.level, mapping, token_ids)
 
 
 def attach_table(model, encoder: nn.Module, level: int, mapping: GPSMapping, token_ids: np.ndarray):

@@ -6,7 +6,6 @@ Prints the baselines' metrics, with 95 % intervals, on the pairs of each protoco
 beside every model's.
 """
 import argparse
-from pathlib import Path
 
 from ga_llm import artifacts, baselines, metrics, protocols, sft_data, spelling
 from ga_llm.cli import run
@@ -20,11 +19,10 @@ def main():
     args = parser.parse_args()
     folder = artifacts.preprocessed(args.dataset_name, args.data_path)
     test_file = folder / artifacts.questions("test", args.dataset_name, 2, use_sim=False)
-    made_by = f"python data-preprocess/process_llm_gps.py -dataset_name {args.dataset_name} -use_sim False"
-    pairs = sft_data.read_test_pairs(test_file, made_by)
+    pairs = sft_data.read_test_pairs(test_file, artifacts.questions_command(args.dataset_name))
     spelling.read_answers(pairs, test_file)
     train = baselines.read_train(folder / artifacts.split_sample("train"))
-    mapping = read_gps_mapping(Path(folder / artifacts.gps_mapping(args.dataset_name)))
+    mapping = read_gps_mapping(folder / artifacts.gps_mapping(args.dataset_name))
     for protocol, what in protocols.PROTOCOLS.items():
         asked = protocols.select(protocol, spelling.untokenized(pairs), folder / artifacts.SAMPLE)
         targets = [prompt.target for prompt in asked]

@@ -251,9 +251,9 @@ def test_deepspeed_and_its_conversion(repo):
     run(repo, sys.executable, f"{checkpoint}/zero_to_fp32.py", checkpoint, f"{checkpoint}/pytorch_model.bin")
     result, converted = evaluate(repo, checkpoint)
     assert "weights from outputs/ds/checkpoint-6/pytorch_model.bin" in result.stderr
-    for metric in ("Acc@1", "Acc@20", "MRR", "NDCG@10"):
-        one, other = (metrics["all"]["model"][metric]["value"] for metrics in (direct, converted))
-        assert other == pytest.approx(one, abs=0.1)
+    for metric, values in direct["all"]["model"].items():
+        if metric not in ("n", "mean km", "median km"):     # shares
+            assert converted["all"]["model"][metric]["value"] == pytest.approx(values["value"], abs=0.1)
 
 
 @pytest.mark.parametrize("change, message", [
