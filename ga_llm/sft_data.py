@@ -1,41 +1,40 @@
-"""Question-answer pairs as training batches: tokens, loss on the answer alone, padding on the right."""
-import logging
+"""Question-answer pairs as training batches: reading, tokens, loss on the answer alone, padding on the right."""
+from collections.abc import Iterator
 from pathlib import Path
 
+import ijson
 import numpy as np
-import orjson
 import torch
-from torch.utils.data import Dataset
 
 from ga_llm import prompts
 from ga_llm.artifacts import require
 from ga_llm.cli import UserError
 
-log = logging.getLogger(__name__)
-
 IGNORED = -100      # the label that the loss passes over
 
 
-def read_pairs(path: Path | str) -> list[str]:
-    """The joined pairs of a training file (JSON array of {question, answer})."""
-    path = Path(path)
+def iterate_pairs(path: Path | str) -> Iterator[str]:
+    """The joined pairs of a training file (JSON array of {question, answer}), as they are read.
+
+    Raises UserError at the first that is none, and for a file without any.
+    """
+    path, i = Path(path), -1
     try:
-        records = orjson.loads(path.read_bytes())
-    except orjson.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno} column {error.colno}: not JSON ({error.msg}); make it again with "
+        with path.open("rb") as file:
+            for i, record in enumerate(ijson.items(file, "item", buf_size=2**20)):
+                try:
+                    pair = prompts.join(record["question"], record["answer"])
+                except (TypeError, KeyError, AttributeError):
+                    raise UserError(f"{path}, pair {i}: expected texts under the keys question and answer") from None
+                if prompts.ANSWER not in pair:
+                    raise UserError(f"{path}, pair {i}: no {prompts.ANSWER} in question or answer")
+                yield pair
+    except ijson.JSONError as error:
+        message = error.args[0].decode(errors="replace") if isinstance(error.args[0], bytes) else str(error)
+        raise UserError(f"{path}, pair {i + 1}: not JSON ({message.splitlines()[0].strip()}); make it again with "
                         "data-preprocess/process_….py") from None
-    if not isinstance(records, list) or not records:
+    if i < 0:
         raise UserError(f"{path}: expected a JSON array of {{question, answer}} with at least one pair")
-    pairs = []
-    for i, record in enumerate(records):
-        try:
-            pair = prompts.join(record["question"], record["answer"])
-        except (TypeError, KeyError, AttributeError):
-            raise UserError(f"{path}, pair {i}: expected texts under the keys question and answer") from None
-        if prompts.ANSWER not in pair:
-            raise UserError(f"{path}, pair {i}: no {prompts.ANSWER} in question or answer")
-        pairs.append(pair)
-    return pairs
 
 
 def read_test_pairs(path: Path | str, made_by: str) -> list[str]:
@@ -61,46 +60,25 @@ def check_gps_ids(pairs: list[str], known: np.ndarray, source: Path | str, mappi
                             "mapping that run.py wrote for this data set")
 
 
-def encode(tokenizer, pair: str, max_length: int) -> tuple[list[int], int]:
+def encode(tokenizer, pair: str) -> tuple[list[int], int]:
     """Tokens of prompt, answer and EOS, and the index at which the answer begins.
 
-    The text is tokenized as a whole, as evaluation does. What exceeds `max_length` is cut from the left, behind BOS,
-    so that the most recent check-ins survive.
+    The text is tokenized as a whole, as evaluation does; token_cache.Pieces gives the same, faster.
     """
     prompt, _ = prompts.split(pair)
     encoding = tokenizer(pair, return_offsets_mapping=True)
     ids = encoding["input_ids"]
     start = next((i for i, (_, end) in enumerate(encoding["offset_mapping"]) if end > len(prompt)), len(ids))
-    if ids[-1] != tokenizer.eos_token_id:
-        ids = ids + [tokenizer.eos_token_id]
-    cut = truncate(ids, max_length, tokenizer.bos_token_id)
-    return cut, start - (len(ids) - len(cut))
+    return ids if ids[-1] == tokenizer.eos_token_id else ids + [tokenizer.eos_token_id], start
 
 
 def truncate(ids: list[int], max_length: int, bos: int | None) -> list[int]:
-    """The last `max_length` tokens, with BOS kept in front if there was one."""
+    """The last `max_length` tokens, so that the most recent check-ins survive, with BOS in front if there was one."""
     if len(ids) <= max_length:
         return ids
     if ids[0] == bos:
         return ids[:1] + ids[len(ids) - max_length + 1:]
     return ids[len(ids) - max_length:]
-
-
-class PairDataset(Dataset):
-    """Tokenized pairs: {"input_ids": list of token ids, "answer_start": index of the answer's first token}."""
-
-    def __init__(self, pairs: list[str], tokenizer, max_length: int):
-        self.pairs, self.tokenizer, self.max_length = pairs, tokenizer, max_length
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> dict:
-        ids, start = encode(self.tokenizer, self.pairs[index], self.max_length)
-        if start < 1:
-            raise UserError(f"pair {index}: the answer alone has {len(ids) - start} tokens; raise --model_max_length "
-                            f"(now {self.max_length})")
-        return {"input_ids": ids, "answer_start": start}
 
 
 class AnswerCollator:

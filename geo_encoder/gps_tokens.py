@@ -63,13 +63,13 @@ def add_gps_tokens(tokenizer, mapping: GPSMapping, model=None) -> np.ndarray:
     tokenizer.add_special_tokens({"extra_special_tokens": mapping.tokens}, replace_extra_special_tokens=False)
     token_ids = np.asarray(tokenizer.convert_tokens_to_ids(mapping.tokens))
     if model is not None:
-        _add_rows(model, len(tokenizer), torch.from_numpy(token_ids[token_ids >= known]))
+        add_rows(model, len(tokenizer), token_ids[token_ids >= known])
     return token_ids
 
 
 @torch.no_grad()
-def _add_rows(model, vocabulary: int, new: torch.Tensor) -> None:
-    """Grow the model's embeddings to `vocabulary` rows; the `new` rows start at the mean of those before them.
+def add_rows(model, vocabulary: int, new: np.ndarray) -> None:
+    """Grow the model's embeddings to `vocabulary` rows; the rows of the `new` tokens start at the mean of those before.
 
     transformers' own mean resizing draws from a normal distribution fitted to the rows: at random, and its covariance
     costs minutes at Llama's width.
@@ -80,7 +80,7 @@ def _add_rows(model, vocabulary: int, new: torch.Tensor) -> None:
         with gathered([layer.weight], write=True):
             weight = layer.weight
             if len(new) and len(weight):     # ZeRO-3 shows the whole parameter to rank 0 alone
-                weight[new] = weight[:new.min()].mean(dim=0, dtype=torch.float32).to(weight.dtype)
+                weight[torch.from_numpy(new)] = weight[:new.min()].mean(dim=0, dtype=torch.float32).to(weight.dtype)
 
 
 def keep_rows(weight: torch.nn.Parameter, token_ids: np.ndarray) -> None:

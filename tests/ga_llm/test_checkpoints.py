@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ga_llm import arguments, checkpoints, llm, sft_data
+from ga_llm import arguments, checkpoints, llm, sft_data, token_cache
 from ga_llm.cli import UserError
 from geo_encoder import encoder, gps_tokens, injection, weights
 
@@ -32,7 +32,7 @@ def train(tiny_llama, mapping_csv, tmp_path):
         config = encoder.GeoEncoderConfig(model.config.hidden_size)
         geo, base = encoder.build_encoder(config), model
         common = {"args": args, "processing_class": tokenizer,
-                  "train_dataset": sft_data.PairDataset(sft_data.read_pairs(data), tokenizer, 256),
+                  "train_dataset": token_cache.load(data, tokenizer, 256, mapping_csv),
                   "data_collator": sft_data.AnswerCollator(tokenizer.pad_token_id)}
         if stage == 1:
             weights.add_lora(geo, 4, 8)
@@ -117,8 +117,7 @@ def test_stage_1_keeps_merged_encoders_and_prunes_them(train, tmp_path):
     trainer = train(1)
     output = tmp_path / "stage1"
     (output / "7").mkdir()      # not ours: no encoder in it
-    trainer.save_encoder(trainer.final_encoder)
-    checkpoints.prune_encoders(output)
+    trainer.save_final_encoder()
     assert sorted(p.name for p in output.iterdir() if p.is_dir()) == ["4", "7", "checkpoint-4"]
     merged, _ = weights.load_encoder(output / "4" / "geo_encoder_merged.pth", 32)
     digits = torch.randint(0, 4, (5, 25))

@@ -21,29 +21,17 @@ def tokenizer(request, tiny_llama):
 
 
 def test_loss_on_the_answer_and_eos_alone(tokenizer):
-    ids, start = sft_data.encode(tokenizer, PAIR, 10_000)
+    ids, start = sft_data.encode(tokenizer, PAIR)
     assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(ids[start:-1]).strip() == "At 2012-04-04 09:00:00, user 7 will visit POI id 12."
     assert tokenizer.decode(ids[:start]).rstrip().endswith("<answer>:")
     assert ids[:-1] == tokenizer(PAIR)["input_ids"]
 
 
-def test_left_truncation_keeps_bos_and_the_end(tokenizer):
-    whole, start = sft_data.encode(tokenizer, PAIR, 10_000)
-    cut, cut_start = sft_data.encode(tokenizer, PAIR, 60)
-    assert len(cut) == 60 and cut[0] == tokenizer.bos_token_id and cut[1:] == whole[-59:]
-    assert cut[cut_start:] == whole[start:]
-
-
-def test_truncate_without_bos():
+def test_truncation_keeps_bos_and_the_end():
     assert sft_data.truncate([5, 6, 7, 8], 3, bos=None) == [6, 7, 8]
     assert sft_data.truncate([1, 6, 7, 8], 3, bos=1) == [1, 7, 8]
     assert sft_data.truncate([1, 6], 3, bos=1) == [1, 6]
-
-
-def test_answer_longer_than_the_context(tokenizer):
-    with pytest.raises(UserError, match="raise --model_max_length"):
-        sft_data.PairDataset([PAIR], tokenizer, 20)[0]
 
 
 def test_collator_by_hand():
@@ -59,8 +47,8 @@ def test_collator_by_hand():
 def test_loss_equals_the_plain_formulation(tiny_llama):
     """Logits of the tail alone, mixed lengths: the same loss as labels over the whole sequence, one by one."""
     tokenizer, model = load_tokenizer(tiny_llama()), load_llm(tiny_llama(), 2048, "sdpa", torch.float32).eval()
-    dataset = sft_data.PairDataset([PAIR, PAIR.replace("user 7", "user 1234")], tokenizer, 2048)
-    items = [dataset[0], dataset[1]]
+    items = [dict(zip(("input_ids", "answer_start"), sft_data.encode(tokenizer, pair)))
+             for pair in (PAIR, PAIR.replace("user 7", "user 1234"))]
     loss = model(**sft_data.AnswerCollator(tokenizer.pad_token_id)(items)).loss
     total = count = 0
     for item in items:
@@ -77,7 +65,7 @@ def write(path, content):
 
 
 @pytest.mark.parametrize("content, message", [
-    ('[{"question": "a', "line 1 column"), ("{}", "JSON array"), ("[]", "at least one pair"),
+    ('[{"question": "a', "pair 0: not JSON"), ("{}", "JSON array"), ("[]", "at least one pair"),
     ('[{"question": "<question>: a"}]', "pair 0: expected texts"), ('[["a"]]', "pair 0: expected texts"),
     ('[{"question": "a", "answer": "<answer>: b"}, {"question": "a", "answer": "b"}]', "pair 1: no <answer>:"),
     (b'[{"question": "\xff", "answer": "b"}]', "not JSON"),
@@ -85,7 +73,7 @@ def write(path, content):
 def test_bad_training_files(tmp_path, content, message):
     path = write(tmp_path / "train.json", content)
     with pytest.raises(UserError, match=message) as error:
-        sft_data.read_pairs(path)
+        list(sft_data.iterate_pairs(path))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -99,7 +87,7 @@ def test_bad_test_files(tmp_path, content, message):
 def test_pairs_are_read_whole(tmp_path):
     question, answer = PAIR.split(" <answer>:")
     path = write(tmp_path / "t.json", json.dumps([{"question": question, "answer": "<answer>:" + answer}]))
-    assert sft_data.read_pairs(path) == [PAIR]
+    assert list(sft_data.iterate_pairs(path)) == [PAIR]
 
 
 def test_gps_id_without_a_row():
