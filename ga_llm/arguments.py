@@ -13,6 +13,7 @@ import sys
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import is_tensorboard_available
 
 from ga_llm.artifacts import require
 from ga_llm.cli import UserError, boolean
@@ -163,5 +164,7 @@ def _check(args: SFTArguments) -> None:
             raise UserError(f"--{flag} is required")
     require(args.data_path, "python data-preprocess/process_projector_gps_stage1.py (stage 1) or process_llm_gps.py")
     require(args.gps_mapping_path, "python data-preprocess/run.py -f best_conf/<name>.yml")
+    if "tensorboard" in args.report_to and not is_tensorboard_available():
+        raise UserError("--report_to tensorboard: it is not installed; pip install tensorboard, or leave the flag out")
     if args.model_max_length < 16:
         raise UserError(f"--model_max_length {args.model_max_length}: too short for a question and its answer")
