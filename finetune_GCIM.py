@@ -53,8 +53,7 @@ def main():
 
     trainer = checkpoints.GCIMTrainer(model=model, args=args, train_dataset=setup.dataset, data_collator=setup.collator,
                                       processing_class=setup.tokenizer, encoder=geo_encoder, encoder_config=config)
-    if checkpoints.train(trainer) or not trainer.final_encoder.exists():
-        trainer.save_encoder(trainer.final_encoder)
+    trainer.save_final_encoder(checkpoints.train(trainer))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
+from ga_llm import checkpoints
 from ga_llm.artifacts import require
 from ga_llm.cli import UserError, boolean
 
@@ -168,3 +169,4 @@ def _check(args: SFTArguments) -> None:
         raise UserError("--report_to tensorboard: it is not installed; pip install tensorboard, or leave the flag out")
     if args.model_max_length < 16:
         raise UserError(f"--model_max_length {args.model_max_length}: too short for a question and its answer")
+    checkpoints.check_output(args)

@@ -5,6 +5,9 @@
     O/checkpoint-N/ga_llm.json                      what evaluation must agree with
     O/checkpoint-N/model.safetensors, config.json   instead of the first two, with --low_rank_training False
     O/N/geo_encoder_merged.pth                      stage 1: the encoder, LoRA merged in
+    O/geo_encoder_final_merged.pth                  stage 1: that of the last step
+
+Beside these stands what a run needs to go on: optimizer, schedule, random states, DeepSpeed's or FSDP's files.
 """
 import json
 import logging
@@ -15,14 +18,18 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
-from ga_llm.artifacts import FINAL_ENCODER, MERGED_ENCODER, TRAINABLE_PARAMS, atomic_write
+from ga_llm import staging
+from ga_llm.artifacts import FINAL_ENCODER, MERGED_ENCODER, TRAINABLE_PARAMS, atomic_write, require
 from ga_llm.cli import UserError
 from ga_llm.llm import rope_factor
+from ga_llm.run_log import LoggedTrainer
+from ga_llm.sampling import EpochSampler
+from ga_llm.sharding import shard_on_cpu
 from geo_encoder.encoder import GeoEncoderConfig
-from geo_encoder.weights import merged_state_dict, save_encoder
+from geo_encoder.weights import CONFIG, MADE_BY, merged_state_dict, save_encoder
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +41,44 @@ AGREEMENT = "ga_llm.json"
 PEFT_PREFIX = "base_model.model."
 
 
-class GATrainer(Trainer):
-    """Trainer that also saves and restores what is trained beside LoRA."""
+class GATrainer(LoggedTrainer):
+    """Trainer whose checkpoints are whole or not there, hold what is trained beside LoRA, and are gone on from exactly.
+
+    Its checkpoints are kept by their step: transformers' --load_best_model_at_end has no evaluation to choose by here.
+    """
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled = self.is_fsdp_enabled or shard_on_cpu(self.accelerator, self.args)
+
+    def _get_train_sampler(self, train_dataset=None):
+        """The data set's `lengths`, if it has them, save tokenizing all of it to group pairs by length."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        if not grouped and self.args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(train_dataset)
+        lengths = getattr(dataset, "lengths", None)
+        if grouped and lengths is None:
+            lengths = [len(item["input_ids"]) for item in dataset]
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._sampler = EpochSampler(len(dataset), seed, lengths if grouped else None,
+                                     self.args.train_batch_size * self.args.gradient_accumulation_steps)
+        return self._sampler
+
+    def _run_epoch(self, model, epoch, *args, **kwargs):
+        if isinstance(getattr(self, "_sampler", None), EpochSampler):
+            self._sampler.set_epoch(epoch)
+        return super()._run_epoch(model, epoch, *args, **kwargs)
+
+    def _get_output_dir(self, trial) -> str:
+        """Where checkpoints are written; whole, they are renamed into --output_dir."""
+        return str(staging.staging(self.args.output_dir))
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            staging.publish(self.args.output_dir, self.state.global_step, self.args.save_total_limit)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
         """Write the model's part of a checkpoint; rank 0 alone has something to write."""
@@ -56,7 +99,8 @@ class GATrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if isinstance(self.model, PeftModel):
+        # FSDP's own file, read above, holds all that is trained.
+        if isinstance(self.model, PeftModel) and not self.is_fsdp_enabled:
             load_trainable(self.model, load_file(Path(resume_from_checkpoint) / TRAINABLE_PARAMS))
 
 
@@ -68,7 +112,7 @@ class GCIMTrainer(GATrainer):
         self.encoder, self.encoder_config = encoder, encoder_config
 
     def save_encoder(self, path: Path) -> None:
-        """Every rank must call it, for ZeRO-3 gathers the weights; rank 0 writes."""
+        """Every rank must call it, for ZeRO-3 and FSDP gather the weights; rank 0 writes."""
         merged = merged_state_dict(self.encoder)
         if self.args.should_save:
             save_encoder(merged, self.encoder_config, path)
@@ -76,45 +120,58 @@ class GCIMTrainer(GATrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         super().save_model(output_dir, _internal_call)
-        if output_dir and Path(output_dir).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
-            self.save_encoder(Path(self.args.output_dir) / str(self.state.global_step) / MERGED_ENCODER)
+        if output_dir and Path(output_dir).parent == staging.staging(self.args.output_dir):
+            self.save_encoder(Path(output_dir).parent / str(self.state.global_step) / MERGED_ENCODER)
 
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
+    def save_final_encoder(self, trained: bool) -> None:
+        """Every rank must call it at the end; the file appears whole. Not `trained` now: it is the last checkpoint's.
+
+        Raises UserError if that has been deleted.
+        """
+        output_dir, hidden = Path(self.args.output_dir), staging.staging(self.args.output_dir) / "final"
+        if trained:
+            self.save_encoder(hidden / FINAL_ENCODER)
+        elif self.args.should_save:
+            hidden.mkdir(parents=True)
+            last = output_dir / str(self.state.global_step)
+            shutil.copyfile(require(last / CONFIG, MADE_BY), hidden / CONFIG)
+            shutil.copyfile(require(last / MERGED_ENCODER, MADE_BY), hidden / FINAL_ENCODER)
         if self.args.should_save:
-            prune_encoders(Path(self.args.output_dir))
-
-    @property
-    def final_encoder(self) -> Path:
-        return Path(self.args.output_dir) / FINAL_ENCODER
+            staging.move_files(hidden, output_dir)
+            staging.sweep(output_dir)
 
 
-def prune_encoders(output_dir: Path) -> None:
-    """Remove N/ where --save_total_limit has removed checkpoint-N. Nothing but our own encoder folders is touched."""
-    for folder in output_dir.iterdir():
-        is_folder = folder.name.isdigit() and folder.is_dir() and not folder.is_symlink()
-        checkpoint = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{folder.name}"
-        if is_folder and (folder / MERGED_ENCODER).exists() and not checkpoint.exists():
-            shutil.rmtree(folder)
+def check_output(args) -> None:
+    """What can be known to be wrong with --output_dir and --resume_from_checkpoint. Raises UserError."""
+    last = staging.last_checkpoint(args.output_dir)
+    if _resumes(args):
+        resume_point(args)
+    elif last is not None:
+        raise UserError(f"--output_dir {args.output_dir}: holds {last.name} of an earlier run; go on with it by "
+                        "--resume_from_checkpoint auto, or give another folder")
+
+
+def _resumes(args) -> bool:
+    return args.resume_from_checkpoint is not None and str(args.resume_from_checkpoint).lower() != "false"
 
 
 def resume_point(args) -> str | None:
     """The checkpoint to go on from: --resume_from_checkpoint names one, or says `auto` (or True): the last."""
-    wanted = args.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
+    if not _resumes(args):
         return None
+    wanted = args.resume_from_checkpoint
     if str(wanted).lower() in ("auto", "true"):
-        last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-        log.info("resuming from %s", last or "nothing: no checkpoint yet")
-        return last
-    if not Path(wanted).is_dir():
-        raise UserError(f"--resume_from_checkpoint {wanted}: no such folder; name a checkpoint-N, or say auto")
+        last = staging.last_checkpoint(args.output_dir)
+        return None if last is None else str(last)
+    if not (Path(wanted) / TRAINER_STATE_NAME).is_file():
+        what = f"no {TRAINER_STATE_NAME} in it" if Path(wanted).is_dir() else "no such folder"
+        raise UserError(f"--resume_from_checkpoint {wanted}: {what}; name a checkpoint-N, or say auto")
     return wanted
 
 
 def finished(checkpoint: Path | str, args) -> bool:
     """Whether the run that wrote `checkpoint` had reached its end, and `args` ask for no more."""
-    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    state = json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     if args.max_steps > 0:
         return state["global_step"] >= args.max_steps
     return state["global_step"] >= state["max_steps"] and state["num_train_epochs"] >= args.num_train_epochs
@@ -125,13 +182,37 @@ def train(trainer: Trainer) -> bool:
 
     transformers itself takes one more step when it resumes a run that had finished.
     """
+    if trainer.args.should_save:
+        staging.sweep(trainer.args.output_dir)
+    trainer.accelerator.wait_for_everyone()
     checkpoint = resume_point(trainer.args)
     if checkpoint and finished(checkpoint, trainer.args):
         log.info("%s: this run has finished, nothing is left to train", checkpoint)
-        trainer._load_from_checkpoint(checkpoint)
+        trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
         return False
+    if checkpoint:
+        check_resumable(Path(checkpoint), trainer)
+        log.info("resuming from %s", checkpoint)
+    elif _resumes(trainer.args):
+        log.info("resuming from nothing: no checkpoint yet")
     trainer.train(resume_from_checkpoint=checkpoint)
     return True
+
+
+def check_resumable(checkpoint: Path, trainer: Trainer) -> None:
+    """transformers starts with a fresh optimizer, and says nothing, where it does not find one. Raises UserError."""
+    kinds = {"latest": "DeepSpeed", "optimizer.bin": "FSDP", "optimizer.pt": "neither DeepSpeed nor FSDP"}
+    needed = "latest" if trainer.is_deepspeed_enabled else "optimizer.bin" if trainer.is_fsdp_enabled else "optimizer.pt"
+    if not (checkpoint / needed).exists():
+        by = next((f", it was saved with {kind}" for name, kind in kinds.items() if (checkpoint / name).exists()), "")
+        raise UserError(f"{checkpoint}: no {needed}, so no optimizer to go on with{by}; resume with the flags that it "
+                        "was trained with")
+    processes = len(list(checkpoint.glob("rng_state*.pth")))
+    if processes != trainer.args.world_size:
+        message = f"{checkpoint}: saved by {processes} process(es), resumed by {trainer.args.world_size}"
+        if trainer.is_deepspeed_enabled:
+            raise UserError(f"{message}: DeepSpeed's files do not fit; start as many as before")
+        log.warning("%s: other pairs make up a step than would have", message)
 
 
 def holds_full_model(folder: Path | str) -> bool:

@@ -1,14 +1,53 @@
-"""Whole parameters where DeepSpeed ZeRO-3 has cut them up."""
+"""Parameters that are cut up among processes: whole again where they must be, and FSDP where accelerate forgets it."""
 import contextlib
 from collections.abc import Iterable
 
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import PartialState
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 def gathered(parameters: Iterable[nn.Parameter], write: bool = False):
-    """A context in which the parameters are whole; every rank must enter. With `write`, rank 0's changes are kept."""
+    """A context in which ZeRO-3's parameters are whole; every rank must enter. With `write`, rank 0's changes are kept.
+    """
     cut = [p for p in parameters if hasattr(p, "ds_id")]
     if not cut:
         return contextlib.nullcontext()
     import deepspeed
     return deepspeed.zero.GatheredParameters(cut, modifier_rank=0 if write else None)
+
+
+@contextlib.contextmanager
+def unsharded(module: nn.Module):
+    """A context in which the parameters of `module` are whole, to be read: ZeRO-3's and FSDP's. Every rank must enter.
+    """
+    replaced = []
+    with gathered(module.parameters()):
+        for part in module.modules():
+            for name, parameter in part._parameters.items():
+                if isinstance(parameter, DTensor):
+                    replaced.append((part, name, parameter))
+                    part._parameters[name] = nn.Parameter(parameter.full_tensor(), requires_grad=False)
+        try:
+            yield
+        finally:
+            for part, name, parameter in replaced:
+                part._parameters[name] = parameter
+
+
+def shard_on_cpu(accelerator, args) -> bool:
+    """Make `--fsdp` hold on a CPU; returns whether it does now.
+
+    accelerate 1.15 takes its FSDP plugin over where processes are of the kinds MULTI_GPU, MULTI_XPU, …: MULTI_CPU is
+    not in that list (AcceleratorState.__init__), so Trainer trains by DDP and says nothing. What follows the list
+    works on gloo as well, so this does for MULTI_CPU what stands under it.
+    """
+    state = accelerator.state
+    if args.fsdp_plugin_args is None or state.distributed_type is not DistributedType.MULTI_CPU:
+        return False
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
+    if accelerator.mixed_precision != "no":
+        state.fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)
+    state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    return True

@@ -12,7 +12,7 @@ from torch import nn
 
 from ga_llm.artifacts import atomic_write, require
 from ga_llm.cli import UserError
-from ga_llm.sharding import gathered
+from ga_llm.sharding import unsharded
 from geo_encoder.encoder import LEVEL, LORA_TARGETS, GeoEncoderConfig, build_encoder
 
 CONFIG = "geo_encoder_config.json"
@@ -31,7 +31,7 @@ def add_lora(encoder: nn.Module, r: int, alpha: int) -> nn.Module:
 @torch.no_grad()
 def merged_state_dict(encoder: nn.Module) -> dict[str, torch.Tensor]:
     """The encoder's weights with its LoRA merged in, fp32 on the CPU, named as without LoRA; nothing is changed."""
-    with gathered(encoder.parameters()):
+    with unsharded(encoder):
         merged = {name.replace(".base_layer", ""): tensor.float().cpu().clone()
                   for name, tensor in encoder.state_dict().items() if "lora_" not in name}
         for name, module in encoder.named_modules():

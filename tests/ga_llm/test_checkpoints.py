@@ -1,9 +1,11 @@
 """What training leaves behind is what evaluation loads: equal logits, whichever file they come from."""
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback, set_seed
 
 from ga_llm import arguments, checkpoints, llm, sft_data, token_cache
 from ga_llm.cli import UserError
@@ -16,7 +18,7 @@ PAIRS = [f"<question>: user 1 POI id {i} <GPS {i}>. Where next? <answer>: user 1
 @pytest.fixture
 def train(tiny_llama, mapping_csv, tmp_path):
     """train(stage, **flags): one run of a stage in this process; returns (trainer, encoder file)."""
-    def run(stage, tied=False, **flags):
+    def run(stage, tied=False, interrupt_at=None, lengths=None, **flags):
         folder = tiny_llama(tie_embeddings=tied)
         data = tmp_path / "pairs.json"
         data.write_text(json.dumps([dict(zip(("question", "answer"), pair.split(" <answer>", 1))) for pair in PAIRS])
@@ -25,7 +27,7 @@ def train(tiny_llama, mapping_csv, tmp_path):
                    "output_dir": tmp_path / f"stage{stage}", "model_max_length": 256, "load_in_4bit": False,
                    "max_steps": 4, "save_steps": 2, "save_total_limit": 1, "learning_rate": 0.01, **flags}
         args = arguments.parse(arguments.SFTArguments, [p for k, v in options.items() for p in (f"--{k}", str(v))])
-        torch.manual_seed(0)
+        set_seed(args.seed)
         mapping, tokenizer = gps_tokens.read_gps_mapping(mapping_csv), llm.load_tokenizer(folder)
         model = llm.load_llm(folder, 256, "sdpa", torch.float32)
         token_ids = gps_tokens.add_gps_tokens(tokenizer, mapping, model)
@@ -47,10 +49,27 @@ def train(tiny_llama, mapping_csv, tmp_path):
                 model = llm.add_lora(model, 8, 16, 0.1)
                 llm.train_by_name(model, "embed,norm")
             trainer = checkpoints.GATrainer(model=model, **common)
-        trainer.train()
+        if lengths is not None:
+            trainer.train_dataset.lengths = lengths
+        if interrupt_at is not None:
+            trainer.add_callback(Interruption(interrupt_at))
+        checkpoints.train(trainer)
         return trainer
 
     return run
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Interruption(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step > self.step:
+            raise Interrupted
 
 
 def reload(trainer, tiny_llama, mapping_csv, tmp_path, tied=False, folder="checkpoint-4"):
@@ -77,6 +96,42 @@ def test_stage_2_reloads(train, tiny_llama, mapping_csv, tmp_path, tied):
     assert set(state) >= {"model.embed_tokens.weight", "model.norm.weight"}
     assert not any("lora" in name for name in state)
     assert not any("embed_tokens" in name for name in load_file(tmp_path / "stage2/checkpoint-4" / checkpoints.ADAPTER))
+
+
+def weights_of(folder):
+    """Everything that a checkpoint's files hold, by name."""
+    state = {f"{path.name}:{name}": tensor for path in folder.rglob("*.safetensors")
+             for name, tensor in load_file(path).items()}
+    for path in (*folder.rglob("optimizer.pt"), *folder.parent.glob(f"{folder.name.split('-')[1]}/*.pth")):
+        loaded = torch.load(path, weights_only=True)
+        parts = loaded["state"] if "state" in loaded else {"": loaded}
+        state.update({f"{path.name}:{part}:{name}": tensor for part in parts for name, tensor in parts[part].items()})
+    return state
+
+
+@pytest.mark.parametrize("stage, interruptions, flags", [
+    (1, (2, 4, 7), {}),
+    (1, (2, 4, 7), {"train_sampling_strategy": "group_by_length"}),
+    (1, (6,), {"low_rank_training": False}),
+    (2, (2, 4, 7), {}),
+    (2, (2, 4, 7), {"train_sampling_strategy": "group_by_length"}),
+    (2, (6,), {"train_sampling_strategy": "group_by_length", "lengths": np.array([9, 5, 7, 3])}),
+    (2, (6,), {"low_rank_training": False}),
+    (2, (1, 3), {"bf16": True, "gradient_accumulation_steps": 2, "max_steps": 5, "lr_scheduler_type": "cosine"}),
+])
+def test_resuming_changes_nothing(train, tmp_path, stage, interruptions, flags):
+    """An epoch has 4 steps (2 with accumulation): a run stops in one and between two, and goes on, bit for bit."""
+    flags = {"max_steps": 10, "save_steps": 1, "save_total_limit": 2, "per_device_train_batch_size": 1, **flags}
+    train(stage, output_dir=tmp_path / "whole", **flags)
+    for step in interruptions:
+        with pytest.raises(Interrupted):
+            train(stage, output_dir=tmp_path / "parts", resume_from_checkpoint="auto", interrupt_at=step, **flags)
+    train(stage, output_dir=tmp_path / "parts", resume_from_checkpoint="auto", **flags)
+    whole, parts = (weights_of(tmp_path / name / f"checkpoint-{flags['max_steps']}") for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and len(whole) > 20
+    assert not [name for name in whole if not torch.equal(whole[name], parts[name])]
+    start = weights_of(tmp_path / "whole" / f"checkpoint-{flags['max_steps'] - 1}")
+    assert any(not torch.equal(whole[name], start[name]) for name in whole)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -117,7 +172,7 @@ def test_stage_1_keeps_merged_encoders_and_prunes_them(train, tmp_path):
     trainer = train(1)
     output = tmp_path / "stage1"
     (output / "7").mkdir()      # not ours: no encoder in it
-    trainer.save_final_encoder()
+    trainer.save_final_encoder(trained=True)
     assert sorted(p.name for p in output.iterdir() if p.is_dir()) == ["4", "7", "checkpoint-4"]
     merged, _ = weights.load_encoder(output / "4" / "geo_encoder_merged.pth", 32)
     digits = torch.randint(0, 4, (5, 25))
