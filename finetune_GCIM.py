@@ -54,6 +54,7 @@ def main():
     trainer = checkpoints.GCIMTrainer(model=model, args=args, train_dataset=setup.dataset, data_collator=setup.collator,
                                       processing_class=setup.tokenizer, encoder=geo_encoder, encoder_config=config)
     trainer.save_final_encoder(checkpoints.train(trainer))
+    trainer.accelerator.end_training()      # gloo aborts a process that leaves its threads running
 
 
 if __name__ == "__main__":

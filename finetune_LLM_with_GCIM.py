@@ -51,6 +51,7 @@ def main():
     trainer = checkpoints.GATrainer(model=model, args=args, train_dataset=setup.dataset, data_collator=setup.collator,
                                     processing_class=setup.tokenizer)
     checkpoints.train(trainer)
+    trainer.accelerator.end_training()      # gloo aborts a process that leaves its threads running
 
 
 if __name__ == "__main__":

@@ -60,6 +60,10 @@ class SFTArguments(TrainingArguments):
         self.dataloader_pin_memory = torch.cuda.is_available()
         self.disable_tqdm = self.disable_tqdm or not sys.stderr.isatty()
         super().__post_init__()
+        if self.deepspeed:
+            import deepspeed
+            # On a CPU transformers starts torch's processes alone, and ZeRO-3 would count one where it cuts the model.
+            deepspeed.init_distributed()
 
 
 def parse(arguments_class: type[SFTArguments], argv: list[str] | None = None) -> SFTArguments:
@@ -132,9 +136,12 @@ def _fit_to_machine(flags):
             if precision in given and _is_true(given[precision]) and not (precision == "bf16" and _cpu_has_bf16()):
                 log.info("--%s: this CPU has no fast %s, training in fp32", precision, precision)
                 given[precision] = ["False"]
+    for flag in ("deepspeed", "fsdp"):
+        if flag in given and "RANK" not in os.environ:
+            raise UserError(f"--{flag}: start with `torchrun --nproc_per_node=N finetune_….py …`, not with python")
     if given.get("deepspeed"):
-        if "RANK" not in os.environ:
-            raise UserError("--deepspeed: start with `torchrun --nproc_per_node=N finetune_….py …`, not with python")
+        if "fsdp" in given:
+            raise UserError("--deepspeed and --fsdp: give one of them")
         lacks = _deepspeed_lacks()
         if lacks:
             log.info("--deepspeed ignored, plain data parallelism instead: %s", lacks)

@@ -79,6 +79,7 @@ class GATrainer(LoggedTrainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             staging.publish(self.args.output_dir, self.state.global_step, self.args.save_total_limit)
+            log.info("saved: %s", staging.checkpoint(self.args.output_dir, self.state.global_step))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
         """Write the model's part of a checkpoint; rank 0 alone has something to write."""
@@ -116,7 +117,6 @@ class GCIMTrainer(GATrainer):
         merged = merged_state_dict(self.encoder)
         if self.args.should_save:
             save_encoder(merged, self.encoder_config, path)
-            log.info("encoder saved: %s", path)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         super().save_model(output_dir, _internal_call)
@@ -139,6 +139,7 @@ class GCIMTrainer(GATrainer):
         if self.args.should_save:
             staging.move_files(hidden, output_dir)
             staging.sweep(output_dir)
+            log.info("saved: %s", output_dir / FINAL_ENCODER)
 
 
 def check_output(args) -> None:
