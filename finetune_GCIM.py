@@ -51,8 +51,9 @@ def main():
     llm.trainable_to_fp32(model)
     log.info("training %s parameters on %d pairs", llm.describe_trainable(model), len(setup.dataset))
 
-    trainer = checkpoints.GCIMTrainer(model=model, args=args, train_dataset=setup.dataset, data_collator=setup.collator,
-                                      processing_class=setup.tokenizer, encoder=geo_encoder, encoder_config=config)
+    trainer = checkpoints.GCIMTrainer(model=model, args=args, train_dataset=setup.train_dataset,
+                                      data_collator=setup.collator, processing_class=setup.tokenizer,
+                                      encoder=geo_encoder, encoder_config=config)
     trainer.save_final_encoder(checkpoints.train(trainer))
     trainer.accelerator.end_training()      # gloo aborts a process that leaves its threads running
 

@@ -48,8 +48,8 @@ def main():
     llm.trainable_to_fp32(model)
     log.info("training %s parameters on %d pairs", llm.describe_trainable(model), len(setup.dataset))
 
-    trainer = checkpoints.GATrainer(model=model, args=args, train_dataset=setup.dataset, data_collator=setup.collator,
-                                    processing_class=setup.tokenizer)
+    trainer = checkpoints.GATrainer(model=model, args=args, train_dataset=setup.train_dataset,
+                                    data_collator=setup.collator, processing_class=setup.tokenizer)
     checkpoints.train(trainer)
     trainer.accelerator.end_training()      # gloo aborts a process that leaves its threads running
 

@@ -46,6 +46,9 @@ class SFTArguments(TrainingArguments):
     model_max_length: int = dataclasses.field(default=32768, metadata={"help": "tokens; longer pairs lose their start"})
     use_flash_attn: bool = dataclasses.field(default=True, metadata={"help": "flash-attn where it is installed"})
     use_full_attn: bool = dataclasses.field(default=False, metadata={"help": "full attention instead of S²-Attn"})
+    shared_prefix: bool = dataclasses.field(default=False, metadata={"help": "pairs that begin alike are one tree"})
+    tree_tokens: int = dataclasses.field(
+        default=0, metadata={"help": "with --shared_prefix: tokens of a tree at most; 0: twice --model_max_length"})
     load_in_4bit: bool = dataclasses.field(default=True, metadata={"help": "base in NF4 where bitsandbytes runs"})
     low_rank_training: bool = dataclasses.field(default=True, metadata={"help": "False trains all of the LLM"})
 
@@ -177,3 +180,9 @@ def _check(args: SFTArguments) -> None:
     if args.model_max_length < 16:
         raise UserError(f"--model_max_length {args.model_max_length}: too short for a question and its answer")
     checkpoints.check_output(args)
+    if args.shared_prefix and not args.use_full_attn:
+        raise UserError("--shared_prefix True: S²-Attn's groups follow from where each prompt ends, so prompts cannot "
+                        "share theirs; add --use_full_attn True")
+    if args.tree_tokens and not (args.shared_prefix and args.tree_tokens >= args.model_max_length):
+        raise UserError(f"--tree_tokens {args.tree_tokens}: goes with --shared_prefix True, and a tree must hold a prompt "
+                        f"of --model_max_length {args.model_max_length}")

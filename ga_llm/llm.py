@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ga_llm.cli import UserError, show_progress
+from ga_llm.shared_prefix import SHARED_PREFIX
 from ga_llm.shifted_attention import SHIFTED_SPARSE
 
 log = logging.getLogger(__name__)
@@ -80,8 +81,10 @@ def flash_attention_available() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
 
 
-def training_attention(use_flash: bool, full: bool) -> str:
-    """S²-Attn by default, full attention if asked for; flash-attn's kernels where they are installed."""
+def training_attention(use_flash: bool, full: bool, shared_prefix: bool = False) -> str:
+    """S²-Attn by default, full attention if asked for, of trees or not; flash-attn's kernels where they are installed."""
+    if shared_prefix:       # through SDPA, which has a flash kernel of its own
+        return SHARED_PREFIX
     if use_flash and not flash_attention_available():
         log.info("flash-attn is not available: attention runs through SDPA")
     if not full:

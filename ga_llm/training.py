@@ -1,13 +1,16 @@
 """What both stages set up alike: tokens, pairs, the LLM."""
 import dataclasses
+import logging
 
 import numpy as np
 import torch
 from transformers import set_seed
 
-from ga_llm import llm, sft_data, token_cache
+from ga_llm import llm, sft_data, shared_prefix, token_cache
 from ga_llm.arguments import SFTArguments
 from geo_encoder.gps_tokens import GPSMapping, add_gps_tokens, add_rows, read_gps_mapping
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -15,8 +18,9 @@ class Setup:
     mapping: GPSMapping
     token_ids: np.ndarray       # (places,), the token of each place of the mapping
     tokenizer: object
-    dataset: token_cache.TokenDataset
-    collator: sft_data.AnswerCollator
+    dataset: token_cache.TokenDataset       # the pairs
+    train_dataset: object                   # what a batch is drawn from: the pairs, or trees of them
+    collator: object
     model: torch.nn.Module      # the base LLM, with a row for every <GPS n>
 
 
@@ -28,10 +32,17 @@ def set_up(args: SFTArguments) -> Setup:
     known = len(tokenizer)
     token_ids = add_gps_tokens(tokenizer, mapping)
     dataset = token_cache.load(args.data_path, tokenizer, args.model_max_length, args.gps_mapping_path, args.cache_dir)
+    if args.shared_prefix:
+        train_dataset = shared_prefix.TreeDataset(dataset, args.tree_tokens or 2 * args.model_max_length)
+        collator = shared_prefix.TreeCollator()
+        log.info("%d pairs in %d trees, which a batch is made of: %d tokens instead of %d", len(dataset),
+                 len(train_dataset), train_dataset.lengths.sum(), dataset.lengths.sum())
+    else:
+        train_dataset, collator = dataset, sft_data.AnswerCollator(tokenizer.pad_token_id)
     frozen = args.low_rank_training
     model = llm.load_llm(args.model_name_or_path, args.model_max_length,
-                         llm.training_attention(args.use_flash_attn, args.use_full_attn),
+                         llm.training_attention(args.use_flash_attn, args.use_full_attn, args.shared_prefix),
                          dtype=torch.bfloat16 if args.bf16 and frozen else torch.float32,
                          four_bit=args.load_in_4bit and frozen, cache_dir=args.cache_dir)
     add_rows(model, len(tokenizer), token_ids[token_ids >= known])
-    return Setup(mapping, token_ids, tokenizer, dataset, sft_data.AnswerCollator(tokenizer.pad_token_id), model)
+    return Setup(mapping, token_ids, tokenizer, dataset, train_dataset, collator, model)

@@ -54,6 +54,9 @@ def test_booleans(inputs, text, value):
     (["--use_full_attn", "maybe"], "use_full_attn"),
     (["--deepspeed", "ds_configs/stage2.json"], "torchrun"),
     (["--save_strategy", "sometimes"], "sometimes"),
+    (["--shared_prefix", "True"], "add --use_full_attn True"),
+    (["--shared_prefix", "True", "--use_full_attn", "True", "--tree_tokens", "99"], "--tree_tokens 99"),
+    (["--tree_tokens", "65536"], "goes with --shared_prefix True"),
 ])
 def test_mistakes_are_one_line(inputs, monkeypatch, extra, message):
     monkeypatch.delenv("RANK", raising=False)
