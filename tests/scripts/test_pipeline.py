@@ -1,97 +1,14 @@
 """The README's commands in a copy of the repository: raw check-ins to Acc@k, with a tiny random Llama."""
 import json
-import os
-import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import DATA, MAPPING, evaluate, evaluation, losses, run, stage_1, stage_2
 from safetensors.torch import load_file
-
-ROOT = Path(__file__).parents[2]
-CODE = ("best_conf", "data-preprocess", "ds_configs", "ga_llm", "geo_encoder", "tools", "finetune_GCIM.py",
-        "finetune_LLM_with_GCIM.py", "test_next_gps.py")
-DATA = "datasets/sample/preprocessed"
-MAPPING = f"{DATA}/sample_gps_mapping.csv"
-README_FLAGS = f"""--model_name_or_path models/tiny --bf16 True --gps_mapping_path {MAPPING} --model_max_length 4096
-    --use_flash_attn True --low_rank_training True --num_train_epochs 1 --max_steps 6 --per_device_train_batch_size 2
-    --per_device_eval_batch_size 2 --gradient_accumulation_steps 1 --evaluation_strategy no --save_strategy steps
-    --save_steps 2 --save_total_limit 2 --learning_rate 2e-3 --weight_decay 0.0 --warmup_steps 2
-    --lr_scheduler_type constant_with_warmup --logging_steps 1 --tf32 True""".split()
-
-
-def run(repo, *command, check=True):
-    """Run a command from the repository's root, as a user would."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PATH": path}
-    result = subprocess.run([str(part) for part in command], cwd=repo, env=environment, capture_output=True, text=True,
-                            timeout=600)
-    assert not check or result.returncode == 0, result.stdout[-3000:] + result.stderr[-5000:]
-    return result
-
-
-def torchrun(repo, script, *flags, processes=1, port=29611, check=True):
-    return run(repo, "torchrun", f"--nproc_per_node={processes}", f"--master_port={port}", script, *README_FLAGS,
-               *flags, check=check)
-
-
-def stage_1(repo, output, *flags, **options):
-    return torchrun(repo, "finetune_GCIM.py", "--output_dir", output, "--data_path",
-                    f"{DATA}/train_qa_pairs_kqt_200items_sample_projector_gps_without_sim_stage1.json",
-                    "--lora_r", "8", "--lora_alpha", "16", *flags, **options)
-
-
-def stage_2(repo, output, *flags, **options):
-    return torchrun(repo, "finetune_LLM_with_GCIM.py", "--output_dir", output, "--data_path",
-                    f"{DATA}/train_qa_pairs_kqt_200items_sample_llm_without_sim_gps.json", "--geoencoder_path",
-                    "outputs/gcim/6/geo_encoder_merged.pth", *flags, **options)
-
-
-def evaluation(output, *flags):
-    return ["test_next_gps.py", "--batch_size", "8", "--base_model", "models/tiny", "--output_dir", output,
-            "--cache_dir", "./cache", "--seq_len", "4096", "--context_size", "4096", "--flash_attn", "True",
-            "--model_path", "models/tiny", "--data_path", "datasets", "--dataset_name", "sample", "--test_file",
-            "test_qa_pairs_kqt_200items_sample_llm_without_sim_gps.txt", "--gps_mapping_path", MAPPING,
-            "--geoencoder_path", "outputs/gcim/6/geo_encoder_merged.pth", "--use_random_projector", "False", *flags]
-
-
-def evaluate(repo, output, *flags, check=True):
-    result = run(repo, sys.executable, *evaluation(output, *flags), check=check)
-    if not check:
-        return result, None
-    wrote = result.stdout.strip().splitlines()[-1].split()
-    assert wrote[0] == "wrote" and (repo / wrote[3]).name == "predictions.jsonl"
-    return result, json.loads((repo / wrote[1]).read_text())
-
-
-@pytest.fixture(scope="session")
-def repo(tmp_path_factory):
-    """A copy of the code, then every step up to a trained stage 2."""
-    repo = tmp_path_factory.mktemp("repo")
-    for name in CODE:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, repo / name, **({"ignore": shutil.ignore_patterns("data", "__pycache__")}
-                                          if copy is shutil.copytree else {}))
-    for command in (["data-preprocess/make_sample_raw.py", "-users", "30", "-days", "60"],
-                    ["data-preprocess/run.py", "-f", "best_conf/sample.yml"],
-                    ["data-preprocess/traj_qk.py", "-dataset_name", "sample"],
-                    ["data-preprocess/process_projector_gps_stage1.py", "-dataset_name", "sample", "-use_sim", "False"],
-                    ["data-preprocess/process_llm_gps.py", "-dataset_name", "sample", "-use_sim", "False",
-                     "-max_history", "10"],
-                    ["tools/make_tiny_llama.py", "--output_dir", "models/tiny", "--hidden", "32", "--kv_heads", "2"]):
-        run(repo, sys.executable, *command)
-    stage_1(repo, "outputs/gcim")
-    stage_2(repo, "outputs/llm")
-    return repo
-
-
-def losses(folder):
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
 
 
 def test_golden_run(repo):
@@ -202,17 +119,6 @@ def test_full_training_of_a_small_model(repo):
     assert metrics["all"]["model"]["n"] > 20
 
 
-def test_resume(repo):
-    stage_1(repo, "outputs/resumed", "--max_steps", "2")
-    result = stage_1(repo, "outputs/resumed", "--resume_from_checkpoint", "auto")
-    assert "resuming from outputs/resumed/checkpoint-2" in result.stderr
-    assert len(losses(repo / "outputs/resumed/checkpoint-6")) == 6
-    one, two = (torch.load(repo / f"outputs/{name}/6/geo_encoder_merged.pth", weights_only=True)
-                for name in ("gcim", "resumed"))
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-2, atol=1e-3)
-
-
 def test_a_finished_run_is_left_as_it_is(repo):
     """Resuming it trains no further; a final encoder that is missing is written from the checkpoint."""
     final = repo / "outputs/gcim/geo_encoder_final_merged.pth"
@@ -227,33 +133,6 @@ def test_a_finished_run_is_left_as_it_is(repo):
         torch.testing.assert_close(after[name], before[name])
     result = stage_2(repo, "outputs/llm", "--resume_from_checkpoint", "auto")
     assert "nothing is left to train" in result.stderr and not (repo / "outputs/llm/checkpoint-7").exists()
-
-
-@pytest.mark.slow
-def test_two_processes(repo):
-    """Both ranks train one model: half the steps for the same pairs, and every checkpoint is whole."""
-    stage_1(repo, "outputs/ddp1", "--max_steps", "-1", "--save_steps", "1000", processes=2)
-    state = json.loads(next((repo / "outputs/ddp1").glob("checkpoint-*/trainer_state.json")).read_text())
-    pairs = (repo / DATA / "train_qa_pairs_kqt_200items_sample_projector_gps_without_sim_stage1.json").read_text()
-    count = pairs.count('{"question"')
-    assert abs(state["global_step"] - count / 4) <= 1
-
-
-@pytest.mark.slow
-def test_deepspeed_and_its_conversion(repo):
-    """The README's --deepspeed and zero_to_fp32.py; what it writes is what the checkpoint holds in bf16."""
-    pytest.importorskip("deepspeed")
-    if not (shutil.which("g++") and shutil.which("ninja", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")):
-        pytest.skip("DeepSpeed compiles on a CPU: needs g++ and ninja")
-    stage_2(repo, "outputs/ds", "--deepspeed", "ds_configs/stage2.json")
-    checkpoint = "outputs/ds/checkpoint-6"
-    _, direct = evaluate(repo, checkpoint)
-    run(repo, sys.executable, f"{checkpoint}/zero_to_fp32.py", checkpoint, f"{checkpoint}/pytorch_model.bin")
-    result, converted = evaluate(repo, checkpoint)
-    assert "weights from outputs/ds/checkpoint-6/pytorch_model.bin" in result.stderr
-    for metric, values in direct["all"]["model"].items():
-        if metric not in ("n", "mean km", "median km"):     # shares
-            assert converted["all"]["model"][metric]["value"] == pytest.approx(values["value"], abs=0.1)
 
 
 @pytest.mark.parametrize("change, message", [

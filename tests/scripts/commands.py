@@ -1,0 +1,80 @@
+"""The README's commands, as tests run them in a copy of the repository."""
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CODE = ("best_conf", "data-preprocess", "ds_configs", "ga_llm", "geo_encoder", "tools", "finetune_GCIM.py",
+        "finetune_LLM_with_GCIM.py", "test_next_gps.py")
+DATA = "datasets/sample/preprocessed"
+MAPPING = f"{DATA}/sample_gps_mapping.csv"
+README_FLAGS = f"""--model_name_or_path models/tiny --bf16 True --gps_mapping_path {MAPPING} --model_max_length 4096
+    --use_flash_attn True --low_rank_training True --num_train_epochs 1 --max_steps 6 --per_device_train_batch_size 2
+    --per_device_eval_batch_size 2 --gradient_accumulation_steps 1 --evaluation_strategy no --save_strategy steps
+    --save_steps 2 --save_total_limit 2 --learning_rate 2e-3 --weight_decay 0.0 --warmup_steps 2
+    --lr_scheduler_type constant_with_warmup --logging_steps 1 --tf32 True""".split()
+
+
+def run(repo, *command, check=True):
+    """Run a command from the repository's root, as a user would."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PATH": path}
+    result = subprocess.run([str(part) for part in command], cwd=repo, env=environment, capture_output=True, text=True,
+                            timeout=600)
+    assert not check or result.returncode == 0, result.stdout[-3000:] + result.stderr[-5000:]
+    return result
+
+
+def torchrun(repo, script, *flags, processes=1, check=True):
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    return run(repo, "torchrun", f"--nproc_per_node={processes}", f"--master_port={port}", script, *README_FLAGS,
+               *flags, check=check)
+
+
+PAIRS = {1: f"{DATA}/train_qa_pairs_kqt_200items_sample_projector_gps_without_sim_stage1.json",
+         2: f"{DATA}/train_qa_pairs_kqt_200items_sample_llm_without_sim_gps.json"}
+FLAGS = {1: ["--data_path", PAIRS[1], "--lora_r", "8", "--lora_alpha", "16"],
+         2: ["--data_path", PAIRS[2], "--geoencoder_path", "outputs/gcim/6/geo_encoder_merged.pth"]}
+SCRIPTS = {1: "finetune_GCIM.py", 2: "finetune_LLM_with_GCIM.py"}
+
+
+def stage_1(repo, output, *flags, **options):
+    return torchrun(repo, SCRIPTS[1], "--output_dir", output, *FLAGS[1], *flags, **options)
+
+
+def stage_2(repo, output, *flags, **options):
+    return torchrun(repo, SCRIPTS[2], "--output_dir", output, *FLAGS[2], *flags, **options)
+
+
+def few_pairs(repo, stage, count):
+    """A question file of `count` pairs, so that a few steps are several epochs."""
+    path = Path(f"few_pairs_{stage}_{count}.json")
+    (repo / path).write_text(json.dumps(json.loads((repo / PAIRS[stage]).read_text())[:count]))
+    return str(path)
+
+
+def evaluation(output, *flags):
+    return ["test_next_gps.py", "--batch_size", "8", "--base_model", "models/tiny", "--output_dir", output,
+            "--cache_dir", "./cache", "--seq_len", "4096", "--context_size", "4096", "--flash_attn", "True",
+            "--model_path", "models/tiny", "--data_path", "datasets", "--dataset_name", "sample", "--test_file",
+            "test_qa_pairs_kqt_200items_sample_llm_without_sim_gps.txt", "--gps_mapping_path", MAPPING,
+            "--geoencoder_path", "outputs/gcim/6/geo_encoder_merged.pth", "--use_random_projector", "False", *flags]
+
+
+def evaluate(repo, output, *flags, check=True):
+    result = run(repo, sys.executable, *evaluation(output, *flags), check=check)
+    if not check:
+        return result, None
+    wrote = result.stdout.strip().splitlines()[-1].split()
+    assert wrote[0] == "wrote" and (repo / wrote[3]).name == "predictions.jsonl"
+    return result, json.loads((repo / wrote[1]).read_text())
+
+
+def losses(folder):
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]

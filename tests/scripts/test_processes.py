@@ -1,0 +1,114 @@
+"""Two processes train what one does: DDP, ZeRO-2, ZeRO-3, FSDP2; each saves, goes on from there, and is converted."""
+import shutil
+import sys
+
+import pytest
+import torch
+from commands import evaluate, few_pairs, losses, run, stage_1, stage_2
+from safetensors.torch import load_file
+
+from ga_llm import checkpoints, llm
+from ga_llm.artifacts import FINAL_ENCODER, MERGED_ENCODER, TRAINABLE_PARAMS
+from geo_encoder import gps_tokens
+
+pytestmark = pytest.mark.slow
+STACKS = {"ddp": [], "zero2": ["--deepspeed", "ds_configs/stage2.json"],
+          "zero3": ["--deepspeed", "ds_configs/stage3.json"], "fsdp2": ["--fsdp", "full_shard"]}
+LEAVES = {"ddp": "optimizer.pt", "zero2": "latest", "zero3": "latest", "fsdp2": "pytorch_model_fsdp.bin"}
+# 12 pairs in steps of 4 are 3 steps an epoch; checkpoint-4 lies in the second.
+STEPS = ["--max_steps", "6", "--save_steps", "2", "--load_in_4bit", "False", "--bf16", "False"]
+NO_DROPOUT = {1: ["--geo_encoder", "fourier", "--encoder_training", "full"], 2: ["--lora_dropout", "0"]}
+
+
+def train(repo, stage, output, *flags, processes=2):
+    if "--deepspeed" in flags:
+        pytest.importorskip("deepspeed")
+        if not (shutil.which("g++") and shutil.which("ninja", path=f"{sys.exec_prefix}/bin")):
+            pytest.skip("DeepSpeed compiles on a CPU: needs g++ and ninja")
+    (stage_1 if stage == 1 else stage_2)(
+        repo, output, *STEPS, "--data_path", few_pairs(repo, stage, 12), "--per_device_train_batch_size",
+        str(4 // processes), *flags, processes=processes)
+    return repo / output
+
+
+def resume(repo, stage, output, *flags):
+    """Go on from checkpoint-4 of `output` alone, in another folder."""
+    resumed = f"{output}_resumed"
+    shutil.copytree(repo / output / "checkpoint-4", repo / resumed / "checkpoint-4")
+    return train(repo, stage, resumed, *flags, "--resume_from_checkpoint", "auto")
+
+
+def trained(folder):
+    """What stage 2 learned, by name."""
+    return {**load_file(folder / checkpoints.ADAPTER), **load_file(folder / TRAINABLE_PARAMS)}
+
+
+def close(one, other, tolerance):
+    """The largest difference between two sets of tensors."""
+    assert one.keys() == other.keys() and one
+    return max((one[name] - other[name]).abs().max().item() for name in one) <= tolerance
+
+
+@pytest.fixture(scope="module")
+def one_process(repo):
+    made = {}
+
+    def make(stage):
+        if stage not in made:
+            made[stage] = train(repo, stage, f"outputs/one_{stage}", *NO_DROPOUT[stage], processes=1)
+        return made[stage]
+    return make
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_stage_2(repo, one_process, stack):
+    reference, output = one_process(2), f"outputs/{stack}_2"
+    checkpoint = train(repo, 2, output, *NO_DROPOUT[2], *STACKS[stack]) / "checkpoint-6"
+    assert (checkpoint / LEAVES[stack]).exists()
+    assert losses(checkpoint) == pytest.approx(losses(reference / "checkpoint-6"), rel=1e-3)
+    assert close(trained(checkpoint), trained(reference / "checkpoint-6"), 1e-4)
+    assert not close(trained(checkpoint), trained(checkpoint.with_name("checkpoint-4")), 1e-3)
+    resumed = resume(repo, 2, output, *NO_DROPOUT[2], *STACKS[stack])
+    assert close(trained(resumed / "checkpoint-6"), trained(checkpoint), 0)
+    assert sorted(path.name for path in resumed.glob("[!.]*/")) == ["checkpoint-4", "checkpoint-6"]
+
+
+@pytest.mark.parametrize("stack", ["zero3", "fsdp2"])
+def test_stage_1(repo, one_process, stack):
+    """Where parameters are cut up: the encoder that is saved is whole."""
+    reference, output = one_process(1), repo / f"outputs/{stack}_1"
+    train(repo, 1, output, *NO_DROPOUT[1], *STACKS[stack])
+    assert losses(output / "checkpoint-6") == pytest.approx(losses(reference / "checkpoint-6"), rel=1e-3)
+    encoder, before, final, expected = (torch.load(path, weights_only=True) for path in (
+        output / "6" / MERGED_ENCODER, output / "4" / MERGED_ENCODER, output / FINAL_ENCODER,
+        reference / "6" / MERGED_ENCODER))
+    assert close(encoder, expected, 1e-4) and close(encoder, final, 0) and not close(encoder, before, 1e-3)
+
+
+@pytest.mark.parametrize("stack", ["zero3", "fsdp2"])
+def test_stage_1_resumes(repo, stack):
+    """LoRA on the encoder, and each process's own dropout."""
+    output = train(repo, 1, f"outputs/{stack}_1_lora", *STACKS[stack])
+    resumed = resume(repo, 1, f"outputs/{stack}_1_lora", *STACKS[stack])
+    one, other = (torch.load(path / FINAL_ENCODER, weights_only=True) for path in (output, resumed))
+    assert close(one, other, 0)
+
+
+@pytest.mark.parametrize("stack", ["zero2", "zero3"])
+def test_conversion(repo, stack):
+    """zero_to_fp32.py, from the checkpoint's place, gives what the checkpoint holds, and test_next_gps.py reads it."""
+    checkpoint = f"outputs/{stack}_2/checkpoint-6"
+    run(repo, sys.executable, f"{checkpoint}/zero_to_fp32.py", checkpoint, f"{checkpoint}/pytorch_model.bin")
+
+    def loaded(folder):
+        mapping = gps_tokens.read_gps_mapping(repo / "datasets/sample/preprocessed/sample_gps_mapping.csv")
+        model = llm.load_llm(str(repo / "models/tiny"), 4096, "sdpa", torch.float32)
+        gps_tokens.add_gps_tokens(llm.load_tokenizer(str(repo / "models/tiny")), mapping, model)
+        return checkpoints.load_adapter(model, folder).state_dict()
+
+    shutil.copytree(repo / checkpoint, repo / f"outputs/{stack}_direct",
+                    ignore=shutil.ignore_patterns("pytorch_model.bin", "global_step*"))
+    assert close(loaded(repo / checkpoint), loaded(repo / f"outputs/{stack}_direct"), 0)
+    result, metrics = evaluate(repo, checkpoint, "--limit", "4")
+    assert f"weights from {checkpoint}/pytorch_model.bin" in result.stderr
+    assert metrics["all"]["model"]["n"] == 4
