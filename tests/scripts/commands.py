@@ -28,12 +28,15 @@ def run(repo, *command, check=True):
     return result
 
 
-def torchrun(repo, script, *flags, processes=1, check=True):
+def free_port():
     with socket.socket() as free:
         free.bind(("", 0))
-        port = free.getsockname()[1]
-    return run(repo, "torchrun", f"--nproc_per_node={processes}", f"--master_port={port}", script, *README_FLAGS,
-               *flags, check=check)
+        return free.getsockname()[1]
+
+
+def torchrun(repo, script, *flags, processes=1, check=True):
+    return run(repo, "torchrun", f"--nproc_per_node={processes}", f"--master_port={free_port()}", script,
+               *README_FLAGS, *flags, check=check)
 
 
 PAIRS = {1: f"{DATA}/train_qa_pairs_kqt_200items_sample_projector_gps_without_sim_stage1.json",
@@ -43,18 +46,23 @@ FLAGS = {1: ["--data_path", PAIRS[1], "--lora_r", "8", "--lora_alpha", "16"],
 SCRIPTS = {1: "finetune_GCIM.py", 2: "finetune_LLM_with_GCIM.py"}
 
 
+def stage(repo, number, output, *flags, **options):
+    return torchrun(repo, SCRIPTS[number], "--output_dir", output, *FLAGS[number], *flags, **options)
+
+
 def stage_1(repo, output, *flags, **options):
-    return torchrun(repo, SCRIPTS[1], "--output_dir", output, *FLAGS[1], *flags, **options)
+    return stage(repo, 1, output, *flags, **options)
 
 
 def stage_2(repo, output, *flags, **options):
-    return torchrun(repo, SCRIPTS[2], "--output_dir", output, *FLAGS[2], *flags, **options)
+    return stage(repo, 2, output, *flags, **options)
 
 
-def few_pairs(repo, stage, count):
-    """A question file of `count` pairs, so that a few steps are several epochs."""
-    path = Path(f"few_pairs_{stage}_{count}.json")
-    (repo / path).write_text(json.dumps(json.loads((repo / PAIRS[stage]).read_text())[:count]))
+def few_pairs(repo, number, count):
+    """A question file of `count` pairs for a stage, so that a few steps are several epochs."""
+    path = Path(f"few_pairs_{number}_{count}.json")
+    if not (repo / path).exists():
+        (repo / path).write_text(json.dumps(json.loads((repo / PAIRS[number]).read_text())[:count]))
     return str(path)
 
 

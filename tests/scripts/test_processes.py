@@ -2,9 +2,10 @@
 import shutil
 import sys
 
+import forked
 import pytest
 import torch
-from commands import evaluate, few_pairs, losses, run, stage_1, stage_2
+from commands import evaluate, few_pairs, losses, run, stage
 from safetensors.torch import load_file
 
 from ga_llm import checkpoints, llm
@@ -20,14 +21,13 @@ STEPS = ["--max_steps", "6", "--save_steps", "2", "--load_in_4bit", "False", "--
 NO_DROPOUT = {1: ["--geo_encoder", "fourier", "--encoder_training", "full"], 2: ["--lora_dropout", "0"]}
 
 
-def train(repo, stage, output, *flags, processes=2):
+def train(repo, stage, output, *flags, processes=2, start=forked.train):
     if "--deepspeed" in flags:
         pytest.importorskip("deepspeed")
         if not (shutil.which("g++") and shutil.which("ninja", path=f"{sys.exec_prefix}/bin")):
             pytest.skip("DeepSpeed compiles on a CPU: needs g++ and ninja")
-    (stage_1 if stage == 1 else stage_2)(
-        repo, output, *STEPS, "--data_path", few_pairs(repo, stage, 12), "--per_device_train_batch_size",
-        str(4 // processes), *flags, processes=processes)
+    start(repo, stage, output, *STEPS, "--data_path", few_pairs(repo, stage, 12), "--per_device_train_batch_size",
+          str(4 // processes), *flags, processes=processes)
     return repo / output
 
 
@@ -63,7 +63,7 @@ def one_process(repo):
 @pytest.mark.parametrize("stack", STACKS)
 def test_stage_2(repo, one_process, stack):
     reference, output = one_process(2), f"outputs/{stack}_2"
-    checkpoint = train(repo, 2, output, *NO_DROPOUT[2], *STACKS[stack]) / "checkpoint-6"
+    checkpoint = train(repo, 2, output, *NO_DROPOUT[2], *STACKS[stack], start=stage) / "checkpoint-6"
     assert (checkpoint / LEAVES[stack]).exists()
     assert losses(checkpoint) == pytest.approx(losses(reference / "checkpoint-6"), rel=1e-3)
     assert close(trained(checkpoint), trained(reference / "checkpoint-6"), 1e-4)
