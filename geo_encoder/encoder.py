@@ -56,6 +56,19 @@ class SelfAttention(nn.Module):
         return self.out_proj(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout))
 
 
+class Dropout(nn.Dropout):
+    """Dropout for a CPU, where torch draws the mask in one thread, one Bernoulli number at a time.
+
+    Uniform numbers make the same distribution in a third of the time, which was a quarter of the encoder's.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or x.device.type != "cpu":
+            return super().forward(x)
+        scaled = torch.rand(x.shape).ge_(self.p).mul_(1 / (1 - self.p))
+        return x * scaled.to(x.dtype)
+
+
 class TransformerEncoderLayer(nn.Module):
     """Post-norm transformer layer: 1 head, feed-forward 2·width, ReLU; the same function as torch's."""
 
@@ -66,7 +79,7 @@ class TransformerEncoderLayer(nn.Module):
         self.linear2 = nn.Linear(2 * width, width)
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm1(x + self.dropout(self.self_attn(x)))

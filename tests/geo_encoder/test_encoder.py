@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ga_llm.cli import UserError
-from geo_encoder.encoder import GeoEncoderConfig, HierarchicalEncoder, build_encoder
+from geo_encoder.encoder import Dropout, GeoEncoderConfig, HierarchicalEncoder, build_encoder
 from geo_encoder.quadkey import quadkeys
 from geo_encoder.weights import add_lora, load_encoder, merged_state_dict, save_encoder
 
@@ -44,6 +44,19 @@ def test_parameter_names_are_the_released_codes():
 def test_dropout_rates():
     assert {m.p for m in encoder().modules() if isinstance(m, nn.Dropout)} == {0.3}
     assert {m.p for m in encoder("fusion").modules() if isinstance(m, nn.Dropout)} == {0.1}
+
+
+def test_dropout_of_the_cpu_equals_torchs_in_law():
+    """A share of p is zero, also in the gradient, the rest is scaled by 1/(1 − p); nothing happens in eval mode."""
+    torch.manual_seed(0)
+    x, dropout = torch.full((1000, 1000), 2.0, requires_grad=True), Dropout(0.3)
+    out = dropout(x)
+    dropped = (out == 0).float().mean().item()
+    assert abs(dropped - 0.3) < 5 * math.sqrt(0.3 * 0.7 / out.numel())       # five standard deviations
+    torch.testing.assert_close(out[out != 0].unique(), torch.tensor([2 / 0.7]))
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0], out.detach() / 2)
+    assert dropout(x.bfloat16()).dtype == torch.bfloat16
+    assert torch.equal(dropout.eval()(x), x)
 
 
 def test_fourier_formula():
