@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ga_llm import shifted_attention as s2
+from ga_llm.sft_data import AnswerCollator
 
 TRAIN, EVAL = types.SimpleNamespace(training=True), types.SimpleNamespace(training=False)
 
@@ -96,19 +97,91 @@ def test_whole_model_equals_dense_mask_with_gradient_checkpointing(monkeypatch):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("length, shift", [(37, 0), (37, 4), (5, 4), (16, 4)])
-def test_flash_groups_equal_sdpa(monkeypatch, length, shift):
-    """The cumulative lengths handed to flash-attn's variable-length call, which a loop over them stands in for here."""
+@pytest.fixture
+def flash(monkeypatch):
+    """flash-attn's variable-length call, which a loop over the cumulative lengths stands in for here, with gradients;
+    it serves as it would on a GPU. Returns the list of its calls' (sequences, heads)."""
+    calls = []
+
     def varlen(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p, softmax_scale, causal):
         assert causal and cu_q.dtype == torch.int32 and torch.equal(cu_q, cu_k) and cu_q[-1] == len(q)
-        assert max_q == max_k == (cu_q[1:] - cu_q[:-1]).max()
+        assert max_q == max_k == (cu_q[1:] - cu_q[:-1]).max() and (cu_q[1:] > cu_q[:-1]).all()
+        assert q.shape == k.shape == v.shape and dropout_p == 0
+        calls.append((len(cu_q) - 1, q.shape[1]))
         pieces = [F.scaled_dot_product_attention(*(x[a:b].transpose(0, 1) for x in (q, k, v)), is_causal=True,
                                                  scale=softmax_scale).transpose(0, 1)
                   for a, b in zip(cu_q.tolist(), cu_q[1:].tolist())]
         return torch.cat(pieces)
 
     monkeypatch.setattr(s2, "flash_attn_varlen_func", varlen)
-    q, k, v = qkv(3, 4, 4, length)
+    monkeypatch.setattr(s2, "_flash_serves", lambda query, mask: mask is None)
+    return calls
+
+
+@pytest.mark.parametrize("length, shift", [(37, 0), (37, 4), (5, 4), (16, 4)])
+def test_flash_groups_equal_sdpa(flash, length, shift):
+    q, k, v = (x.requires_grad_() for x in qkv(3, 4, 4, length))
     bounds, options = s2.group_bounds(length, 8, shift), {"mask": None, "scale": 0.3, "dropout": 0.0}
-    flash, sdpa = (attend(q, k, v, bounds, **options) for attend in (s2._attend_flash, s2._attend_sdpa))
-    torch.testing.assert_close(flash, sdpa)
+    mine, theirs = (attend(q, k, v, bounds, **options) for attend in (s2._attend_flash, s2._attend_sdpa))
+    assert flash == [(3 * (len(bounds) - 1), 4)]
+    torch.testing.assert_close(mine, theirs)
+    weights = torch.randn(mine.shape, generator=torch.Generator().manual_seed(1))
+    for a, b in zip(*(torch.autograd.grad((out * weights).sum(), (q, k, v)) for out in (mine, theirs))):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(9, 3), (9, 9), (7, 1), (4, 2)])
+@pytest.mark.parametrize("length", [5, 16, 37])
+def test_flash_path_equals_dense_mask(flash, monkeypatch, heads, kv_heads, length):
+    """Grouped queries, odd head counts and right padding, forward and backward, through the whole function."""
+    monkeypatch.setattr(s2, "group_size", lambda n: 8)
+    q, k, v = (x.requires_grad_() for x in qkv(2, heads, kv_heads, length))
+    mask = torch.ones(2, length, dtype=torch.bool)
+    mask[1, length - 3:] = False
+    given = s2.shifted_sparse_mask(2, length, length, attention_mask=mask)
+    out, _ = s2.shifted_sparse_attention(TRAIN, q, k, v, given, scaling=0.3)
+    assert [of for _, of in flash] == [heads // 2, heads - heads // 2]
+
+    repeated = (x.repeat_interleave(heads // kv_heads, 1) for x in (k, v))
+    allowed = s2.dense_mask(length, 8, heads)[None] & mask[:, None, None, :]
+    dense = F.scaled_dot_product_attention(q, *repeated, attn_mask=allowed, scale=0.3)
+    real = mask[:, None, :, None].expand_as(dense)
+    got, wanted = out.transpose(1, 2)[real], dense[real]
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    for mine, theirs in zip(torch.autograd.grad(got.square().sum(), (q, k, v)),
+                            torch.autograd.grad(wanted.square().sum(), (q, k, v))):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["flash", "sdpa"])
+def test_collated_batch_equals_its_sequences_alone(request, monkeypatch, path):
+    """What our collator pads on the right changes neither loss nor gradients, on either path."""
+    calls = request.getfixturevalue("flash") if path == "flash" else []
+    monkeypatch.setattr(s2, "group_size", lambda n: 8)
+    model = tiny(attn_implementation=s2.SHIFTED_SPARSE).train()
+    generator = torch.Generator().manual_seed(2)
+    items = [{"input_ids": torch.randint(1, 50, (n,), generator=generator).tolist(), "answer_start": n - 4}
+             for n in (21, 13)]        # the same number of answer tokens, so that the batch's loss is their mean
+    collate = AnswerCollator(pad_token_id=0)
+
+    def loss_and_gradients(batch):
+        loss = model(**batch).loss
+        return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+
+    together = loss_and_gradients(collate(items))
+    assert len(calls) == (4 if path == "flash" else 0)      # two halves of the heads in two layers
+    for mine, *alone in zip(together, *(loss_and_gradients(collate([item])) for item in items)):
+        torch.testing.assert_close(mine, sum(alone) / 2, rtol=1e-3, atol=1e-6)
+
+
+def test_flash_serves_half_precision_on_a_gpu_without_a_mask(monkeypatch):
+    def query(is_cuda=True, dtype=torch.bfloat16):
+        return types.SimpleNamespace(is_cuda=is_cuda, dtype=dtype)
+
+    monkeypatch.setattr(s2, "flash_attn_varlen_func", None)     # as where it is not installed
+    assert not s2._flash_serves(query(), None)
+    monkeypatch.setattr(s2, "flash_attn_varlen_func", lambda *args, **kwargs: None)
+    assert s2._flash_serves(query(), None) and s2._flash_serves(query(dtype=torch.float16), None)
+    assert not s2._flash_serves(query(is_cuda=False), None)
+    assert not s2._flash_serves(query(dtype=torch.float32), None)
+    assert not s2._flash_serves(query(), torch.ones(1, 4, dtype=torch.bool))
