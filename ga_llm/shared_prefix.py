@@ -12,6 +12,7 @@ It is exact for full attention alone: a token's vector depends on all that it at
 from where a pair ends. A pair that was cut on the left begins with other tokens and shares nothing.
 """
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,6 +28,7 @@ from ga_llm.token_cache import TokenDataset
 
 SHARED_PREFIX = "shared_prefix"     # what `attn_implementation` calls it
 LEAST = 32                          # a pair joins a tree if that saves at least so many tokens
+COPIES = 2**30                      # bytes of a layer's keys and values that may be kept for the backward pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,7 @@ def plan(dataset: TokenDataset, limit: int) -> list[Tree]:
     for i, length in enumerate(dataset.lengths.tolist()):
         ids = dataset.ids[dataset.ends[i] - length:dataset.ends[i]]
         if shared:
-            common = _common(before, ids)
+            common = common(before, ids)
             joined = [min(own, common) for own in shared[:-1]] + [common]
             # The last pair's tokens are the trunk and its branch; of the others, what is their own.
             others = sum(dataset.lengths[i - len(joined):i].tolist()) - sum(joined)
@@ -60,7 +62,7 @@ def plan(dataset: TokenDataset, limit: int) -> list[Tree]:
     return [*trees, Tree(len(dataset) - len(shared), tuple(shared), tokens)]
 
 
-def _common(one: np.ndarray, other: np.ndarray) -> int:
+def common(one: np.ndarray, other: np.ndarray) -> int:
     """How many tokens two pairs begin with alike."""
     shorter = min(len(one), len(other))
     differ = np.flatnonzero(one[:shorter] != other[:shorter])
@@ -92,6 +94,11 @@ class Layout:
     blocks: list[int]
     parts: list[int]
     sees: list[list[int]]
+
+    @property
+    def seen(self) -> int:
+        """How many keys the blocks attend to, in all."""
+        return sum(self.parts[i] for sees in self.sees for i in sees)
 
 
 class TreeCollator:
@@ -145,11 +152,12 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling=N
     layout = layout or Layout([query.shape[2]], [query.shape[2]], [[0]])
     dropout = dropout if module.training else 0.0
     keys, values = key.split(layout.parts, dim=2), value.split(layout.parts, dim=2)
-    outputs = []
-    for block, sees in zip(query.split(layout.blocks, dim=2), layout.sees):
-        # Only references are kept for the backward pass: each branch's copy of the trunk is made again there.
-        outputs.append(checkpoint(_attend, block, scaling, dropout, *(keys[i] for i in sees), *(values[i] for i in sees),
-                                  use_reentrant=False, preserve_rng_state=dropout > 0))
+    attend = _attend
+    if layout.seen * 2 * key[0, :, 0].numel() * key.element_size() > COPIES:
+        # Each branch has a copy of its part of the trunk. Where these are many, they are made again for the backward pass.
+        attend = functools.partial(checkpoint, _attend, use_reentrant=False, preserve_rng_state=dropout > 0)
+    outputs = [attend(block, scaling, dropout, *(keys[i] for i in sees), *(values[i] for i in sees))
+               for block, sees in zip(query.split(layout.blocks, dim=2), layout.sees)]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 

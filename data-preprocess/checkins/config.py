@@ -46,6 +46,7 @@ class Config:
     session_time_interval: float | None = None   # minutes
     keep_states: list | None = None      # gowalla: names of GeoJSON features
     columns: dict | None = None          # csv: role -> column of the file
+    history_step: int | None = None      # check-ins; process_llm_gps.py -history_step, in no YAML
 
     @property
     def folder(self) -> Path:

@@ -62,7 +62,11 @@ def pairs(config: Config, train: pd.DataFrame, split: pd.DataFrame,
     none = np.empty(0, dtype=int)
     for trajectory, rows, start, stop in zip(trajectories.tolist(), rows_of, starts, stops):
         current, target = rows[:-1], rows[-1]
-        history = by_user[max(start, stop - config.max_history):stop]
+        first = max(start, stop - config.max_history)
+        if config.history_step:
+            # A long history begins at a multiple of the step, so that several pairs in a row begin alike.
+            first = min(stop, start + -(-(first - start) // config.history_step) * config.history_step)
+        history = by_user[first:stop]
         if len(current) > config.max_current_with_history:
             history = none
         similar = none
@@ -178,12 +182,19 @@ def command(stage: int, description: str) -> None:
                         help="add check-ins of similar trajectories (needs traj_sim.py's files)")
     parser.add_argument("-fields", default=",".join(default), help="what a check-in shows, comma-separated; poi always")
     parser.add_argument("-max_history", type=int, help="check-ins of history at most (default: the YAML's)")
+    parser.add_argument("-history_step", type=int, metavar="N",
+                        help="a history longer than -max_history loses up to N-1 check-ins more, so that pairs in a row "
+                             "begin alike (for --shared_prefix)")
     args = parser.parse_args()
     config = configs.load(artifacts.config_file(args.dataset_name))
     if args.max_history is not None:
         if args.max_history < 0:
             raise cli.UserError(f"-max_history {args.max_history}: expected 0 or more")
         config = dataclasses.replace(config, max_history=args.max_history)
+    if args.history_step is not None:
+        if not 0 < args.history_step <= config.max_history:
+            raise cli.UserError(f"-history_step {args.history_step}: expected 1 to -max_history {config.max_history}")
+        config = dataclasses.replace(config, history_step=args.history_step)
     write(config, stage, args.use_sim, shown_fields(args.fields, default, stage))
 
 

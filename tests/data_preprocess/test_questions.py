@@ -294,3 +294,14 @@ def test_limits_come_from_the_yaml(conf):
     short = dataclasses.replace(conf, max_history=7)
     pair, = questions.pairs(short, train, sample(run(1, 1, 2, start=900)))
     assert pair.history.tolist() == list(range(43, 50))
+
+
+def test_history_step(conf):
+    """Of at most 10 check-ins a history loses up to 3 more, and begins every 4th; shorter ones are whole."""
+    train = sample(run(1, 0, 50))
+    stepped = dataclasses.replace(conf, max_history=10, history_step=4)
+    firsts = [next(questions.pairs(stepped, train, sample([(1, 1, h), (1, 1, h)]))).history.tolist()[0]
+              for h in (9, 10, 11, 13, 14, 17, 18)]      # hour h: the first h + 1 of train are before
+    assert firsts == [0, 4, 4, 4, 8, 8, 12]
+    pair, = questions.pairs(stepped, train, sample([(1, 1, 17), (1, 1, 18)]))
+    assert pair.history.tolist() == list(range(8, 18))

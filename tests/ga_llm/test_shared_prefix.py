@@ -1,4 +1,6 @@
 """Trees of pairs: loss and gradients of the pairs one by one, from fewer tokens."""
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -71,7 +73,6 @@ def test_collator_by_hand():
 
 def user_pairs(tokenizer, tmp_path, max_length):
     """Two users' pairs, one with a twin that differs in the answer alone, as the token cache gives them."""
-    import json
     records = []
     for user in (7, 12):
         visits = [prompts.check_in(prompts.FIELDS, f"2012-04-{1 + i:02} 18:00:09", user, PLACES[i * user % 6], 40.5, -73.5,
@@ -88,10 +89,11 @@ def user_pairs(tokenizer, tmp_path, max_length):
 
 @pytest.mark.parametrize("max_length", [5000, 520], ids=["whole", "left truncation"])
 @pytest.mark.parametrize("lora", [True, False], ids=["LoRA", "full training"])
-@pytest.mark.parametrize("checkpointing", [True, False])
-def test_loss_and_gradients_are_those_of_separate_prompts(tiny_llama, mapping_csv, tmp_path, max_length, lora,
-                                                          checkpointing):
+@pytest.mark.parametrize("checkpointing, copies", [(True, 0), (True, 2**30), (False, 0), (False, 2**30)])
+def test_loss_and_gradients_are_those_of_separate_prompts(tiny_llama, mapping_csv, tmp_path, monkeypatch, max_length,
+                                                          lora, checkpointing, copies):
     """LoRA, frozen GPS vectors, grouped queries, tied or untied; several trees in a row; relative difference 1e-4."""
+    monkeypatch.setattr(shared_prefix, "COPIES", copies)
     mapping, folder = gps_tokens.read_gps_mapping(mapping_csv), tiny_llama(tie_embeddings=not lora)
     results = []
     for attention in ("sdpa", shared_prefix.SHARED_PREFIX):
