@@ -164,7 +164,7 @@ def main():
     for step in (None, 100):
         print(f"check-ins, {f'-history_step {step}' if step else 'as in the paper'}: {fewer[step, ROOM]:.2f} times fewer "
               f"(limit: {FEWER}): {'met' if fewer[step, ROOM] >= FEWER else 'missed'}")
-    sys.exit(fewer[100, ROOM] < FEWER)
+    sys.exit(bool(fewer[100, ROOM] < FEWER))
 
 
 def _print(name: str, row) -> None:

@@ -47,12 +47,12 @@ def plan(dataset: TokenDataset, limit: int) -> list[Tree]:
     for i, length in enumerate(dataset.lengths.tolist()):
         ids = dataset.ids[dataset.ends[i] - length:dataset.ends[i]]
         if shared:
-            common = common(before, ids)
-            joined = [min(own, common) for own in shared[:-1]] + [common]
+            alike = common(before, ids)
+            joined = [min(own, alike) for own in shared[:-1]] + [alike]
             # The last pair's tokens are the trunk and its branch; of the others, what is their own.
             others = sum(dataset.lengths[i - len(joined):i].tolist()) - sum(joined)
             if others + length <= min(limit, tokens + length - LEAST):
-                shared, tokens = [*joined, common], others + length
+                shared, tokens = [*joined, alike], others + length
             else:
                 trees.append(Tree(i - len(shared), tuple(shared), tokens))
                 shared = []

@@ -3,6 +3,7 @@ import json
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -41,9 +42,14 @@ STAGE_1 = [prompts.join(prompts.question(7, [], [check_in(1)], [], prompts.ask_c
                         prompts.answer_coordinates(40.123456, -73.5))]
 
 
-@pytest.fixture(params=["llama3", "sentencepiece"])
+EMBEDDED = Path(__file__).parents[2] / "models/smollm2-135m"
+
+
+@pytest.fixture(params=["llama3", "sentencepiece", "embedded"])
 def tokenizer(request, tiny_llama, mapping_csv):
-    tokenizer = load_tokenizer(tiny_llama(request.param))
+    if request.param == "embedded" and not EMBEDDED.is_dir():
+        pytest.skip("needs the embedded model: python tools/get_smollm2.py")
+    tokenizer = load_tokenizer(str(EMBEDDED) if request.param == "embedded" else tiny_llama(request.param))
     gps_tokens.add_gps_tokens(tokenizer, gps_tokens.read_gps_mapping(mapping_csv))
     return tokenizer
 
