@@ -128,6 +128,9 @@ def _fit_to_machine(flags):
     if any(flag in ("help", "h") for flag, _ in flags):
         return flags
     given = dict(flags)
+        elif flag == "fsdp" and values and values[0].lower() in ("true", "false"):
+            if _is_true(values):
+                result.append((flag, []))       # to transformers a flag without a value, or a name
     if not torch.cuda.is_available():
         log.info("no GPU: training on the CPU")
         # Without it torchrun's processes would each train the whole job into one folder.

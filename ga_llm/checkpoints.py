@@ -27,7 +27,7 @@ from ga_llm.cli import UserError
 from ga_llm.llm import rope_factor
 from ga_llm.run_log import LoggedTrainer
 from ga_llm.sampling import EpochSampler
-from ga_llm.sharding import shard_on_cpu
+from ga_llm.sharding import set_up_fsdp
 from geo_encoder.encoder import GeoEncoderConfig
 from geo_encoder.weights import CONFIG, MADE_BY, merged_state_dict, save_encoder
 
@@ -49,7 +49,7 @@ class GATrainer(LoggedTrainer):
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
-        self.is_fsdp_enabled = self.is_fsdp_enabled or shard_on_cpu(self.accelerator, self.args)
+        self.is_fsdp_enabled = set_up_fsdp(self.accelerator, self.args)
 
     def _get_train_sampler(self, train_dataset=None):
         """The data set's `lengths`, if it has them, save tokenizing all of it to group pairs by length."""
@@ -183,6 +183,7 @@ def train(trainer: Trainer) -> bool:
 
     transformers itself takes one more step when it resumes a run that had finished.
     """
+    check_tied(trainer)
     if trainer.args.should_save:
         staging.sweep(trainer.args.output_dir)
     trainer.accelerator.wait_for_everyone()
@@ -198,6 +199,18 @@ def train(trainer: Trainer) -> bool:
         log.info("resuming from nothing: no checkpoint yet")
     trainer.train(resume_from_checkpoint=checkpoint)
     return True
+
+
+def check_tied(trainer: Trainer) -> None:
+    """Raises UserError where embeddings that serve as output, too, would be trained in pieces.
+
+    The hook that keeps the rows of <GPS n> does not see the gradient there: measured, it reaches them.
+    """
+    zero = trainer.accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else 0
+    embedding = trainer.model.get_input_embeddings().weight
+    if (zero == 3 or trainer.is_fsdp_enabled) and trainer.model.config.tie_word_embeddings and embedding.requires_grad:
+        raise UserError("this model's input and output embeddings are one, and cannot be trained in pieces: use "
+                        "--deepspeed ds_configs/stage2.json, or leave them out by --trainable_params norm")
 
 
 def check_resumable(checkpoint: Path, trainer: Trainer) -> None:

@@ -1,7 +1,9 @@
 """Parameters that are cut up among processes: whole again where they must be, and FSDP where accelerate forgets it."""
 import contextlib
+import dataclasses
 from collections.abc import Iterable
 
+import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import PartialState
 from torch import nn
@@ -36,18 +38,23 @@ def unsharded(module: nn.Module):
                 part._parameters[name] = parameter
 
 
-def shard_on_cpu(accelerator, args) -> bool:
-    """Make `--fsdp` hold on a CPU; returns whether it does now.
+def set_up_fsdp(accelerator, args) -> bool:
+    """Make `--fsdp` mean what it says, before the model is prepared; returns whether it is on.
 
     accelerate 1.15 takes its FSDP plugin over where processes are of the kinds MULTI_GPU, MULTI_XPU, …: MULTI_CPU is
     not in that list (AcceleratorState.__init__), so Trainer trains by DDP and says nothing. What follows the list
     works on gloo as well, so this does for MULTI_CPU what stands under it.
     """
     state = accelerator.state
-    if args.fsdp_plugin_args is None or state.distributed_type is not DistributedType.MULTI_CPU:
+    if args.fsdp_plugin_args is None:
         return False
-    state.fsdp_plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
-    if accelerator.mixed_precision != "no":
-        state.fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)
-    state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    if state.distributed_type is DistributedType.MULTI_CPU:
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
+        if accelerator.mixed_precision != "no":
+            state.fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)
+        state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    if state.is_fsdp2 and state.fsdp_plugin.mixed_precision_policy is not None:
+        # accelerate rounds the loss, and the sum of the gradients, to bf16; DDP and DeepSpeed do not.
+        state.fsdp_plugin.mixed_precision_policy = dataclasses.replace(
+            state.fsdp_plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None)
     return True

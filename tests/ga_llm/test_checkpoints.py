@@ -206,3 +206,39 @@ def test_positions_must_be_scaled_as_in_training(tmp_path):
     checkpoints.check_agreement(tmp_path, 30000, native_context=4096)       # the same factor of 8
     with pytest.raises(UserError, match="give --context_size 32768"):
         checkpoints.check_agreement(tmp_path, 4096, native_context=4096)
+
+
+def test_an_earlier_run_is_not_written_over(train, tmp_path):
+    train(1, max_steps=2)
+    with pytest.raises(UserError, match="holds checkpoint-2 of an earlier run; go on with it by --resume_from"):
+        train(1, max_steps=2)
+    for wanted, reason in ((tmp_path / "nothing", "no such folder"), (tmp_path, "no trainer_state.json in it")):
+        with pytest.raises(UserError, match=reason):
+            train(1, max_steps=4, resume_from_checkpoint=wanted)
+
+
+def test_a_run_without_its_optimizer_is_not_resumed(train, tmp_path):
+    train(2, max_steps=2)
+    checkpoint = tmp_path / "stage2/checkpoint-2"
+    (checkpoint / "optimizer.pt").unlink()
+    with pytest.raises(UserError, match="no optimizer.pt, so no optimizer to go on with; resume with the flags"):
+        train(2, max_steps=4, resume_from_checkpoint="auto")
+    (checkpoint / "latest").write_text("global_step2")
+    with pytest.raises(UserError, match="it was saved with DeepSpeed; resume with the flags"):
+        train(2, max_steps=4, resume_from_checkpoint=checkpoint)
+
+
+def test_the_final_encoder_of_a_finished_run(train, tmp_path):
+    """It is the last checkpoint's, also if the run was once shorter, and what another process left is swept."""
+    trainer = train(1, max_steps=2)
+    trainer.save_final_encoder(trained=True)
+    trainer = train(1, max_steps=4, resume_from_checkpoint="auto")      # killed before it saved the final one
+    (tmp_path / "stage1/.incomplete/final").mkdir(parents=True)
+    trainer = train(1, max_steps=4, resume_from_checkpoint="auto")
+    trainer.save_final_encoder(trained=False)
+    final, last = (torch.load(tmp_path / "stage1" / name, weights_only=True) for name in
+                   ("geo_encoder_final_merged.pth", "4/geo_encoder_merged.pth"))
+    assert all(torch.equal(final[name], last[name]) for name in last)
+    (tmp_path / "stage1/4/geo_encoder_merged.pth").unlink()
+    with pytest.raises(UserError, match="geo_encoder_merged.pth: not found"):
+        trainer.save_final_encoder(trained=False)
