@@ -94,6 +94,29 @@ def test_stage_1_resumes(repo, stack):
     assert close(one, other, 0)
 
 
+@pytest.mark.parametrize("stack", ["zero3", "fsdp2"])
+def test_bf16_and_4_bits(repo, stack):
+    """The README's precision: the loss is as fine as with DDP, which the checks above compare in fp32."""
+    precise = ["--load_in_4bit", "True", "--bf16", "True", "--max_steps", "2"]
+    expected, output = repo / "outputs/ddp_4_bit", repo / f"outputs/{stack}_4_bit"
+    if not expected.exists():
+        train(repo, 2, expected, *NO_DROPOUT[2], *precise)
+    train(repo, 2, output, *NO_DROPOUT[2], *precise, *STACKS[stack])
+    assert losses(output / "checkpoint-2") == pytest.approx(losses(expected / "checkpoint-2"), rel=1e-4)
+
+
+def test_tied_embeddings_are_not_trained_in_pieces(repo):
+    run(repo, sys.executable, "tools/make_tiny_llama.py", "--output_dir", "models/tied", "--hidden", "32",
+        "--kv_heads", "2", "--tie_embeddings", "True")
+    flags = [*STEPS, "--model_name_or_path", "models/tied", *STACKS["fsdp2"]]
+    started = forked.start(repo, 2, "outputs/tied", *flags, processes=2)
+    for process in started:
+        process.join(300)
+    assert {process.exitcode for process in started} <= {2, -15} and not (repo / "outputs/tied/checkpoint-2").exists()
+    lines = (repo / "outputs/tied.log").read_text().splitlines()
+    assert any(line.startswith("error: ") and "use --deepspeed ds_configs/stage2.json" in line for line in lines)
+
+
 @pytest.mark.parametrize("stack", ["zero2", "zero3"])
 def test_conversion(repo, stack):
     """zero_to_fp32.py, from the checkpoint's place, gives what the checkpoint holds, and test_next_gps.py reads it."""
