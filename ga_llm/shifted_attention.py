@@ -6,6 +6,8 @@ that start at g/2. In eval it is full causal attention. Load a model with `attn_
 Departure from LongLoRA's path without flash-attn: that one rolls the sequence, so the first g/2 tokens of the shifted
 heads share a group with the last g/2. Here nothing wraps around: their first group is g/2 long.
 """
+import itertools
+
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -56,11 +58,11 @@ def shifted_sparse_attention(module, query, key, value, attention_mask, scaling=
         return _attend_full(query, key, value, **options).transpose(1, 2), None
 
     group, half = group_size(length), heads // 2
-    halves = []
-    for part, shift in ((slice(0, half), 0), (slice(half, None), group // 2)):
-        bounds = group_bounds(length, group, shift)
-        attend = _attend_flash if _flash_serves(query, attention_mask) else _attend_sdpa
-        halves.append(attend(query[:, part], key[:, part], value[:, part], bounds, **options))
+    attend = _attend_flash if _flash_serves(query, attention_mask) else _attend_sdpa
+    # split, and no slices: its gradient is put together once, that of a slice is padded with zeros to full size.
+    parts = zip(*(x.split([half, heads - half], dim=1) for x in (query, key, value)))
+    halves = [attend(*part, group_bounds(length, group, shift), **options)
+              for part, shift in zip(parts, (0, group // 2))]
     return torch.cat(halves, dim=1).transpose(1, 2), None
 
 
@@ -86,22 +88,18 @@ def _attend_sdpa(query, key, value, bounds, mask, scale, dropout):
     """Runs of groups of equal length go through SDPA together, as one batch."""
     batch, heads, _, width = query.shape
     lengths = [end - start for start, end in zip(bounds, bounds[1:])]
-    outputs, first = [], 0
-    while first < len(lengths):
-        last = first
-        while last < len(lengths) and lengths[last] == lengths[first]:
-            last += 1
-        groups, group = last - first, lengths[first]
-        piece = slice(bounds[first], bounds[last])
-        q, k, v = (x[:, :, piece].reshape(batch, heads, groups, group, width).transpose(1, 2).flatten(0, 1)
-                   for x in (query, key, value))
+    runs = [(group, len(list(equal))) for group, equal in itertools.groupby(lengths)]
+    sizes = [group * groups for group, groups in runs]
+    masks = mask.split(sizes, dim=1) if mask is not None else [None] * len(runs)
+    outputs = []
+    for (group, groups), padding, *piece in zip(runs, masks, *(x.split(sizes, dim=2) for x in (query, key, value))):
+        q, k, v = (x.reshape(batch, heads, groups, group, width).transpose(1, 2).flatten(0, 1) for x in piece)
         allowed = None
-        if mask is not None:
-            allowed = _causal_without_padding(mask[:, piece].reshape(batch * groups, group), group)
+        if padding is not None:
+            allowed = _causal_without_padding(padding.reshape(batch * groups, group), group)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout, is_causal=mask is None,
                                              scale=scale)
         outputs.append(out.view(batch, groups, heads, group, width).transpose(1, 2).flatten(2, 3))
-        first = last
     return torch.cat(outputs, dim=2)
 
 
