@@ -204,7 +204,8 @@ def train(trainer: Trainer) -> bool:
 def check_tied(trainer: Trainer) -> None:
     """Raises UserError where embeddings that serve as output, too, would be trained in pieces.
 
-    The hook that keeps the rows of <GPS n> does not see the gradient there: measured, it reaches them.
+    Measured: FSDP moves the rows of <GPS n>, for it replaces the parameter that `keep_rows` hooks; ZeRO-3 trains other
+    embeddings than one process does, with another gradient norm from the first step on.
     """
     zero = trainer.accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else 0
     embedding = trainer.model.get_input_embeddings().weight
@@ -216,17 +217,18 @@ def check_tied(trainer: Trainer) -> None:
 def check_resumable(checkpoint: Path, trainer: Trainer) -> None:
     """transformers starts with a fresh optimizer, and says nothing, where it does not find one. Raises UserError."""
     kinds = {"latest": "DeepSpeed", "optimizer.bin": "FSDP", "optimizer.pt": "neither DeepSpeed nor FSDP"}
-    needed = "latest" if trainer.is_deepspeed_enabled else "optimizer.bin" if trainer.is_fsdp_enabled else "optimizer.pt"
-    if not (checkpoint / needed).exists():
-        by = next((f", it was saved with {kind}" for name, kind in kinds.items() if (checkpoint / name).exists()), "")
-        raise UserError(f"{checkpoint}: no {needed}, so no optimizer to go on with{by}; resume with the flags that it "
+    name = "latest" if trainer.is_deepspeed_enabled else "optimizer.bin" if trainer.is_fsdp_enabled else "optimizer.pt"
+    if not (checkpoint / name).exists():
+        by = next((f", it was saved with {kind}" for other, kind in kinds.items() if (checkpoint / other).exists()), "")
+        raise UserError(f"{checkpoint}: no {name}, so no optimizer to go on with{by}; resume with the flags that it "
                         "was trained with")
-    processes = len(list(checkpoint.glob("rng_state*.pth")))
-    if processes != trainer.args.world_size:
-        message = f"{checkpoint}: saved by {processes} process(es), resumed by {trainer.args.world_size}"
+    count, rank = trainer.args.world_size, trainer.args.process_index
+    own = checkpoint / ("rng_state.pth" if count == 1 else f"rng_state_{rank}.pth")
+    if not own.exists() or (checkpoint / f"rng_state_{count}.pth").exists():
+        message = f"{checkpoint}: saved by another number of processes than {count}"
         if trainer.is_deepspeed_enabled:
             raise UserError(f"{message}: DeepSpeed's files do not fit; start as many as before")
-        log.warning("%s: other pairs make up a step than would have", message)
+        log.warning("%s: the steps to come hold other pairs than they would have", message)
 
 
 def holds_full_model(folder: Path | str) -> bool:

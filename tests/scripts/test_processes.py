@@ -14,7 +14,7 @@ from geo_encoder import gps_tokens
 
 pytestmark = pytest.mark.slow
 STACKS = {"ddp": [], "zero2": ["--deepspeed", "ds_configs/stage2.json"],
-          "zero3": ["--deepspeed", "ds_configs/stage3.json"], "fsdp2": ["--fsdp", "full_shard"]}
+          "zero3": ["--deepspeed", "ds_configs/stage3.json"], "fsdp2": ["--fsdp", "True"]}
 LEAVES = {"ddp": "optimizer.pt", "zero2": "latest", "zero3": "latest", "fsdp2": "pytorch_model_fsdp.bin"}
 # 12 pairs in steps of 4 are 3 steps an epoch; checkpoint-4 lies in the second.
 STEPS = ["--max_steps", "6", "--save_steps", "2", "--load_in_4bit", "False", "--bf16", "False"]
