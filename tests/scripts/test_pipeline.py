@@ -1,5 +1,6 @@
 """The README's commands in a copy of the repository: raw check-ins to Acc@k, with a tiny random Llama."""
 import json
+import re
 import subprocess
 import sys
 import time
@@ -116,6 +117,19 @@ def test_full_training_of_a_small_model(repo):
     stage_2(repo, "outputs/full", "--low_rank_training", "False")
     assert losses(repo / "outputs/full/checkpoint-6")[-1] < losses(repo / "outputs/full/checkpoint-6")[0]
     _, metrics = evaluate(repo, "outputs/full/checkpoint-6", "--test_type", "llm")
+    assert metrics["all"]["model"]["n"] > 20
+
+
+def test_shared_prefix(repo):
+    """Both stages train on trees; what stage 2 leaves is evaluated like any other."""
+    flags = ["--shared_prefix", "True", "--use_full_attn", "True"]
+    for stage, output in ((stage_1, "outputs/gcim_trees"), (stage_2, "outputs/trees")):
+        result = stage(repo, output, *flags)
+        told = re.search(r"(\d+) pairs in (\d+) trees.*: (\d+) tokens instead of (\d+)", result.stderr)
+        pairs, trees, tokens, instead = map(int, told.groups())
+        assert trees < pairs and tokens < instead
+        assert losses(repo / output / "checkpoint-6")[-1] < losses(repo / output / "checkpoint-6")[0]
+    _, metrics = evaluate(repo, "outputs/trees/checkpoint-6", "--test_type", "llm")
     assert metrics["all"]["model"]["n"] > 20
 
 
