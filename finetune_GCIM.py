@@ -10,7 +10,7 @@ O/geo_encoder_final_merged.pth at the end.
 import dataclasses
 import logging
 
-from ga_llm import arguments, checkpoints, llm, training
+from ga_llm import arguments, checkpoints, llm, sharding, training
 from ga_llm.cli import UserError, run
 from geo_encoder import encoder, injection, weights
 
@@ -55,7 +55,7 @@ def main():
                                       data_collator=setup.collator, processing_class=setup.tokenizer,
                                       encoder=geo_encoder, encoder_config=config)
     trainer.save_final_encoder(checkpoints.train(trainer))
-    trainer.accelerator.end_training()      # gloo aborts a process that leaves its threads running
+    sharding.leave(trainer.accelerator)
 
 
 if __name__ == "__main__":

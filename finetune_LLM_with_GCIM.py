@@ -9,7 +9,7 @@ S²-Attn while training (paper, Section 4.2). Leaves O/checkpoint-N/ for test_ne
 import dataclasses
 import logging
 
-from ga_llm import arguments, artifacts, checkpoints, llm, training
+from ga_llm import arguments, artifacts, checkpoints, llm, sharding, training
 from ga_llm.cli import run
 from geo_encoder import injection, weights
 
@@ -51,7 +51,7 @@ def main():
     trainer = checkpoints.GATrainer(model=model, args=args, train_dataset=setup.train_dataset,
                                     data_collator=setup.collator, processing_class=setup.tokenizer)
     checkpoints.train(trainer)
-    trainer.accelerator.end_training()      # gloo aborts a process that leaves its threads running
+    sharding.leave(trainer.accelerator)
 
 
 if __name__ == "__main__":

@@ -58,3 +58,9 @@ def set_up_fsdp(accelerator, args) -> bool:
         state.fsdp_plugin.mixed_precision_policy = dataclasses.replace(
             state.fsdp_plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None)
     return True
+
+
+def leave(accelerator) -> None:
+    """The end of a script, for all processes at once: gloo aborts one that leaves its threads, or its peers, behind."""
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
