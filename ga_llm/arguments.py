@@ -118,6 +118,9 @@ def _modernise(flags):
             if _is_true(values):
                 log.info("--group_by_length is --train_sampling_strategy group_by_length now")
                 result.append(("train_sampling_strategy", ["group_by_length"]))
+        elif flag == "fsdp" and values and values[0].lower() in ("true", "false"):
+            if _is_true(values):
+                result.append((flag, []))       # to transformers a flag without a value, or a name
         else:
             result.append((flag, values))
     return result
@@ -128,9 +131,6 @@ def _fit_to_machine(flags):
     if any(flag in ("help", "h") for flag, _ in flags):
         return flags
     given = dict(flags)
-        elif flag == "fsdp" and values and values[0].lower() in ("true", "false"):
-            if _is_true(values):
-                result.append((flag, []))       # to transformers a flag without a value, or a name
     if not torch.cuda.is_available():
         log.info("no GPU: training on the CPU")
         # Without it torchrun's processes would each train the whole job into one folder.
