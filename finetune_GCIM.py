@@ -10,7 +10,7 @@ O/geo_encoder_final_merged.pth at the end.
 import dataclasses
 import logging
 
-from ga_llm import arguments, checkpoints, llm, sharding, training
+from ga_llm import arguments, checkpoints, dry_run, llm, sharding, training
 from ga_llm.cli import UserError, run
 from geo_encoder import encoder, injection, weights
 
@@ -54,7 +54,10 @@ def main():
     trainer = checkpoints.GCIMTrainer(model=model, args=args, train_dataset=setup.train_dataset,
                                       data_collator=setup.collator, processing_class=setup.tokenizer,
                                       encoder=geo_encoder, encoder_config=config)
-    trainer.save_final_encoder(checkpoints.train(trainer))
+    if args.dry_run:
+        dry_run.run(trainer, setup)
+    else:
+        trainer.save_final_encoder(checkpoints.train(trainer))
     sharding.leave(trainer.accelerator)
 
 

@@ -9,7 +9,7 @@ S²-Attn while training (paper, Section 4.2). Leaves O/checkpoint-N/ for test_ne
 import dataclasses
 import logging
 
-from ga_llm import arguments, artifacts, checkpoints, llm, sharding, training
+from ga_llm import arguments, artifacts, checkpoints, dry_run, llm, sharding, training
 from ga_llm.cli import run
 from geo_encoder import injection, weights
 
@@ -50,7 +50,10 @@ def main():
 
     trainer = checkpoints.GATrainer(model=model, args=args, train_dataset=setup.train_dataset,
                                     data_collator=setup.collator, processing_class=setup.tokenizer)
-    checkpoints.train(trainer)
+    if args.dry_run:
+        dry_run.run(trainer, setup)
+    else:
+        checkpoints.train(trainer)
     sharding.leave(trainer.accelerator)
 
 

@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import sys
+import tempfile
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
@@ -52,6 +53,8 @@ class SFTArguments(TrainingArguments):
     load_in_4bit: bool = dataclasses.field(default=True, metadata={"help": "base in NF4 where bitsandbytes runs"})
     low_rank_training: bool = dataclasses.field(default=True, metadata={"help": "False trains all of the LLM"})
 
+    dry_run: bool = dataclasses.field(default=False, metadata={"help": "check, run three steps, print a plan"})
+
     activation_checkpointing: bool = True
     remove_unused_columns: bool = False
     report_to: str = "none"
@@ -62,6 +65,9 @@ class SFTArguments(TrainingArguments):
         self.ddp_find_unused_parameters = False
         self.dataloader_pin_memory = torch.cuda.is_available()
         self.disable_tqdm = self.disable_tqdm or not sys.stderr.isatty()
+        if self.dry_run:    # before DeepSpeed's configuration is filled in
+            self.planned_accumulation_steps, self.gradient_accumulation_steps = self.gradient_accumulation_steps, 1
+            self.save_strategy, self.logging_strategy, self.report_to = "no", "no", "none"
         super().__post_init__()
         if self.deepspeed:
             import deepspeed
@@ -85,6 +91,10 @@ def parse(arguments_class: type[SFTArguments], argv: list[str] | None = None) ->
     except (ValueError, ImportError) as error:
         raise UserError(" ".join(str(error).split())) from None
     _check(args)
+    if args.dry_run:
+        # Trainer makes its folder; the planned one stays as it is.
+        args.scratch = tempfile.TemporaryDirectory(prefix="dry-run-")
+        args.planned_output_dir, args.output_dir = args.output_dir, args.scratch.name
     return args
 
 
