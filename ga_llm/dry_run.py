@@ -39,7 +39,7 @@ def run(trainer, setup) -> None:
     model, chosen = plan.Model.of(setup.model.config), describe_run(trainer, setup)
     if first:
         print(*describe_inputs(trainer.args, setup), sep="\n")
-        print(f"training   {llm.describe_trainable(trainer.model)}")
+        print(f"trained    {llm.describe_trainable(trainer.model)}")
     drawn = np.fromiter(trainer._get_train_sampler(), dtype=np.int64)
     epoch, tokens, max_steps = work(setup, model, chosen, drawn), setup.train_dataset.lengths.sum(), trainer.args.max_steps
     steps = measure(trainer)
@@ -140,7 +140,10 @@ def work(setup, model: plan.Model, chosen: plan.Run, items: np.ndarray) -> Work:
 
 @dataclasses.dataclass
 class Step:
-    """A measured step of one micro-batch: which items all processes had, seconds of its passes and its optimizer."""
+    """A measured step of one micro-batch: which items all processes had, seconds of its passes and its optimizer.
+
+    DeepSpeed's optimizer steps within the backward pass.
+    """
     length: int             # tokens of its longest sequence
     items: np.ndarray
     flops: float = 0.0      # of one process
@@ -220,7 +223,7 @@ def describe_disk(args, chosen: plan.Run) -> list[str]:
     folder = Path(args.planned_output_dir).absolute()
     while not folder.exists():
         folder = folder.parent
-    return [f"checkpoint {plan.checkpoint_bytes(chosen) / GIB:.2f} GiB each; at --output_dir "
+    return [f"checkpoint {plan.checkpoint_bytes(chosen) / GIB:.3g} GiB each; at --output_dir "
             f"{shutil.disk_usage(folder).free / GIB:.0f} GiB are free"]
 
 
@@ -228,15 +231,16 @@ def describe_memory(model: plan.Model, chosen: plan.Run) -> list[str]:
     """The table of expected memory, a column for each number of GPUs."""
     numbers = sorted({*GPUS, chosen.gpus})
     columns = [plan.memory(model, dataclasses.replace(chosen, gpus=n)) for n in numbers]
+    unit, size = ("GiB", GIB) if columns[0]["total"] > GIB / 4 else ("MiB", 2**20)
     how = ", ".join([
-        f"{model.parameters / 1e9:.2f} B parameters ({'NF4' if chosen.four_bit else 'bf16' if chosen.bf16 else 'fp32'})",
+        f"{model.parameters / 1e6:,.2f} M parameters in {'NF4' if chosen.four_bit else 'bf16' if chosen.bf16 else 'fp32'}",
         f"batch {chosen.batch} of {chosen.length:,} tokens", "full attention" if chosen.full_attention else "S²-Attn",
         f"ZeRO-{chosen.zero_stage}" if chosen.zero_stage else "no ZeRO",
         f"activations {'checkpointed' if chosen.checkpointing else 'all kept'}"])
-    lines = [f"memory     GiB expected on each of N GPUs: {how}",
+    lines = [f"memory     {unit} expected on each of N GPUs: {how}",
              f"           {'':26}" + "".join(f"{f'N = {n}':>10}" for n in numbers)]
     for part in columns[0]:
-        lines.append(f"           {part:26}" + "".join(f"{column[part] / GIB:10.2f}" for column in columns))
+        lines.append(f"           {part:26}" + "".join(f"{column[part] / size:10.2f}" for column in columns))
     return lines
 
 
