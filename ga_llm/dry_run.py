@@ -41,7 +41,8 @@ def run(trainer, setup) -> None:
         print(*describe_inputs(trainer.args, setup), sep="\n")
         print(f"trained    {llm.describe_trainable(trainer.model)}")
     drawn = np.fromiter(trainer._get_train_sampler(), dtype=np.int64)
-    epoch, tokens, max_steps = work(setup, model, chosen, drawn), setup.train_dataset.lengths.sum(), trainer.args.max_steps
+    epoch, tokens = work(setup, model, chosen, drawn), setup.train_dataset.lengths.sum()
+    max_steps = trainer.args.max_steps
     steps = measure(trainer)
     for step in steps:
         step.flops = work(setup, model, chosen, step.items[:chosen.batch]).flops[0]
@@ -56,8 +57,8 @@ def describe_inputs(args, setup) -> list[str]:
     lines = [f"{'files' if name == names[0] else '':10} --{name} {getattr(args, name)}"
              for name in names if getattr(args, name, None)]
     tokens = dataset.tokens
-    lines.append(f"pairs      {len(dataset):,}; tokens {tokens.sum():,} in all, {tokens.min():,} to {tokens.max():,} a pair, "
-                 f"median {int(np.median(tokens)):,}")
+    lines.append(f"pairs      {len(dataset):,}; tokens {tokens.sum():,} in all, {tokens.min():,} to {tokens.max():,} a "
+                 f"pair, median {int(np.median(tokens)):,}")
     cut = tokens > dataset.lengths
     named, lost, places = 0, 0, set()
     for i, pair in enumerate(sft_data.iterate_pairs(args.data_path)):
@@ -199,8 +200,8 @@ def measure(trainer) -> list[Step]:
 def describe_steps(steps: list[Step]) -> list[str]:
     lines = []
     for name, step in zip(("median", "longest"), steps):
-        lines.append(f"{'' if lines else 'step':10} {name} length, {step.length:,} tokens: {step.passes:.3g} s forward and "
-                     f"backward ({step.flops / step.passes / 1e12:.3g} TFLOP/s), {step.optimizer:.3g} s optimizer")
+        lines.append(f"{'' if lines else 'step':10} {name} length, {step.length:,} tokens: {step.passes:.3g} s forward "
+                     f"and backward ({step.flops / step.passes / 1e12:.3g} TFLOP/s), {step.optimizer:.3g} s optimizer")
     if steps[-1].peak_memory:
         lines.append(f"           peak memory on this GPU {steps[-1].peak_memory / GIB:.1f} GiB")
     return lines
@@ -213,8 +214,8 @@ def describe_epoch(args, epoch: Work, tokens: int, steps: list[Step], max_steps:
     seconds += count * np.mean([step.optimizer for step in steps])
     epochs = max_steps / count if max_steps > 0 else args.num_train_epochs
     return [f"epoch      {tokens:,} tokens, and {1 - tokens / epoch.positions.sum():.1%} padding",
-            f"           {epoch.flops.sum():.3g} FLOPs, of which {epoch.again.sum() / epoch.flops.sum():.0%} are computed "
-            "again for activation checkpointing",
+            f"           {epoch.flops.sum():.3g} FLOPs, of which {epoch.again.sum() / epoch.flops.sum():.0%} are "
+            "computed again for activation checkpointing",
             f"           {count:,} optimizer steps on {args.world_size} process(es): {_duration(seconds)}; "
             f"all {epochs:.3g} epochs: {_duration(seconds * epochs)}"]
 
@@ -232,8 +233,9 @@ def describe_memory(model: plan.Model, chosen: plan.Run) -> list[str]:
     numbers = sorted({*GPUS, chosen.gpus})
     columns = [plan.memory(model, dataclasses.replace(chosen, gpus=n)) for n in numbers]
     unit, size = ("GiB", GIB) if columns[0]["total"] > GIB / 4 else ("MiB", 2**20)
+    kind = "NF4" if chosen.four_bit else "bf16" if chosen.bf16 else "fp32"
     how = ", ".join([
-        f"{model.parameters / 1e6:,.2f} M parameters in {'NF4' if chosen.four_bit else 'bf16' if chosen.bf16 else 'fp32'}",
+        f"{model.parameters / 1e6:,.2f} M parameters in {kind}",
         f"batch {chosen.batch} of {chosen.length:,} tokens", "full attention" if chosen.full_attention else "S²-Attn",
         f"ZeRO-{chosen.zero_stage}" if chosen.zero_stage else "no ZeRO",
         f"activations {'checkpointed' if chosen.checkpointing else 'all kept'}"])

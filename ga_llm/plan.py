@@ -239,7 +239,7 @@ def flops(model: Model, run: Run, tokens, pairs, answer) -> dict:
     adapters = 2 * tokens * lora
     head = 2 * answer * model.embedding
     attention = 4 * pairs * model.head_dim * model.layers       # scores, and values by scores
-    # The gradient of a map's input costs what the map costs; that of its weights the same again, where they are trained.
+    # The gradient of a map's input costs what the map costs; that of its weights the same again, if they are trained.
     head_trained = run.lora_rank == 0 or (model.tied and run.embeddings_trained)
     backward = (linear * (1 if run.lora_rank else 2) + adapters * 2 + head * (2 if head_trained else 1)
                 + attention * ATTENTION_BACKWARD)
@@ -256,7 +256,7 @@ def padded(lengths: np.ndarray, batch: int) -> np.ndarray:
 
 
 def tree_pairs(shared: tuple[int, ...], lengths: tuple[int, ...], heads: int) -> int:
-    """attended_pairs of a tree: pairs of which each begins with `shared` tokens of a trunk, the last one's being all."""
+    """attended_pairs of a tree: its pairs begin with `shared` tokens of a trunk each, the last one with all of it."""
     own = [(length - common) * common + _triangle(length - common) for length, common in zip(lengths, shared)]
     return heads * (_triangle(shared[-1]) + sum(own))
 

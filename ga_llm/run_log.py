@@ -151,8 +151,10 @@ def _json_line(line: dict) -> str:
 
 
 def read_log(path: Path | str) -> list[dict]:
-    """The lines of a trainer_log.jsonl, none if there is no file. A last line that a killed run left unfinished is passed
-    over."""
+    """The lines of a trainer_log.jsonl, none if there is no file.
+
+    A last line that a killed run left unfinished is passed over.
+    """
     path = Path(path)
     if not path.exists():
         return []

@@ -23,7 +23,7 @@ def test_memory_of_llama_2_7b_by_hand():
     # A layer's maps: q, k, v, o are 4 · 4096² = 67,108,864, gate, up, down 3 · 4096 · 11008 = 135,266,304;
     # 32 layers of 202,375,168 are 6,476,005,376. In NF4: half a byte each is 3,238,002,688, a byte for every 64 is
     # 101,187,584, four bytes for every 16,384 are 1,581,056: together 3,340,771,328.
-    # The output layer stays in bf16: 36,980 · 4096 · 2 = 302,940,160. The table of places: 4980 · 4096 · 2 = 40,796,160.
+    # The output layer stays in bf16: 36,980 · 4096 · 2 = 302,940,160. The places' table: 4980 · 4096 · 2 = 40,796,160.
     assert parts["weights, frozen"] == 3_340_771_328 + 302_940_160 + 40_796_160 == shared["weights, frozen"]
     # Trained: embeddings 36,980 · 4096 = 151,470,080; norms 65 · 4096 = 266,240; LoRA 32 · 4 · 8 · 8192 = 8,388,608.
     # Together 160,124,928: two bytes in bf16, two for the gradient; in fp32 a master copy and two moments, 12.
@@ -32,7 +32,7 @@ def test_memory_of_llama_2_7b_by_hand():
     assert parts["optimizer"] == 1_921_499_136 and shared["optimizer"] == 240_187_392
     # Two buffers of 500 million bf16 numbers.
     assert parts["communication"] == 2_000_000_000 == shared["communication"]
-    # A token, in one layer: two norms of 16,384 (input, fp32) + 8,192 (normed, bf16) + 4: 49,160. q, k, v and the output
+    # A token, in one layer: two norms of 16,384 (input, fp32) + 8,192 (normed, bf16) + 4: 49,160. q, k, v and output
     # 4 · 8,192 = 32,768. 32 heads' log-sum-exp 128. Four LoRA inputs of 8,192 and masks of 4,096: 49,152; LoRA's ranks
     # 4 · 8 · 2 = 64. gate, silu(gate), up 3 · 22,016 = 66,048. Together 197,320, times 32,768 tokens 6,465,781,760.
     # The last norm: 24,576 · 32,768 = 805,306,368. Gradients at the height of it: (2 · 22,016 + 8,192) · 32,768 =
@@ -201,7 +201,8 @@ def test_flops_as_torch_counts_them(way, attention, checkpointing):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     aten = torch.ops.aten
     # The counter knows attention on a GPU alone.
-    on_cpu = {aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, **kwargs: sdpa_flop_count(q, k, v),
+    on_cpu = {aten._scaled_dot_product_flash_attention_for_cpu:
+                  lambda q, k, v, *args, **kwargs: sdpa_flop_count(q, k, v),
               aten._scaled_dot_product_flash_attention_for_cpu_backward:
                   lambda grad, q, k, v, *args, **kwargs: sdpa_backward_flop_count(grad, q, k, v)}
     with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
