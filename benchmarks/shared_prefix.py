@@ -4,12 +4,14 @@
 
 Needs the data set's samples (run.py) and a base model (tools/get_smollm2.py). First it counts an epoch's tokens and
 check-ins, in prompts and in trees, for the questions as the paper has them and with -history_step, with room for all
-of each prompt (nothing is cut) and at 32,768 tokens. The bound is what is left if every token that any two prompts begin
-with alike is computed once. It also counts what padding costs ordinary batches of four. Then both sides train on the same pairs of whole users, drawn evenly from all users in order of their tokens: prompts one by one as the
-README's command does, and trees of at most --tree_tokens. The model is the base model's first --layers layers, in bf16
-with stage 2's LoRA, norms trained, full attention, activation checkpointing; a step is forward and backward. Users are
-taken in turn, so that a busy machine does not decide. The limit that the README claims: 4 times fewer check-ins with
--history_step 100. The exit code is 1 if it is missed.
+of each prompt (nothing is cut) and at 32,768 tokens. The bound is what is left if every token that any two prompts
+begin with alike is computed once. It also counts what padding costs ordinary batches of four.
+
+Then both sides train on the same pairs of whole users, drawn evenly from all users in order of their tokens: prompts
+one by one as the README's command does, and trees of at most --tree_tokens. The model is the base model's first
+--layers layers, in bf16 with stage 2's LoRA, norms trained, full attention, activation checkpointing; a step is forward
+and backward. Users are taken in turn, so that a busy machine does not decide. The limit that the README claims: 4 times
+fewer check-ins with -history_step 100. The exit code is 1 if it is missed.
 """
 import argparse
 import dataclasses
@@ -161,16 +163,16 @@ def main():
         epoch = int(dataset.lengths.sum()) / total[1] * total[3]
     print(f"\nby the drawn tokens an epoch of these {args.layers} layers would take {epoch / 3600:.1f} h, in trees "
           f"{epoch / 3600 * total[4] / total[3]:.1f} h (scaled, not measured)")
-    for step in (None, 100):
-        print(f"check-ins, {f'-history_step {step}' if step else 'as in the paper'}: {fewer[step, ROOM]:.2f} times fewer "
-              f"(limit: {FEWER}): {'met' if fewer[step, ROOM] >= FEWER else 'missed'}")
+    for step, name in ((None, "as in the paper"), (100, "-history_step 100")):
+        print(f"check-ins, {name}: {fewer[step, ROOM]:.2f} times fewer (limit: {FEWER}): "
+              f"{'met' if fewer[step, ROOM] >= FEWER else 'missed'}")
     sys.exit(bool(fewer[100, ROOM] < FEWER))
 
 
 def _print(name: str, row) -> None:
     pairs, tokens, in_trees, alone, shared = row
-    print(f"{name:20}{int(pairs):7}{int(tokens):10,}{int(in_trees):10,}{tokens / in_trees:7.2f}{alone:9.1f}{shared:12.1f}"
-          f"{alone / shared:8.2f}", flush=True)
+    print(f"{name:20}{int(pairs):7}{int(tokens):10,}{int(in_trees):10,}{tokens / in_trees:7.2f}{alone:9.1f}"
+          f"{shared:12.1f}{alone / shared:8.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -197,5 +197,5 @@ def _check(args: SFTArguments) -> None:
         raise UserError("--shared_prefix True: S²-Attn's groups follow from where each prompt ends, so prompts cannot "
                         "share theirs; add --use_full_attn True")
     if args.tree_tokens and not (args.shared_prefix and args.tree_tokens >= args.model_max_length):
-        raise UserError(f"--tree_tokens {args.tree_tokens}: goes with --shared_prefix True, and a tree must hold a prompt "
-                        f"of --model_max_length {args.model_max_length}")
+        raise UserError(f"--tree_tokens {args.tree_tokens}: goes with --shared_prefix True, and a tree must hold a "
+                        f"prompt of --model_max_length {args.model_max_length}")

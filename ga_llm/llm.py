@@ -82,7 +82,7 @@ def flash_attention_available() -> bool:
 
 
 def training_attention(use_flash: bool, full: bool, shared_prefix: bool = False) -> str:
-    """S²-Attn by default, full attention if asked for, of trees or not; flash-attn's kernels where they are installed."""
+    """S²-Attn by default, full attention if asked for, of trees or not; flash-attn where it is installed."""
     if shared_prefix:       # through SDPA, which has a flash kernel of its own
         return SHARED_PREFIX
     if use_flash and not flash_attention_available():

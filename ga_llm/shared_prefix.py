@@ -139,7 +139,8 @@ class TreeCollator:
                 "logits_to_keep": row[3][0], "layout": layout}
 
 
-def shared_prefix_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, layout=None, **kwargs):
+def shared_prefix_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, layout=None,
+                            **kwargs):
     """The AttentionInterface function: every block attends to the parts that it sees, causally to its own.
 
     query (1, H, S, D), key and value (1, KV heads, S, D), all after RoPE; layout as TreeCollator makes it, None: one
@@ -154,7 +155,7 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling=N
     keys, values = key.split(layout.parts, dim=2), value.split(layout.parts, dim=2)
     attend = _attend
     if layout.seen * 2 * key[0, :, 0].numel() * key.element_size() > COPIES:
-        # Each branch has a copy of its part of the trunk. Where these are many, they are made again for the backward pass.
+        # Each branch has a copy of its part of the trunk. Where these are many, the backward pass makes them again.
         attend = functools.partial(checkpoint, _attend, use_reentrant=False, preserve_rng_state=dropout > 0)
     outputs = [attend(block, scaling, dropout, *(keys[i] for i in sees), *(values[i] for i in sees))
                for block, sees in zip(query.split(layout.blocks, dim=2), layout.sees)]

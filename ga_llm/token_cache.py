@@ -100,7 +100,7 @@ def _build(path: Path, tokenizer, max_length: int, mapping, about: dict, folder:
     try:
         index = _write(path, pieces, max_length, mapping, folder / IDS)
     except _Unlike as pair:
-        log.info("pair %s of %s: in pieces its tokens are others, so the texts are tokenized as wholes", pair, path.name)
+        log.info("pair %s of %s: in pieces its tokens are others; the texts are tokenized as wholes", pair, path.name)
         pieces = Pieces(tokenizer, about["dtype"], in_pieces=False)
         index = _write(path, pieces, max_length, mapping, folder / IDS)
     np.save(folder / INDEX, index)
@@ -152,8 +152,8 @@ class Pieces:
     """Encodes joined pairs as sft_data.encode does, but each distinct piece of text once.
 
     A text is cut at `<GPS n>`, where every tokenizer cuts it too, and between "." and " " if no token of the vocabulary
-    holds both, for then none can lie across. A piece is encoded behind what tells the tokenizer where it stands: nothing
-    at the beginning of the text, a place's token, or that and the ".". Ids are bytes, which join fast.
+    holds both, for then none can lie across. A piece is encoded behind what tells the tokenizer where it stands:
+    nothing at the beginning of the text, a place's token, or that and the ".". Ids are bytes, which join fast.
     tokenized: how many tokens the tokenizer has really made.
     """
 

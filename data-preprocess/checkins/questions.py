@@ -183,8 +183,8 @@ def command(stage: int, description: str) -> None:
     parser.add_argument("-fields", default=",".join(default), help="what a check-in shows, comma-separated; poi always")
     parser.add_argument("-max_history", type=int, help="check-ins of history at most (default: the YAML's)")
     parser.add_argument("-history_step", type=int, metavar="N",
-                        help="a history longer than -max_history loses up to N-1 check-ins more, so that pairs in a row "
-                             "begin alike (for --shared_prefix)")
+                        help="a history longer than -max_history loses up to N-1 check-ins more, so that pairs in a "
+                             "row begin alike (for --shared_prefix)")
     args = parser.parse_args()
     config = configs.load(artifacts.config_file(args.dataset_name))
     if args.max_history is not None:

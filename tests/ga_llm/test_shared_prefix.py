@@ -25,7 +25,8 @@ class Pairs:
         return len(self.lengths)
 
     def __getitem__(self, i):
-        return {"input_ids": self.ids[self.ends[i] - self.lengths[i]:self.ends[i]], "answer_start": self.answer_starts[i]}
+        return {"input_ids": self.ids[self.ends[i] - self.lengths[i]:self.ends[i]],
+                "answer_start": self.answer_starts[i]}
 
 
 A, B, C = ([1, 2, 3, 4, 9], [1, 2, 3, 4, 5, 6, 8], [1, 2, 3, 4, 5, 6, 7, 7])
@@ -75,8 +76,8 @@ def user_pairs(tokenizer, tmp_path, max_length):
     """Two users' pairs, one with a twin that differs in the answer alone, as the token cache gives them."""
     records = []
     for user in (7, 12):
-        visits = [prompts.check_in(prompts.FIELDS, f"2012-04-{1 + i:02} 18:00:09", user, PLACES[i * user % 6], 40.5, -73.5,
-                                   "Bar", 1) for i in range(12)]
+        visits = [prompts.check_in(prompts.FIELDS, f"2012-04-{1 + i:02} 18:00:09", user, PLACES[i * user % 6], 40.5,
+                                   -73.5, "Bar", 1) for i in range(12)]
         for n in (1, 2, 2, 3):
             time = "2012-05-01 09:00:00"
             records.append({"question": prompts.question(user, [], visits[:3 * n], visits[3 * n:3 * n + 3],

@@ -18,7 +18,8 @@ PLACES = [1, 2, 3, 5, 6, 7]     # of mapping_csv, all below 10
 def check_in(i, fields=prompts.FIELDS):
     place = PLACES[i % len(PLACES)]
     name = ["Café", "Deli / Bodega", "St. Mark's  Place", "駅", "Bar \"7\"", "Gym."][i % 6]
-    return prompts.check_in(fields, f"2012-04-{1 + i % 28:02} 18:00:{i % 60:02}", 7, place, 40 + i / 7, -73.5, name, i % 6)
+    time = f"2012-04-{1 + i % 28:02} 18:00:{i % 60:02}"
+    return prompts.check_in(fields, time, 7, place, 40 + i / 7, -73.5, name, i % 6)
 
 
 def write(path, pairs):
@@ -32,12 +33,14 @@ def ours(count=8, fields=prompts.FIELDS):
     """One user's pairs: each repeats the history of the one before."""
     visits = [check_in(i, fields) for i in range(3 * count)]
     time = "2012-04-04 09:00:00"
-    return [prompts.join(prompts.question(7, [], visits[:3 * n], visits[3 * n:3 * n + 3], prompts.ask_poi(time, 7, 1, 13)),
+    ask = prompts.ask_poi(time, 7, 1, 13)
+    return [prompts.join(prompts.question(7, [], visits[:3 * n], visits[3 * n:3 * n + 3], ask),
                          prompts.answer_poi(time, 7, PLACES[n % 6])) for n in range(count)]
 
 
 FOREIGN = ["<question>: at POI id 5 <GPS 5><GPS 5>.<GPS 6> .  Then? <answer>:POI id 5", " <answer>: x",
-           "no. marker. <answer>: twice <question>: <GPS 1> \t<answer>: At <GPS 2>. POI id 2.", ". . <GPS 1>. <answer>:"]
+           "no. marker. <answer>: twice <question>: <GPS 1> \t<answer>: At <GPS 2>. POI id 2.",
+           ". . <GPS 1>. <answer>:"]
 STAGE_1 = [prompts.join(prompts.question(7, [], [check_in(1)], [], prompts.ask_coordinates(3)),
                         prompts.answer_coordinates(40.123456, -73.5))]
 
@@ -129,7 +132,8 @@ def test_one_of_several_processes_builds(tiny_llama, mapping_csv, tmp_path):
     path = write(tmp_path / "a.json", ours(40))
     code = ("import sys, logging; logging.basicConfig(level=20); from ga_llm import llm, token_cache\n"
             "from geo_encoder import gps_tokens as g\nt = llm.load_tokenizer(sys.argv[1])\n"
-            "g.add_gps_tokens(t, g.read_gps_mapping(sys.argv[2]))\nprint(len(token_cache.load(sys.argv[3], t, 99, 'm')))")
+            "g.add_gps_tokens(t, g.read_gps_mapping(sys.argv[2]))\n"
+            "print(len(token_cache.load(sys.argv[3], t, 99, 'm')))")
     runs = [subprocess.Popen([sys.executable, "-c", code, tiny_llama(), mapping_csv, path], stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [run.communicate(timeout=120) for run in runs]
