@@ -106,7 +106,7 @@ def main():
     parser.add_argument("-fields", default=",".join(prompts.FIELDS))
     parser.add_argument("--model", default="models/smollm2-135m")
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--users", type=int, default=5)
+    parser.add_argument("--users", type=int, default=3)
     parser.add_argument("--tree_tokens", type=int, default=2 * ROOM)
     args = parser.parse_args()
 
