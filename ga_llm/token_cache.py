@@ -69,11 +69,12 @@ def load(path: Path | str, tokenizer, max_length: int, mapping: Path | str, cach
     the others wait. Raises UserError for a bad file, naming the pair.
     """
     path = Path(path)
+    dtype = "uint16" if max(tokenizer.get_vocab().values()) < 2**16 else "uint32"
     with path.open("rb") as file:
         about = {"format": FORMAT, "file": hashlib.file_digest(file, "sha256").hexdigest(),
                  "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
                  "special": [tokenizer.bos_token_id, tokenizer.eos_token_id], "template": prompts.ANSWER,
-                 "max_length": max_length, "dtype": "uint16" if len(tokenizer) <= 2**16 else "uint32"}
+                 "max_length": max_length, "dtype": dtype}
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     root = Path(cache_dir or path.parent)
     folder, partial = root / f"tokens-{key}", root / f".tokens-{key}.partial"
