@@ -48,14 +48,18 @@ def whole(folder, stage):
 
 def kill(process, folder, chance):
     """SIGKILL some checkpoints on, at a random moment or while one is written; returns whether one was."""
-    hidden, goal = staging.staging(folder), max(staging.steps(folder), default=0) + chance.randint(0, 3)
+    goal = max(staging.steps(folder), default=0) + chance.randint(0, 3)
     in_saving = chance.random() < 0.5
-    while process.is_alive() and (max(staging.steps(folder), default=0) < goal or in_saving and not hidden.exists()):
+
+    def being_written():
+        return list(staging.staging(folder).glob("checkpoint-*"))
+
+    while process.is_alive() and (max(staging.steps(folder), default=0) < goal or in_saving and not being_written()):
         time.sleep(0.0005)
-    time.sleep(chance.uniform(0, 0.05 if in_saving else 0.5))
+    time.sleep(chance.uniform(0, 0.04 if in_saving else 0.5))
     process.kill()
     process.join()
-    return hidden.exists()
+    return bool(being_written())
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -65,7 +69,7 @@ def test_killed_at_random_moments(repo, stage):
     forked.train(repo, stage, f"outputs/{undisturbed.name}", *flags)
     chance, killed, in_saving, seen = random.Random(0), 0, 0, set()
     for _ in range(KILLS):
-        process, = forked.start(repo, stage, f"outputs/{folder.name}", *flags)
+        process, = forked.start(repo, stage, f"outputs/{folder.name}", *flags, pause=0.05)
         in_saving += kill(process, folder, chance)
         killed += process.exitcode == -signal.SIGKILL
         seen |= set(whole(folder, stage))
