@@ -30,26 +30,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch  # noqa: E402
 from transformers import AttentionInterface, LlamaConfig, LlamaModel  # noqa: E402
 
+from ga_llm import plan  # noqa: E402
 from ga_llm import shifted_attention as s2  # noqa: E402
 
 REACHED = 0.8
 FULL = "sdpa"
 SIDES = {"full": FULL, "S²-Attn": s2.SHIFTED_SPARSE}
 WORKS = ("attention", "layer")
-
-
-def attended_pairs(length: int, heads: int) -> tuple[int, int]:
-    """(query, key) pairs over all heads: of full attention and of S²-Attn."""
-    group, half = s2.group_size(length), heads // 2
-    shifted = 0
-    for count, shift in ((half, 0), (heads - half, group // 2)):
-        bounds = s2.group_bounds(length, group, shift)
-        shifted += count * sum(triangle(end - start) for start, end in zip(bounds, bounds[1:]))
-    return heads * triangle(length), shifted
-
-
-def triangle(n: int) -> int:
-    return n * (n + 1) // 2
 
 
 def make(work: str, side: str, length: int, args):
@@ -150,8 +137,7 @@ def main():
     missed = False
     for work in WORKS:
         for length in args.lengths:
-            full_pairs, shifted_pairs = attended_pairs(length, args.heads)
-            predicted = full_pairs / shifted_pairs
+            predicted = plan.attended_pairs(length, args.heads, True) / plan.attended_pairs(length, args.heads, False)
             took = times(work, length, args)
             measured = took["full"] / took["S²-Attn"]
             memory = {side: peak_memory(work, side, length, args) for side in SIDES}

@@ -68,8 +68,13 @@ def encode(tokenizer, pair: str) -> tuple[list[int], int]:
     prompt, _ = prompts.split(pair)
     encoding = tokenizer(pair, return_offsets_mapping=True)
     ids = encoding["input_ids"]
-    start = next((i for i, (_, end) in enumerate(encoding["offset_mapping"]) if end > len(prompt)), len(ids))
+    start = first_after(encoding["offset_mapping"], len(prompt))
     return ids if ids[-1] == tokenizer.eos_token_id else ids + [tokenizer.eos_token_id], start
+
+
+def first_after(offsets, position: int) -> int:
+    """The first token that reaches beyond `position` of the text."""
+    return next((i for i, (_, end) in enumerate(offsets) if end > position), len(offsets))
 
 
 def truncate(ids: list[int], max_length: int, bos: int | None) -> list[int]:

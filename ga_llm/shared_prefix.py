@@ -45,7 +45,7 @@ def plan(dataset: TokenDataset, limit: int) -> list[Tree]:
     trees = []
     shared, tokens, before = [], 0, None
     for i, length in enumerate(dataset.lengths.tolist()):
-        ids = dataset.ids[dataset.ends[i] - length:dataset.ends[i]]
+        ids = dataset[i]["input_ids"]
         if shared:
             alike = common(before, ids)
             joined = [min(own, alike) for own in shared[:-1]] + [alike]

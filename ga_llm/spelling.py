@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from ga_llm import prompts
 from ga_llm.cli import UserError
-from ga_llm.sft_data import truncate
+from ga_llm.sft_data import first_after, truncate
 
 
 @dataclasses.dataclass
@@ -71,8 +71,8 @@ class Spelling:
         encoded = self.tokenizer([f"{before}{poi}{self.end}" for poi in candidates], add_special_tokens=False,
                                  return_offsets_mapping=True)
         for poi, ids, offsets in zip(candidates, encoded["input_ids"], encoded["offset_mapping"]):
-            first = _first_after(offsets, len(before))
-            last = _first_after(offsets, len(before) + len(str(poi)))
+            first = first_after(offsets, len(before))
+            last = first_after(offsets, len(before) + len(str(poi)))
             yield poi, ids[first:] + ([] if self.end else [self.tokenizer.eos_token_id]), last - first
 
     def prompts(self, pairs: Sequence[str], max_length: int) -> list[TestPrompt]:
@@ -92,7 +92,7 @@ class Spelling:
     def _prompt(self, pair: int, text: str, max_length: int) -> TestPrompt:
         start, target, _ = answer_id(text)
         encoded = self.tokenizer(text[:start] + str(target) + self.end, return_offsets_mapping=True)
-        cut = _first_after(encoded["offset_mapping"], start)
+        cut = first_after(encoded["offset_mapping"], start)
         ids = encoded["input_ids"][:cut]
         tail, eos = encoded["input_ids"][cut:], self.tokenizer.eos_token_id
         tail = tail[:-1] if tail and tail[-1] == eos else tail
@@ -138,8 +138,3 @@ def answer_id(text: str) -> tuple[int, int, str]:
         raise ValueError("no 'POI id n' in the answer")
     match = matches[-1]
     return len(prompt) + match.start(1), int(match.group(1)), answer[match.end(1):].strip()
-
-
-def _first_after(offsets, position: int) -> int:
-    """The first token that reaches beyond `position` of the text."""
-    return next((i for i, (_, end) in enumerate(offsets) if end > position), len(offsets))

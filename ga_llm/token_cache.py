@@ -196,7 +196,7 @@ class Pieces:
         for (pieces, answer), encoding in zip(split, self._encodings(last, self.backend.encode_batch)):
             before, piece = pieces[-1]
             skip, beyond = self.lengths[before], len(before) + len(piece) - len(answer)
-            start = next((i for i, (_, end) in enumerate(encoding.offsets) if end > beyond), len(encoding.ids))
+            start = sft_data.first_after(encoding.offsets, beyond)
             ids = self.prefix + b"".join([self.known[before + piece] for before, piece in pieces[:-1]])
             start += len(ids) // len(self.eos) - skip
             ids += self._bytes(encoding.ids[skip:]) + self.suffix

@@ -17,6 +17,20 @@ def qkv(batch, heads, kv_heads, length, width=8, seed=0):
     return (torch.randn(batch, h, length, width, generator=generator) for h in (heads, kv_heads, kv_heads))
 
 
+def assert_equals_dense_mask(out, q, k, v, mask, scale=None):
+    """`out` and its gradients are those of the dense mask of groups of 8, on the tokens that are no padding."""
+    heads, length, repeats = q.shape[1], q.shape[2], q.shape[1] // k.shape[1]
+    allowed = s2.dense_mask(length, 8, heads)[None] & mask[:, None, None, :]
+    dense = F.scaled_dot_product_attention(q, k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1),
+                                           attn_mask=allowed, scale=scale)
+    real = mask[:, None, :, None].expand_as(dense)
+    got, wanted = out.transpose(1, 2)[real], dense[real]
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    for mine, theirs in zip(torch.autograd.grad(got.square().sum(), (q, k, v)),
+                            torch.autograd.grad(wanted.square().sum(), (q, k, v))):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
 def test_group_rule():
     assert [s2.group_size(n) for n in (583, 4096, 4274, 8192, 32768)] == [8192, 1024, 8192, 2048, 8192]
     assert s2.group_bounds(10, 4, 0) == [0, 4, 8, 10]
@@ -54,14 +68,7 @@ def test_small_groups_padding_and_grouped_queries(monkeypatch, length, side):
     assert (given is None) == (side != "left")
 
     out, _ = s2.shifted_sparse_attention(TRAIN, q, k, v, given)
-    allowed = s2.dense_mask(length, 8, 9)[None] & mask[:, None, None, :]
-    dense = F.scaled_dot_product_attention(q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), attn_mask=allowed)
-    real = mask[:, None, :, None].expand_as(dense)
-    got, wanted = out.transpose(1, 2)[real], dense[real]
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
-    for mine, theirs in zip(torch.autograd.grad(got.square().sum(), (q, k, v)),
-                            torch.autograd.grad(wanted.square().sum(), (q, k, v))):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+    assert_equals_dense_mask(out, q, k, v, mask)
 
 
 def tiny(**options):
@@ -142,15 +149,7 @@ def test_flash_path_equals_dense_mask(flash, monkeypatch, heads, kv_heads, lengt
     out, _ = s2.shifted_sparse_attention(TRAIN, q, k, v, given, scaling=0.3)
     assert [of for _, of in flash] == [heads // 2, heads - heads // 2]
 
-    repeated = (x.repeat_interleave(heads // kv_heads, 1) for x in (k, v))
-    allowed = s2.dense_mask(length, 8, heads)[None] & mask[:, None, None, :]
-    dense = F.scaled_dot_product_attention(q, *repeated, attn_mask=allowed, scale=0.3)
-    real = mask[:, None, :, None].expand_as(dense)
-    got, wanted = out.transpose(1, 2)[real], dense[real]
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
-    for mine, theirs in zip(torch.autograd.grad(got.square().sum(), (q, k, v)),
-                            torch.autograd.grad(wanted.square().sum(), (q, k, v))):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+    assert_equals_dense_mask(out, q, k, v, mask, scale=0.3)
 
 
 @pytest.mark.parametrize("path", ["flash", "sdpa"])
