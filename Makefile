@@ -1,5 +1,6 @@
 # make demo   the whole system on a synthetic city, from raw check-ins to Acc@k (about 10 minutes on 2 cores)
 # make test   the tests
+# make soak   the long part of the tests of reliability: hundreds of kills
 # make env    the environment of both, in .venv
 #
 # On a GPU node use environment.yml. TORCH may name another build: make env TORCH=torch==2.13.0+cu130
@@ -14,7 +15,7 @@ VENV := $(ROOT).venv
 export OMP_WAIT_POLICY = PASSIVE
 export PATH := $(VENV)/bin:$(PATH)
 
-.PHONY: env demo test
+.PHONY: env demo test soak
 env: $(VENV)/.complete
 
 # The stamp is written last: after an interruption pip runs again and finishes what is missing.
@@ -29,3 +30,6 @@ demo: env
 
 test: env
 	cd $(ROOT) && python -m pytest
+
+soak: env
+	cd $(ROOT) && python -m pytest tests/reliability -m soak

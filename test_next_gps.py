@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from ga_llm import (artifacts, baselines, checkpoints, comparison, decoding, llm, metrics, predictions, protocols,
-                    ranking, sft_data, spelling, tree_attention)
-from ga_llm.cli import UserError, boolean, run
+                    ranking, sft_data, spelling, tree_attention, writing)
+from ga_llm.cli import Parser, UserError, boolean, run
 from geo_encoder import gps_tokens, injection, weights
 
 TEST_TYPES = {"base": "the base model: no adapter, no GPS embedding", "projector": "GPS embedding, no adapter",
@@ -29,7 +29,7 @@ TEST_TYPES = {"base": "the base model: no adapter, no GPS embedding", "projector
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--base_model", help="folder of the base LLM (default: --model_path)")
     parser.add_argument("--model_path", help="the same")
     parser.add_argument("--output_dir", help="stage 2's checkpoint-N; results go here, those of other test types, "
@@ -123,6 +123,7 @@ def main():
     if args.geoencoder_path and args.test_type != "base":
         artifacts.require(args.geoencoder_path, weights.MADE_BY)
 
+    writing.hold(args.results)
     model, tokenizer = load_model(args, mapping)
     ends = args.always_end or args.decoding == "beam"
     spelled = spelling.Spelling(tokenizer, sorted(mapping.ids.tolist()), end, ends)
@@ -136,7 +137,7 @@ def main():
     report = metrics.report(test_prompts, found, baselines.rankings(train, test_prompts), train, mapping, speed,
                             args.protocol, args.decoding)
     report["settings"] = {name: str(value) for name, value in vars(args).items()}
-    with artifacts.atomic_write(args.results / artifacts.METRICS) as file:
+    with writing.atomic_write(args.results / artifacts.METRICS) as file:
         json.dump(report, file, indent=2)
     written = store.finish(test_prompts, metrics.distances(found.tops, [p.target for p in test_prompts], mapping))
     print(metrics.text(report))

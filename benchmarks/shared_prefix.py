@@ -41,9 +41,10 @@ def training_data(folder: Path, config, fields, tokenizer, length: int, mapping)
     """The training pairs as tokens, as process_llm_gps.py writes them, and the user of each."""
     train, path = samples.load(config, "train"), folder / "train.json"
     texts = questions.texts(train, fields)
-    questions.write_json_array(path, questions.records(config, 2, train, texts, texts,
-                                                       questions.pairs(config, train, train, None),
-                                                       samples.load_places(config)))
+    with path.open("wb") as file:
+        questions.write_json_array(file, questions.records(config, 2, train, texts, texts,
+                                                           questions.pairs(config, train, train, None),
+                                                           samples.load_places(config)))
     users = [int(train["UserId"].iat[pair.target]) for pair in questions.pairs(config, train, train, None)]
     return token_cache.load(path, tokenizer, length, mapping), np.array(users)
 

@@ -50,7 +50,8 @@ def records(pairs: int, seed: int = 0):
 
 
 def write_city(folder: Path, pairs: int) -> None:
-    write_json_array(folder / "train.json", records(pairs))
+    with (folder / "train.json").open("wb") as file:
+        write_json_array(file, records(pairs))
     rows = "".join(f"{place},{33 + place / 1e3:.6f},{-118 - place / 1e4:.6f}\n" for place in range(1, PLACES + 1))
     (folder / "mapping.csv").write_text(",".join(artifacts.GPS_COLUMNS) + "\n" + rows)
 

@@ -4,18 +4,17 @@
 
 Reads and writes the files under `raw:` in best_conf/ca.yml.
 """
-import argparse
 import logging
 
 from checkins import config, gowalla
-from ga_llm import artifacts, cli
+from ga_llm import artifacts, cli, writing
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    cli.Parser(__doc__).parse_args()
     conf = config.load(artifacts.config_file("ca"))
     rows = gowalla.join(conf)
-    with artifacts.atomic_write(conf.raw["check_ins"]) as file:
+    with writing.atomic_write(conf.raw["check_ins"]) as file:
         rows.to_csv(file, index=False)
     logging.info("%d check-ins written to %s", len(rows), conf.raw["check_ins"])
 

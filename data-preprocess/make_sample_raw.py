@@ -17,7 +17,6 @@ and the weekday, and on where the user is; a count of the user's places alone sa
 What is synthetic: nothing here is fitted to real check-ins, and accuracy on this city says nothing about real ones.
 Clocks do not change for daylight saving.
 """
-import argparse
 import dataclasses
 import datetime
 import json
@@ -29,8 +28,8 @@ import numpy as np
 from sklearn.neighbors import KDTree
 
 from ga_llm import cli
-from ga_llm.artifacts import atomic_write
 from ga_llm.cli import UserError
+from ga_llm.writing import atomic_write
 
 log = logging.getLogger("make_sample_raw")
 
@@ -154,7 +153,7 @@ class CheckIns:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("-format", choices=tuple(FORMATS), default="tky")
     parser.add_argument("-dataset_name", help="folder under data-preprocess/data; default: see above")
     parser.add_argument("-out", type=Path, help="write to this folder instead")

@@ -5,19 +5,19 @@
 Writes to datasets/<data set>/preprocessed/: sample.csv, {train,validate,test}_sample.csv, <data set>_gps_mapping.csv,
 label_encoding.json and stats.json.
 """
-import argparse
 import logging
 
 from checkins import config, samples
-from ga_llm import cli
+from ga_llm import cli, writing
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("-f", required=True, metavar="FILE", help="the data set's YAML, e.g. best_conf/nyc.yml")
     conf = config.load(parser.parse_args().f)
-    made = samples.make(conf)
-    samples.write(conf, made)
+    with writing.alone(conf.folder):
+        made = samples.make(conf)
+        samples.write(conf, made)
     print(samples.table_of_stats(conf, made.stats))
     logging.info("written to %s", conf.folder)
 

@@ -4,14 +4,13 @@
 
 Writes {train,test}_kq_pairs.json.
 """
-import argparse
 
 from checkins import config, questions
 from ga_llm import artifacts, cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("-dataset_name", required=True, help="nyc, tky, ca, or any with a best_conf/<name>.yml")
     questions.write_keys_and_queries(config.load(artifacts.config_file(parser.parse_args().dataset_name)))
 

@@ -192,10 +192,10 @@ def _check(args: SFTArguments) -> None:
         raise UserError("--report_to tensorboard: it is not installed; pip install tensorboard, or leave the flag out")
     if args.model_max_length < 16:
         raise UserError(f"--model_max_length {args.model_max_length}: too short for a question and its answer")
-    checkpoints.check_output(args)
     if args.shared_prefix and not args.use_full_attn:
         raise UserError("--shared_prefix True: S²-Attn's groups follow from where each prompt ends, so prompts cannot "
                         "share theirs; add --use_full_attn True")
     if args.tree_tokens and not (args.shared_prefix and args.tree_tokens >= args.model_max_length):
         raise UserError(f"--tree_tokens {args.tree_tokens}: goes with --shared_prefix True, and a tree must hold a "
                         f"prompt of --model_max_length {args.model_max_length}")
+    checkpoints.check_output(args)

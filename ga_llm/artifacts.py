@@ -2,9 +2,6 @@
 
 No torch here: the preprocessing scripts use this module too.
 """
-import contextlib
-import os
-import tempfile
 from pathlib import Path
 
 from ga_llm.cli import UserError
@@ -79,29 +76,3 @@ def require(path: Path | str, made_by: str) -> Path:
     if path.is_file() and path.stat().st_size == 0:
         raise UserError(f"{path}: empty; make it again with `{made_by}`")
     return path
-
-
-@contextlib.contextmanager
-def atomic_write(path: Path | str, mode: str = "w"):
-    """Open a temporary file beside `path` that takes its name only once it is complete and on disk."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        os.fchmod(handle, 0o666 & ~_umask())
-        with os.fdopen(handle, mode, **text) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -22,12 +22,13 @@ from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ga_llm import staging
-from ga_llm.artifacts import FINAL_ENCODER, MERGED_ENCODER, TRAINABLE_PARAMS, atomic_write, require
+from ga_llm.artifacts import FINAL_ENCODER, MERGED_ENCODER, TRAINABLE_PARAMS, require
 from ga_llm.cli import UserError
 from ga_llm.llm import rope_factor
 from ga_llm.run_log import LoggedTrainer
 from ga_llm.sampling import EpochSampler
 from ga_llm.sharding import set_up_fsdp
+from ga_llm.writing import atomic_write
 from geo_encoder.encoder import GeoEncoderConfig
 from geo_encoder.weights import CONFIG, MADE_BY, merged_state_dict, save_encoder
 

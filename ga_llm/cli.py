@@ -1,8 +1,20 @@
 """How every script talks to its user: boolean flags, one-line errors, log lines."""
 import argparse
+import errno
 import logging
 import os
 import sys
+
+WAYS_OUT = {        # what the system may say of a file, and what to do about it
+    errno.ENOSPC: "make room there", errno.EDQUOT: "make room there", errno.EFBIG: "files may not be so large there",
+    errno.EROFS: "give a folder that can be written to", errno.EACCES: "see to its permissions",
+    errno.EPERM: "see to its permissions", errno.ENOENT: "give one that is there",
+    errno.EISDIR: "give a file, not a folder", errno.ENOTDIR: "give a folder, not a file",
+    errno.EEXIST: "remove it, or give another name", errno.ENAMETOOLONG: "give a shorter name",
+    errno.ELOOP: "its links lead in a circle", errno.EIO: "the disk fails to read or write it",
+    errno.ESTALE: "the disk is gone; mount it again", errno.ENOTEMPTY: "remove it, or give another name",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
 
 
 class UserError(Exception):
@@ -22,14 +34,38 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
 
 
+class Parser(argparse.ArgumentParser):
+    """A script's flags, under its docstring; a mistake is a UserError, not argparse's usage and exit."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False)
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see python {sys.argv[0]} --help")
+
+
 def run(main) -> None:
-    """Run a script's `main()`; a UserError becomes one line on stderr and exit code 2, without a traceback."""
+    """Run a script's `main()`; a UserError becomes one line on stderr and exit code 2, without a traceback.
+
+    So does what the system says of a file: the disk is full, the folder may not be written to.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")       # a terminal that knows no "–" is no reason to fail
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:         # whoever read our output has stopped to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in WAYS_OUT or error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror.lower()}; {WAYS_OUT[error.errno]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ga_llm import artifacts
+from ga_llm import artifacts, writing
 from ga_llm.metrics import NO_POI, Ranking
 from ga_llm.ranking import Ranked
 from ga_llm.spelling import TestPrompt
@@ -66,7 +66,7 @@ class Store:
             lines.append(json.dumps(record) + "\n")
         if len(self.candidates):
             self.rows.flush()
-        with open(self.partial, "a", encoding="utf-8") as file:
+        with writing.naming(self.partial), open(self.partial, "a", encoding="utf-8") as file:
             file.writelines(lines)
             file.flush()
             os.fsync(file.fileno())
@@ -83,7 +83,7 @@ class Store:
         Returns the names of the files written. Call it last: until here a killed evaluation can go on.
         """
         written = [artifacts.PREDICTIONS]
-        with artifacts.atomic_write(self.folder / artifacts.PREDICTIONS) as file:
+        with writing.atomic_write(self.folder / artifacts.PREDICTIONS) as file:
             for prompt, distance in zip(test_prompts, km):
                 distance = None if np.isnan(distance) else round(float(distance), 3)
                 file.write(json.dumps({**self.done[prompt.pair], "km": distance}) + "\n")

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import set_seed
 
-from ga_llm import llm, sft_data, shared_prefix, token_cache
+from ga_llm import llm, sft_data, shared_prefix, token_cache, writing
 from ga_llm.arguments import SFTArguments
 from geo_encoder.gps_tokens import GPSMapping, add_gps_tokens, add_rows, read_gps_mapping
 
@@ -25,7 +25,12 @@ class Setup:
 
 
 def set_up(args: SFTArguments) -> Setup:
-    """Fix the seed, read and check all inputs, then load the LLM: frozen in 4 bits, unless it is trained itself."""
+    """Fix the seed, read and check all inputs, then load the LLM: frozen in 4 bits, unless it is trained itself.
+
+    Raises UserError if another run is writing into --output_dir, which this one keeps until its process ends.
+    """
+    if args.process_index == 0 and not args.dry_run:
+        writing.hold(args.output_dir)
     set_seed(args.seed)
     mapping = read_gps_mapping(args.gps_mapping_path)
     tokenizer = llm.load_tokenizer(args.model_name_or_path, args.cache_dir)

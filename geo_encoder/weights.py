@@ -10,9 +10,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from ga_llm.artifacts import atomic_write, require
+from ga_llm.artifacts import require
 from ga_llm.cli import UserError
 from ga_llm.sharding import unsharded
+from ga_llm.writing import atomic_write
 from geo_encoder.encoder import LEVEL, LORA_TARGETS, GeoEncoderConfig, build_encoder
 
 CONFIG = "geo_encoder_config.json"

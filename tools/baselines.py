@@ -5,15 +5,14 @@
 Prints the baselines' metrics, with 95 % intervals, on the pairs of each protocol. `test_next_gps.py` prints the same
 beside every model's.
 """
-import argparse
 
 from ga_llm import artifacts, baselines, metrics, protocols, sft_data, spelling
-from ga_llm.cli import run
+from ga_llm.cli import Parser, run
 from geo_encoder.gps_tokens import read_gps_mapping
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("-dataset_name", required=True)
     parser.add_argument("-data_path", default=str(artifacts.DATASETS))
     args = parser.parse_args()

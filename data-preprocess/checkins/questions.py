@@ -3,11 +3,11 @@
 One pair per trajectory of a split: its last remaining check-in is the target, the others are the current trajectory.
 History and similar trajectories come from train alone, and only from before the current trajectory's first check-in.
 """
-import argparse
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import orjson
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from checkins import config as configs
 from checkins import samples
 from checkins.config import Config
-from ga_llm import artifacts, cli, prompts
+from ga_llm import artifacts, cli, prompts, writing
 
 SPLITS = ("train", "test")
 # A trajectory as text to search by: everything but the GPS tokens, which no text encoder knows.
@@ -110,14 +110,16 @@ def write(config: Config, stage: int, use_sim: bool, fields: tuple[str, ...]) ->
     places = samples.load_places(config)
     listed = {split: load_similar(config, split, split_rows) if use_sim else None for split in SPLITS}
     train_texts = texts(split_rows["train"], fields)
-    for split, rows in split_rows.items():
-        split_texts = train_texts if split == "train" else texts(rows, fields)
-        found = pairs(config, split_rows["train"], rows, listed[split])
-        made = tqdm(records(config, stage, rows, split_texts, train_texts, found, places), desc=split,
-                    total=rows["TrajectoryId"].nunique(), unit="pair", disable=not cli.show_progress())
-        path = config.folder / artifacts.questions(split, config.dataset_name, stage, use_sim)
-        count = write_json_array(path, made) if split == "train" else _write_lines(path, made)
-        logger.info("%d %s pairs, %s: %s", count, split, ",".join(fields), path)
+    with writing.alone(config.folder), contextlib.ExitStack() as files:
+        for split, rows in split_rows.items():
+            split_texts = train_texts if split == "train" else texts(rows, fields)
+            found = pairs(config, split_rows["train"], rows, listed[split])
+            made = tqdm(records(config, stage, rows, split_texts, train_texts, found, places), desc=split,
+                        total=rows["TrajectoryId"].nunique(), unit="pair", disable=not cli.show_progress())
+            path = config.folder / artifacts.questions(split, config.dataset_name, stage, use_sim)
+            file = files.enter_context(writing.atomic_write(path, "wb"))
+            count = write_json_array(file, made) if split == "train" else _write_lines(file, made)
+            logger.info("%d %s pairs, %s: %s", count, split, ",".join(fields), path)
 
 
 def write_keys_and_queries(config: Config) -> None:
@@ -128,16 +130,18 @@ def write_keys_and_queries(config: Config) -> None:
     its current part, without the target, which is what is known when a prediction is asked for (may be empty).
     """
     split_rows = {split: samples.load(config, split) for split in SPLITS}
-    for split, rows in split_rows.items():
-        split_texts = texts(rows, KEY_FIELDS)
-        time, user = rows["LocalTime"].tolist(), rows["UserId"].tolist()
-        trajectories, rows_of = _grouped(rows["TrajectoryId"])
-        path = config.folder / artifacts.key_query_pairs(split)
-        count = write_json_array(path, (
-            {"trajectory_id": trajectory, "user": user[of[0]], "start": time[of[0]], "end": time[of[-1]],
-             "key": " ".join(split_texts[row] for row in of), "query": " ".join(split_texts[row] for row in of[:-1])}
-            for trajectory, of in zip(trajectories.tolist(), rows_of)))
-        logger.info("%d %s trajectories: %s", count, split, path)
+    with writing.alone(config.folder), contextlib.ExitStack() as files:
+        for split, rows in split_rows.items():
+            split_texts = texts(rows, KEY_FIELDS)
+            time, user = rows["LocalTime"].tolist(), rows["UserId"].tolist()
+            trajectories, rows_of = _grouped(rows["TrajectoryId"])
+            path = config.folder / artifacts.key_query_pairs(split)
+            count = write_json_array(files.enter_context(writing.atomic_write(path, "wb")), (
+                {"trajectory_id": trajectory, "user": user[of[0]], "start": time[of[0]], "end": time[of[-1]],
+                 "key": " ".join(split_texts[row] for row in of),
+                 "query": " ".join(split_texts[row] for row in of[:-1])}
+                for trajectory, of in zip(trajectories.tolist(), rows_of)))
+            logger.info("%d %s trajectories: %s", count, split, path)
 
 
 def load_similar(config: Config, split: str, split_rows: dict[str, pd.DataFrame]) -> dict[str, list[int]]:
@@ -162,21 +166,20 @@ def load_similar(config: Config, split: str, split_rows: dict[str, pd.DataFrame]
     return listed
 
 
-def write_json_array(path: Path, objects: Iterable[dict]) -> int:
+def write_json_array(file: BinaryIO, objects: Iterable[dict]) -> int:
     """Write a JSON array, one object per line, as the objects come; returns how many there were."""
     count = 0
-    with artifacts.atomic_write(path, "wb") as file:
-        for count, value in enumerate(objects, start=1):
-            file.write((b"[\n" if count == 1 else b",\n") + orjson.dumps(value))
-        file.write(b"\n]\n" if count else b"[]\n")
+    for count, value in enumerate(objects, start=1):
+        file.write((b"[\n" if count == 1 else b",\n") + orjson.dumps(value))
+    file.write(b"\n]\n" if count else b"[]\n")
+    file.flush()
     return count
 
 
 def command(stage: int, description: str) -> None:
     """The command line that both question scripts share: parse it, and write the files of `stage`."""
     default = prompts.STAGE_1_FIELDS if stage == 1 else prompts.FIELDS
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = cli.Parser(description)
     parser.add_argument("-dataset_name", required=True, help="nyc, tky, ca, or any with a best_conf/<name>.yml")
     parser.add_argument("-use_sim", type=cli.boolean, default=False, metavar="True|False",
                         help="add check-ins of similar trajectories (needs traj_sim.py's files)")
@@ -210,11 +213,11 @@ def shown_fields(text: str, allowed: tuple[str, ...], stage: int) -> tuple[str, 
     return tuple(field for field in allowed if field in asked)
 
 
-def _write_lines(path: Path, objects: Iterable[dict]) -> int:
+def _write_lines(file: BinaryIO, objects: Iterable[dict]) -> int:
     count = 0
-    with artifacts.atomic_write(path) as file:
-        for count, value in enumerate(objects, start=1):
-            file.write(prompts.join(value["question"], value["answer"]) + "\n")
+    for count, value in enumerate(objects, start=1):
+        file.write(prompts.join(value["question"], value["answer"]).encode() + b"\n")
+    file.flush()
     return count
 
 

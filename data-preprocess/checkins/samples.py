@@ -1,4 +1,5 @@
 """Samples: the check-ins of each split, encoded, with their trajectories; how they are made, written and read back."""
+import contextlib
 import dataclasses
 
 import orjson
@@ -6,7 +7,7 @@ import pandas as pd
 
 from checkins import encoding, filters, mapping, readers, splits, trajectories
 from checkins.config import COUNTS, Config
-from ga_llm import artifacts
+from ga_llm import artifacts, writing
 from ga_llm.artifacts import SPLITS
 from ga_llm.cli import UserError
 
@@ -60,17 +61,20 @@ def make(config: Config) -> Samples:
 
 
 def write(config: Config, samples: Samples) -> None:
-    """Write all of a data set's samples, each file atomically."""
+    """Write all of a data set's samples; the files appear together, when all are complete."""
     tables = {artifacts.SAMPLE: samples.sample, artifacts.gps_mapping(config.dataset_name): samples.places}
     tables |= {artifacts.split_sample(split): rows for split, rows in samples.splits.items()}
     objects = {artifacts.LABEL_ENCODING: {field: e.to_json() for field, e in samples.encodings.items()},
                artifacts.STATS: {"dataset": config.dataset_name, **samples.stats, "published": config.published}}
-    for name, table in tables.items():
-        with artifacts.atomic_write(config.folder / name) as file:
+    with contextlib.ExitStack() as files:
+        for name, table in tables.items():
+            file = files.enter_context(writing.atomic_write(config.folder / name))
             table.to_csv(file, index=False, date_format=TIME_FORMAT)
-    for name, value in objects.items():
-        with artifacts.atomic_write(config.folder / name, "wb") as file:
+            file.flush()
+        for name, value in objects.items():
+            file = files.enter_context(writing.atomic_write(config.folder / name, "wb"))
             file.write(orjson.dumps(value, option=orjson.OPT_INDENT_2) + b"\n")
+            file.flush()
 
 
 def load(config: Config, split: str) -> pd.DataFrame:

@@ -240,7 +240,8 @@ def test_train_is_a_json_array_of_one_record_a_line(city, script):
 
 
 def test_an_empty_array_is_an_array(tmp_path):
-    assert questions.write_json_array(tmp_path / "x.json", []) == 0
+    with (tmp_path / "x.json").open("wb") as file:
+        assert questions.write_json_array(file, []) == 0
     assert json.loads((tmp_path / "x.json").read_text()) == []
 
 
