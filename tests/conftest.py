@@ -1,5 +1,7 @@
 """Tests run on a CPU with what they build themselves: tiny random Llamas, a handful of places."""
 import os
+import shutil
+import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # spinning threads of two processes stop each other
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -7,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+from commands import CODE, ROOT, run, stage_1, stage_2  # noqa: E402
 from make_tiny_llama import make_tiny_llama  # noqa: E402
 
 PLACES = 12
@@ -38,3 +41,24 @@ def mapping_csv(tmp_path):
     path = tmp_path / "gps_mapping.csv"
     path.write_text("GPS_id,Latitude,Longitude\n" + "\n".join(rows) + "\n")
     return path
+
+
+@pytest.fixture(scope="session")
+def repo(tmp_path_factory):
+    """A copy of the code, then every step up to a trained stage 2."""
+    repo = tmp_path_factory.mktemp("repo")
+    for name in CODE:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, repo / name, **({"ignore": shutil.ignore_patterns("data", "__pycache__")}
+                                          if copy is shutil.copytree else {}))
+    for command in (["data-preprocess/make_sample_raw.py", "-users", "30", "-days", "60"],
+                    ["data-preprocess/run.py", "-f", "best_conf/sample.yml"],
+                    ["data-preprocess/traj_qk.py", "-dataset_name", "sample"],
+                    ["data-preprocess/process_projector_gps_stage1.py", "-dataset_name", "sample", "-use_sim", "False"],
+                    ["data-preprocess/process_llm_gps.py", "-dataset_name", "sample", "-use_sim", "False",
+                     "-max_history", "10"],
+                    ["tools/make_tiny_llama.py", "--output_dir", "models/tiny", "--hidden", "32", "--kv_heads", "2"]):
+        run(repo, sys.executable, *command)
+    stage_1(repo, "outputs/gcim")
+    stage_2(repo, "outputs/llm")
+    return repo
