@@ -2,6 +2,7 @@
 
 One pair per trajectory of a split: its last remaining check-in is the target, the others are the current trajectory.
 History and similar trajectories come from train alone, and only from before the current trajectory's first check-in.
+Nothing is shown that happened in the target's second or later.
 """
 import contextlib
 import dataclasses
@@ -45,11 +46,14 @@ def pairs(config: Config, train: pd.DataFrame, split: pd.DataFrame,
     trajectories; None: no similar ones.
     """
     trajectories, rows_of = _grouped(split["TrajectoryId"])
-    first_rows = np.array([rows[0] for rows in rows_of])
+    times = split["Time"].to_numpy()
+    first_rows, targets = (np.array([rows[i] for rows in rows_of], dtype=int) for i in (0, -1))
     if split is train:
         train_rows_before = first_rows    # rows are in (time, raw-file order)
     else:
-        train_rows_before = np.searchsorted(train["Time"], split["Time"].to_numpy()[first_rows], side="right")
+        train_rows_before = np.searchsorted(train["Time"], times[first_rows], side="right")
+    # Departure from the released code: nothing of the target's own second, whatever its place in the file (`_current`).
+    train_rows_before = np.minimum(train_rows_before, np.searchsorted(train["Time"], times[targets]))
 
     # Train's rows by (user, time): those of one user before row r are those whose key is in [user·n, user·n + r).
     n = len(train)
@@ -61,7 +65,7 @@ def pairs(config: Config, train: pd.DataFrame, split: pd.DataFrame,
     similar_to = _similar(train, listed, config.max_similar) if listed is not None else None
     none = np.empty(0, dtype=int)
     for trajectory, rows, start, stop in zip(trajectories.tolist(), rows_of, starts, stops):
-        current, target = rows[:-1], rows[-1]
+        current, target = _current(rows, times), rows[-1]
         first = max(start, stop - config.max_history)
         if config.history_step:
             # A long history begins at a multiple of the step, so that several pairs in a row begin alike.
@@ -72,7 +76,7 @@ def pairs(config: Config, train: pd.DataFrame, split: pd.DataFrame,
         similar = none
         # Departure from the released code: there the first user with a long history ends this for all who follow.
         if similar_to and len(history) <= config.max_history_with_similar:
-            similar = similar_to(trajectory, split["Time"].iat[rows[0]])
+            similar = similar_to(trajectory, times[rows[0]])
         yield Pair(trajectory, similar, history, current[max(0, len(current) - config.max_current):], target)
 
 
@@ -127,19 +131,19 @@ def write_keys_and_queries(config: Config) -> None:
 
     trajectory_id, user; start, end: local time of its first and last check-in (as a key, it is known only after `end`;
     as a query, only what ended before `start` may answer it); key: the text of all its check-ins; query: the text of
-    its current part, without the target, which is what is known when a prediction is asked for (may be empty).
+    its current part, those before the target, which is what is known when a prediction is asked for (may be empty).
     """
     split_rows = {split: samples.load(config, split) for split in SPLITS}
     with writing.alone(config.folder), contextlib.ExitStack() as files:
         for split, rows in split_rows.items():
             split_texts = texts(rows, KEY_FIELDS)
             time, user = rows["LocalTime"].tolist(), rows["UserId"].tolist()
-            trajectories, rows_of = _grouped(rows["TrajectoryId"])
+            times, (trajectories, rows_of) = rows["Time"].to_numpy(), _grouped(rows["TrajectoryId"])
             path = config.folder / artifacts.key_query_pairs(split)
             count = write_json_array(files.enter_context(writing.atomic_write(path, "wb")), (
                 {"trajectory_id": trajectory, "user": user[of[0]], "start": time[of[0]], "end": time[of[-1]],
                  "key": " ".join(split_texts[row] for row in of),
-                 "query": " ".join(split_texts[row] for row in of[:-1])}
+                 "query": " ".join(split_texts[row] for row in _current(of, times))}
                 for trajectory, of in zip(trajectories.tolist(), rows_of)))
             logger.info("%d %s trajectories: %s", count, split, path)
 
@@ -228,6 +232,16 @@ def _grouped(trajectory_ids: pd.Series) -> tuple[np.ndarray, list[np.ndarray]]:
     return ids, np.split(order, starts[1:])
 
 
+def _current(rows: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Of a trajectory's rows, in order of time, those before its target, which is the last; times: of all rows.
+
+    Departure from the released code: there all that stands before the target counts, also of the target's own second,
+    when nobody could know it yet; a check-in that stands twice would show the answer.
+    """
+    own = times[rows]
+    return rows[:own.searchsorted(own[-1])]
+
+
 def _similar(train: pd.DataFrame, listed: dict[str, list[int]], limit: int):
     """A function (trajectory, its start) -> the latest `limit` train rows of the trajectories listed for it, by time.
 
@@ -238,8 +252,7 @@ def _similar(train: pd.DataFrame, listed: dict[str, list[int]], limit: int):
     times = train["Time"].to_numpy()
     ends = {trajectory: times[rows[-1]] for trajectory, rows in rows_by_id.items()}
 
-    def similar_to(trajectory: int, start: pd.Timestamp) -> np.ndarray:
-        start = start.to_datetime64()
+    def similar_to(trajectory: int, start: np.datetime64) -> np.ndarray:
         rows = [rows_by_id[other] for other in set(listed.get(str(trajectory), ())) if ends[other] < start]
         return np.sort(np.concatenate(rows))[max(0, sum(map(len, rows)) - limit):] if rows else np.empty(0, dtype=int)
 

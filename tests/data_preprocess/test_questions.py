@@ -61,8 +61,26 @@ def test_no_train_check_in_after_the_first_current_one(conf):
 
 
 def test_equal_times_within_train_follow_the_files_order(conf):
-    train = sample([(1, 0, 0), (1, 0, 1), (1, 1, 1), (1, 1, 1)])
+    train = sample([(1, 0, 0), (1, 0, 1), (1, 1, 1), (1, 1, 2)])
     assert [p.history.tolist() for p in questions.pairs(conf, train, train)] == [[], [0, 1]]
+
+
+@pytest.mark.parametrize("current, history, shown", [
+    ([2, 3], [0, 1, 2], [0]),       # the common case: as the file has it
+    ([3, 3], [0, 1, 2], []),        # the target's own second, though before it in the file
+    ([2, 3, 3, 3], [0, 1, 2], [0]),
+    ([1, 1], [0], []),              # train has one of that second too
+    ([0], [], [])], ids=str)
+def test_nothing_of_the_targets_own_second(conf, current, history, shown):
+    train, test = sample(run(1, 0, 3)), sample([(1, 1, hour) for hour in current])
+    pair, = questions.pairs(conf, train, test)
+    assert (pair.history.tolist(), pair.current.tolist(), pair.target) == (history, shown, len(current) - 1)
+
+
+def test_a_check_in_that_stands_twice_is_not_shown_to_its_copy(conf):
+    train = sample([(1, 0, 0), (1, 0, 5), (1, 0, 5), (1, 1, 5), (1, 1, 5), (1, 1, 40), (1, 1, 40)])
+    assert [(p.history.tolist(), p.current.tolist()) for p in questions.pairs(conf, train, train)] == [
+        ([], [0]), ([0, 1, 2], [3, 4])]
 
 
 def test_one_remaining_check_in_is_a_pair_without_current(conf):
@@ -301,7 +319,7 @@ def test_history_step(conf):
     """Of at most 10 check-ins a history loses up to 3 more, and begins every 4th; shorter ones are whole."""
     train = sample(run(1, 0, 50))
     stepped = dataclasses.replace(conf, max_history=10, history_step=4)
-    firsts = [next(questions.pairs(stepped, train, sample([(1, 1, h), (1, 1, h)]))).history.tolist()[0]
+    firsts = [next(questions.pairs(stepped, train, sample([(1, 1, h), (1, 1, h + 1)]))).history.tolist()[0]
               for h in (9, 10, 11, 13, 14, 17, 18)]      # hour h: the first h + 1 of train are before
     assert firsts == [0, 4, 4, 4, 8, 8, 12]
     pair, = questions.pairs(stepped, train, sample([(1, 1, 17), (1, 1, 18)]))
