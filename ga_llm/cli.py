@@ -50,17 +50,21 @@ def run(main) -> None:
 
     So does what the system says of a file: the disk is full, the folder may not be written to.
     """
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")       # a terminal that knows no "–" is no reason to fail
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:                          # started with it closed
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")     # a terminal that knows no "–" is no reason to fail
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     try:
-        main()
+        try:
+            main()
+        finally:
+            _flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:         # whoever read our output has stopped to
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
         if error.errno not in WAYS_OUT or error.filename is None:
@@ -70,6 +74,16 @@ def run(main) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _flush() -> None:
+    """Now, for when Python ends, a reader who is gone or a full disk would be a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        error.filename = "standard output"
+        raise
 
 
 def show_progress() -> bool:

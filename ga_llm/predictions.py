@@ -46,10 +46,22 @@ class Store:
         else:
             self.partial.write_bytes(b"")
         if len(self.candidates):
-            shape = (self.pairs, len(self.candidates))
-            self.rows = np.lib.format.open_memmap(self.table, "r+" if self.done else "w+", np.float32, shape=shape)
             if not self.done:
-                self.rows[:] = np.nan                       # pairs that the protocol leaves out
+                self._make_table()
+            self.rows = np.lib.format.open_memmap(self.table, "r+")
+
+    def _make_table(self) -> None:
+        """A table of NaN, which stays where the protocol leaves pairs out."""
+        try:
+            with writing.naming(self.table):
+                rows = np.lib.format.open_memmap(self.table, "w+", np.float32, (self.pairs, len(self.candidates)))
+                with open(self.table, "rb+") as file:
+                    # A disk that turns out full when the mapped memory is written kills the process (SIGBUS).
+                    os.posix_fallocate(file.fileno(), 0, os.path.getsize(self.table))
+            rows[:] = np.nan
+        except OSError:
+            self.table.unlink(missing_ok=True)
+            raise
 
     def add(self, chunk: Iterable[TestPrompt], results: Iterable[Ranked]) -> None:
         """Keep the results of a chunk: on disk when this returns."""
@@ -66,10 +78,7 @@ class Store:
             lines.append(json.dumps(record) + "\n")
         if len(self.candidates):
             self.rows.flush()
-        with writing.naming(self.partial), open(self.partial, "a", encoding="utf-8") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
+        writing.append(self.partial, "".join(lines))
 
     def ranking(self, test_prompts: Iterable[TestPrompt]) -> Ranking:
         """The ranks and best POIs, in the order of `test_prompts`."""

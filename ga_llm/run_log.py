@@ -29,7 +29,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from ga_llm.artifacts import LOSS_PICTURE, RUN, TRAINER_LOG
-from ga_llm.writing import atomic_write, naming
+from ga_llm.writing import append, atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -117,8 +117,7 @@ class RunLog(TrainerCallback):
             return
         seconds = time.perf_counter() - self.began
         line = {"step": state.global_step, **logs, "elapsed_seconds": round(self.earlier_seconds + seconds, 1)}
-        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(_json_line(line))
+        append(self.path, _json_line(line))
         if self.bar is not None:
             self.bar.set_postfix_str(_numbers(line))
             return

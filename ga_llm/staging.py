@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ga_llm.artifacts import MERGED_ENCODER
 from ga_llm.cli import UserError
+from ga_llm.writing import to_disk
 
 
 def staging(output_dir: Path | str) -> Path:
@@ -44,7 +45,7 @@ def publish(output_dir: Path | str, step: int, keep: int | None) -> None:
     One process must call it, when all have written. Checkpoints beyond `step`, left by a run that went further, stay.
     """
     hidden, visible = checkpoint(staging(output_dir), step), checkpoint(output_dir, step)
-    _to_disk(staging(output_dir))
+    to_disk(staging(output_dir))
     _hide(visible)      # one of the same number, of an earlier run
     if (staging(output_dir) / str(step)).exists():
         move_files(staging(output_dir) / str(step), Path(output_dir) / str(step))
@@ -87,13 +88,3 @@ def _hide(folder: Path) -> None:
         hidden = staging(folder.parent)
         hidden.mkdir(exist_ok=True)
         os.rename(folder, Path(tempfile.mkdtemp(dir=hidden)) / folder.name)
-
-
-def _to_disk(folder: Path) -> None:
-    """A machine that loses its power keeps a rename, perhaps, without the contents."""
-    for path in folder.rglob("*"):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

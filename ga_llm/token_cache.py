@@ -8,7 +8,6 @@ The key is made of the file's content, the tokenizer, the template's marker and 
 folder is built. The prompts of one user repeat each other's check-ins, so a check-in is tokenized once, not once for
 every prompt that it stands in; the ids are those of tokenizing the full text.
 """
-import fcntl
 import hashlib
 import itertools
 import json
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
-from ga_llm import prompts, sft_data
+from ga_llm import prompts, sft_data, writing
 from ga_llm.cli import UserError
 
 log = logging.getLogger(__name__)
@@ -39,16 +38,34 @@ class TokenDataset(Dataset):
     """The pairs of a built folder: {"input_ids": (tokens,) int64, "answer_start": index of the answer's first token}.
 
     tokens, lengths, answer_starts: (pairs,) int64, of each pair before cutting, after it, and its answer's beginning.
-    sha256: of the question file.
+    sha256: of the question file. Raises UserError if the folder's files are damaged or do not fit each other.
     """
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
-        about = json.loads((self.folder / ABOUT).read_text(encoding="utf-8"))
-        self.sha256 = about["file"]
-        self.ends, self.tokens, self.answer_starts = np.load(self.folder / INDEX).T
-        self.lengths = np.diff(self.ends, prepend=0)
-        self.ids = np.memmap(self.folder / IDS, dtype=about["dtype"], mode="r")
+        try:
+            about = json.loads((self.folder / ABOUT).read_text(encoding="utf-8"))
+            self.sha256, dtype = about["file"], np.dtype(about["dtype"])
+            self.ends, self.tokens, self.answer_starts = self._index().T
+            self.lengths = np.diff(self.ends, prepend=0)
+            self.ids = np.memmap(self.folder / IDS, dtype=dtype, mode="r")
+            fits = len(self.ids) == self.ends[-1] and (self.lengths <= self.tokens).all() and (
+                (self.answer_starts > 0) & (self.answer_starts < self.lengths)).all()
+        except FileNotFoundError as error:
+            raise self._damaged(f"no {Path(error.filename).name}") from None
+        except (ValueError, KeyError, TypeError, EOFError, RecursionError) as error:
+            raise self._damaged(" ".join(str(error).split())) from None
+        if not fits:
+            raise self._damaged(f"{IDS} and {INDEX} do not fit each other")
+
+    def _index(self) -> np.ndarray:
+        index = np.load(self.folder / INDEX)
+        if index.dtype != np.int64 or index.ndim != 2 or index.shape[1] != 3 or not len(index):
+            raise ValueError(f"{INDEX} holds {index.dtype} {index.shape}")
+        return index
+
+    def _damaged(self, what: str) -> UserError:
+        return UserError(f"{self.folder}: damaged ({what}); delete it, and the tokens are made again")
 
     def __reduce__(self):       # a worker maps the file by itself; pickling would copy all of it
         return TokenDataset, (self.folder,)
@@ -81,12 +98,12 @@ def load(path: Path | str, tokenizer, max_length: int, mapping: Path | str, cach
     try:
         root.mkdir(parents=True, exist_ok=True)
         if not folder.exists():
-            with (root / f".tokens-{key}.lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with writing.locked(root / f".tokens-{key}.lock", wait=True):
                 if not folder.exists():         # else another process has built it meanwhile
                     shutil.rmtree(partial, ignore_errors=True)
                     partial.mkdir()
                     _build(path, tokenizer, max_length, mapping, about, partial)
+                    writing.to_disk(partial)
                     partial.rename(folder)
     except OSError as error:
         raise UserError(f"{root}: the tokens of {path.name} cannot be kept there ({error.strerror}); make room, or "
@@ -205,9 +222,9 @@ class Pieces:
 
     def _split(self, pair: int, text: str) -> tuple[list[tuple[str, str]], str]:
         """The pieces of a joined pair, each behind what it is encoded behind, and the answer, which ends the last."""
-        for token in prompts.GPS_TOKEN.finditer(text):
-            if token[0] not in self.places:
-                raise UnknownPlace(pair, token[0])
+        unknown = prompts.unknown_place(text, self.places)
+        if unknown:
+            raise UnknownPlace(pair, unknown)
         prompt, answer = prompts.split(text)
         if not self.in_pieces:
             return [("", text)], answer

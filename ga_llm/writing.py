@@ -8,9 +8,12 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import socket
 import tempfile
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from ga_llm.cli import UserError
 
@@ -26,22 +29,67 @@ def atomic_write(path: Path | str, mode: str = "w"):
 
     What a killed run leaves of it is removed by the next one that is `alone` there.
     """
-    path = Path(path)
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-    with naming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED)
-        try:
+    with together() as new_file, new_file(path, mode) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def together():
+    """Let several files appear at once: gives a function to open each with, as by `atomic_write`.
+
+    They take their names when all are complete and on disk, which leaves a kill no more than the renames to fall into.
+    """
+    hidden = {}         # the name to come -> the file
+
+    @contextlib.contextmanager
+    def new_file(path: Path | str, mode: str = "w"):
+        path = Path(path)
+        text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+        with naming(path):
+            if path.is_dir():       # found now, not between two renames
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, hidden[path] = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED)
             with os.fdopen(handle, mode, **text) as file:
                 os.fchmod(handle, 0o666 & ~_umask())
                 yield file
                 file.flush()
                 os.fsync(handle)
-            os.replace(temporary, path)
-        except BaseException:
+
+    try:
+        yield new_file
+        for path, temporary in hidden.items():
+            with naming(path):
+                os.replace(temporary, path)
+    except BaseException:
+        for temporary in hidden.values():
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
+        raise
+
+
+def append(path: Path | str, text: str) -> None:
+    """Add whole lines to a file, on disk when this returns; where the disk is full none of them, and an OSError."""
+    rest = text.encode()
+    with naming(path), open(path, "ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            while rest:
+                rest = rest[file.write(rest):]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(before)
             raise
+
+
+def to_disk(folder: Path) -> None:
+    """A machine that loses its power keeps a folder's new name, perhaps, without the contents of its files."""
+    for path in folder.rglob("*"):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 @contextlib.contextmanager
@@ -56,50 +104,92 @@ def naming(path: Path | str):
 
 
 @contextlib.contextmanager
+def saving(folder: Path | str):
+    """Let safetensors and torch, which write files in `folder`, say of a full disk what everyone else does: OSError."""
+    try:
+        with naming(folder):
+            yield
+    except (SafetensorError, RuntimeError) as error:
+        number = _of_disk(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(folder)) from error
+
+
+def _of_disk(error: Exception) -> int | None:
+    """The system's number of an error that its library has put into its own words; None if it is about no file."""
+    if isinstance(error, SafetensorError):
+        found = re.search(r"I/O error: .*\(os error (\d+)\)", str(error))
+        return int(found[1]) if found else None
+    if "unexpected pos" in str(error):      # torch's archive ends elsewhere than it wrote to
+        return error.__context__.errno if isinstance(error.__context__, OSError) else errno.ENOSPC
+    return None
+
+
+@contextlib.contextmanager
 def alone(folder: Path | str):
     """Keep every other run out of `folder`, which is made if need be, and remove what a killed one left unfinished.
 
     The system lets go of the lock when the process ends, however it does. Raises UserError if another run is there.
     """
     folder = Path(folder)
-    existed = folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    with naming(folder / LOCK), contextlib.ExitStack() as stack:
-        file = stack.enter_context(_locked(folder))
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        for left in folder.glob(f".*{UNFINISHED}"):
-            left.unlink(missing_ok=True)
+    try:
+        with locked(folder / LOCK, wait=False):
+            for left in folder.glob(f".*{UNFINISHED}"):
+                left.unlink(missing_ok=True)
+            yield
+    finally:
+        with contextlib.suppress(OSError):      # something is in it: as it should
+            for path in made:
+                path.rmdir()
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool):
+    """Hold the lock file `path`, which is made, names this process, and is gone afterwards.
+
+    Another process holds it: wait until it lets go, or raise a UserError that names it.
+    """
+    with naming(path):
+        file = _open_locked(path, wait)
+    with file:
+        _locks.add(file)
         try:
+            with contextlib.suppress(OSError):      # a full disk takes the file, if not what it says
+                file.truncate(0)
+                os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             yield
         finally:
-            (folder / LOCK).unlink(missing_ok=True)
-            if not existed:
-                with contextlib.suppress(OSError):      # something is in it: as it should
-                    folder.rmdir()
+            path.unlink(missing_ok=True)
+            _locks.discard(file)
 
 
-def _locked(folder: Path):
-    """The open lock file of `folder`, locked."""
+def _open_locked(path: Path, wait: bool):
     while True:
-        file = open(folder / LOCK, "a+", encoding="utf-8")
+        file = open(path, "a+", encoding="utf-8")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
             who = file.read().strip() or "just started"
             file.close()
-            raise UserError(f"{folder}: another run is writing there ({who}); wait until it has ended, or stop it"
+            raise UserError(f"{path.parent}: another run is writing there ({who}); wait until it has ended, or stop it"
                             ) from None
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 raise
-            log.warning("%s: this file system has no locks; see to it that no other run writes there", folder)
+            log.warning("%s: this file system has no locks; see to it that no other run writes there", path.parent)
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file
-        file.close()        # the run before removed it in this moment
+        file.close()        # whoever held it has removed it in this moment
+
+
+# A lock lives as long as anyone has its file open: a data loader's process would keep it for a killed run.
+_locks = set()
+os.register_at_fork(after_in_child=lambda: [file.close() for file in _locks])
 
 
 def hold(folder: Path | str) -> None:

@@ -4,7 +4,6 @@ One pair per trajectory of a split: its last remaining check-in is the target, t
 History and similar trajectories come from train alone, and only from before the current trajectory's first check-in.
 Nothing is shown that happened in the target's second or later.
 """
-import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterable, Iterator
@@ -110,19 +109,19 @@ def texts(rows: pd.DataFrame, fields: Iterable[str]) -> list[str]:
 
 def write(config: Config, stage: int, use_sim: bool, fields: tuple[str, ...]) -> None:
     """Write the train and test question files of one stage."""
-    split_rows = {split: samples.load(config, split) for split in SPLITS}
-    places = samples.load_places(config)
-    listed = {split: load_similar(config, split, split_rows) if use_sim else None for split in SPLITS}
-    train_texts = texts(split_rows["train"], fields)
-    with writing.alone(config.folder), contextlib.ExitStack() as files:
+    with writing.alone(config.folder), writing.together() as new_file:
+        split_rows = {split: samples.load(config, split) for split in SPLITS}
+        places = samples.load_places(config)
+        listed = {split: load_similar(config, split, split_rows) if use_sim else None for split in SPLITS}
+        train_texts = texts(split_rows["train"], fields)
         for split, rows in split_rows.items():
             split_texts = train_texts if split == "train" else texts(rows, fields)
             found = pairs(config, split_rows["train"], rows, listed[split])
             made = tqdm(records(config, stage, rows, split_texts, train_texts, found, places), desc=split,
                         total=rows["TrajectoryId"].nunique(), unit="pair", disable=not cli.show_progress())
             path = config.folder / artifacts.questions(split, config.dataset_name, stage, use_sim)
-            file = files.enter_context(writing.atomic_write(path, "wb"))
-            count = write_json_array(file, made) if split == "train" else _write_lines(file, made)
+            with new_file(path, "wb") as file:
+                count = write_json_array(file, made) if split == "train" else _write_lines(file, made)
             logger.info("%d %s pairs, %s: %s", count, split, ",".join(fields), path)
 
 
@@ -133,18 +132,19 @@ def write_keys_and_queries(config: Config) -> None:
     as a query, only what ended before `start` may answer it); key: the text of all its check-ins; query: the text of
     its current part, those before the target, which is what is known when a prediction is asked for (may be empty).
     """
-    split_rows = {split: samples.load(config, split) for split in SPLITS}
-    with writing.alone(config.folder), contextlib.ExitStack() as files:
+    with writing.alone(config.folder), writing.together() as new_file:
+        split_rows = {split: samples.load(config, split) for split in SPLITS}
         for split, rows in split_rows.items():
             split_texts = texts(rows, KEY_FIELDS)
             time, user = rows["LocalTime"].tolist(), rows["UserId"].tolist()
             times, (trajectories, rows_of) = rows["Time"].to_numpy(), _grouped(rows["TrajectoryId"])
             path = config.folder / artifacts.key_query_pairs(split)
-            count = write_json_array(files.enter_context(writing.atomic_write(path, "wb")), (
-                {"trajectory_id": trajectory, "user": user[of[0]], "start": time[of[0]], "end": time[of[-1]],
-                 "key": " ".join(split_texts[row] for row in of),
-                 "query": " ".join(split_texts[row] for row in _current(of, times))}
-                for trajectory, of in zip(trajectories.tolist(), rows_of)))
+            with new_file(path, "wb") as file:
+                count = write_json_array(file, (
+                    {"trajectory_id": trajectory, "user": user[of[0]], "start": time[of[0]], "end": time[of[-1]],
+                     "key": " ".join(split_texts[row] for row in of),
+                     "query": " ".join(split_texts[row] for row in _current(of, times))}
+                    for trajectory, of in zip(trajectories.tolist(), rows_of)))
             logger.info("%d %s trajectories: %s", count, split, path)
 
 
@@ -176,7 +176,6 @@ def write_json_array(file: BinaryIO, objects: Iterable[dict]) -> int:
     for count, value in enumerate(objects, start=1):
         file.write((b"[\n" if count == 1 else b",\n") + orjson.dumps(value))
     file.write(b"\n]\n" if count else b"[]\n")
-    file.flush()
     return count
 
 
@@ -221,7 +220,6 @@ def _write_lines(file: BinaryIO, objects: Iterable[dict]) -> int:
     count = 0
     for count, value in enumerate(objects, start=1):
         file.write(prompts.join(value["question"], value["answer"]).encode() + b"\n")
-    file.flush()
     return count
 
 

@@ -1,5 +1,4 @@
 """Samples: the check-ins of each split, encoded, with their trajectories; how they are made, written and read back."""
-import contextlib
 import dataclasses
 
 import orjson
@@ -66,15 +65,13 @@ def write(config: Config, samples: Samples) -> None:
     tables |= {artifacts.split_sample(split): rows for split, rows in samples.splits.items()}
     objects = {artifacts.LABEL_ENCODING: {field: e.to_json() for field, e in samples.encodings.items()},
                artifacts.STATS: {"dataset": config.dataset_name, **samples.stats, "published": config.published}}
-    with contextlib.ExitStack() as files:
+    with writing.together() as new_file:
         for name, table in tables.items():
-            file = files.enter_context(writing.atomic_write(config.folder / name))
-            table.to_csv(file, index=False, date_format=TIME_FORMAT)
-            file.flush()
+            with new_file(config.folder / name) as file:
+                table.to_csv(file, index=False, date_format=TIME_FORMAT)
         for name, value in objects.items():
-            file = files.enter_context(writing.atomic_write(config.folder / name, "wb"))
-            file.write(orjson.dumps(value, option=orjson.OPT_INDENT_2) + b"\n")
-            file.flush()
+            with new_file(config.folder / name, "wb") as file:
+                file.write(orjson.dumps(value, option=orjson.OPT_INDENT_2) + b"\n")
 
 
 def load(config: Config, split: str) -> pd.DataFrame:
