@@ -13,10 +13,12 @@ from ga_llm import artifacts, cli, writing
 def main() -> None:
     cli.Parser(__doc__).parse_args()
     conf = config.load(artifacts.config_file("ca"))
-    rows = gowalla.join(conf)
-    with writing.atomic_write(conf.raw["check_ins"]) as file:
-        rows.to_csv(file, index=False)
-    logging.info("%d check-ins written to %s", len(rows), conf.raw["check_ins"])
+    path = gowalla.output(conf)
+    with writing.alone(path.parent):
+        rows = gowalla.join(conf)
+        with writing.atomic_write(path) as file:
+            rows.to_csv(file, index=False)
+    logging.info("%d check-ins written to %s", len(rows), path)
 
 
 if __name__ == "__main__":

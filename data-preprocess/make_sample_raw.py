@@ -27,9 +27,9 @@ from pathlib import Path
 import numpy as np
 from sklearn.neighbors import KDTree
 
-from ga_llm import cli
+from checkins.wording import short
+from ga_llm import artifacts, cli, writing
 from ga_llm.cli import UserError
-from ga_llm.writing import atomic_write
 
 log = logging.getLogger("make_sample_raw")
 
@@ -166,20 +166,25 @@ def main():
     parser.add_argument("-overwrite", type=cli.boolean, default=False, help="replace files with other contents")
     args = parser.parse_args()
 
-    pois = args.pois or max(200, 4 * args.users)
-    for flag, value, least in (("-users", args.users, 1), ("-days", args.days, 1), ("-pois", pois, 50),
-                               ("-jitter", args.jitter, 0), ("-seed", args.seed, 0)):
-        if value < least:
-            raise UserError(f"{flag} {value}: must be at least {least}")
-    dataset = args.dataset_name or ("sample" if args.format == "tky" else args.format)
+    pois = max(200, 4 * args.users) if args.pois is None else args.pois
+    for flag, value, least, most in (("-users", args.users, 1, 10 ** 7), ("-days", args.days, 1, 36500),
+                                     ("-pois", pois, 50, 10 ** 8), ("-jitter", args.jitter, 0, 1440),
+                                     ("-seed", args.seed, 0, 2 ** 63)):
+        if not least <= value <= most:
+            raise UserError(f"{flag} {short(value)}: too small or large; give {least} to {most}")
+    dataset = args.dataset_name
+    if dataset is None:
+        dataset = "sample" if args.format == "tky" else args.format
+    artifacts.dataset_name(dataset)
     folder = args.out or DATA / dataset / "raw"
     city = City(FORMATS[args.format], pois, args.seed)
     log.info("generating %d users for %d days", args.users, args.days)
     check_ins = generate(city, args.users, args.days, args.seed, args.jitter)
     if not len(check_ins.user):
         raise UserError(f"-users {args.users} -days {args.days}: nobody checked in; ask for more of either")
-    write_files({folder / name: contents for name, contents in
-                 WRITERS[args.format](city, check_ins, dataset).items()}, args.overwrite)
+    with writing.alone(folder):
+        write_files({folder / name: contents for name, contents in
+                     WRITERS[args.format](city, check_ins, dataset).items()}, args.overwrite)
     log.info("%s: %d check-ins of %d users at %d places in %d days", folder, len(check_ins.user),
              len(np.unique(check_ins.user)), len(np.unique(check_ins.poi)), args.days)
 
@@ -497,7 +502,7 @@ def write_files(files: dict[Path, Callable[[], Iterator[bytes]]], overwrite: boo
     """Write each file that is not there yet. One with other contents is an error, found before anything is written."""
     missing = {path: contents for path, contents in files.items() if overwrite or not holds(path, contents)}
     for path, contents in missing.items():
-        with atomic_write(path, "wb") as file:
+        with writing.atomic_write(path, "wb") as file:
             for part in contents():
                 file.write(part)
         log.info("wrote %s", path)

@@ -2,12 +2,14 @@
 
 No torch here: the preprocessing scripts use this module too.
 """
+import re
 from pathlib import Path
 
 from ga_llm.cli import UserError
 
 DATASETS = Path("datasets")
 CONFIGS = Path("best_conf")
+NAME = re.compile(r"\w[\w.-]{0,99}")     # of a data set: no path, and not too long for the names of its files
 
 SPLITS = ("train", "validate", "test")
 SAMPLE = "sample.csv"
@@ -26,9 +28,20 @@ PREDICTIONS = "predictions.jsonl"
 LOG_PROBABILITIES = "log_probabilities.npy"
 
 
+def dataset_name(text: str, where: str = "-dataset_name") -> str:
+    """Return `text` if it can name a data set, whose files then lie in best_conf/ and datasets/, never elsewhere.
+
+    Raises UserError, which begins with `where`, if it cannot.
+    """
+    if not NAME.fullmatch(text):
+        raise UserError(f"{where} {text[:60]!r}: no name for a data set; give at most 100 letters, digits, _, - and ., "
+                        "the first a letter, digit or _")
+    return text
+
+
 def config_file(dataset: str) -> Path:
     """`best_conf/<dataset>.yml`: a data set is known if it has one."""
-    path = CONFIGS / f"{dataset}.yml"
+    path = CONFIGS / f"{dataset_name(dataset)}.yml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yml"))) or "none: run from the repository's root"
         raise UserError(f"-dataset_name {dataset}: no {path}; write one, or choose among: {known}")
@@ -37,7 +50,7 @@ def config_file(dataset: str) -> Path:
 
 def preprocessed(dataset: str, root: Path | str = DATASETS) -> Path:
     """The folder of one data set's samples, mapping and questions."""
-    return Path(root) / dataset / "preprocessed"
+    return Path(root) / dataset_name(dataset) / "preprocessed"
 
 
 def split_sample(split: str) -> str:

@@ -1,9 +1,11 @@
 """best_conf/<data set>.yml: every threshold, window, path and format that differs between data sets."""
 import dataclasses
+import os
 from pathlib import Path
 
 import yaml
 
+from checkins.wording import short
 from ga_llm import artifacts
 from ga_llm.cli import UserError
 
@@ -58,25 +60,63 @@ class Config:
         return f"python data-preprocess/run.py -f {self.path}"
 
 
+KEYS_EXPLAINED = "see best_conf/tky.yml"
+LARGEST_FILE = 1_000_000    # bytes; a larger one is no YAML of ours, but perhaps raw data
+MOST = 10 ** 9              # check-ins; more than any data set has
+MOST_PASSES = 100
 _LIMITS = ("max_history", "max_current", "max_current_with_history", "max_similar", "max_history_with_similar",
            "min_poi_freq", "min_user_freq")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without what may surprise: a key given twice, of which PyYAML takes the last, and aliases.
+
+    Aliases within aliases can make ten lines into more values than the memory holds.
+    """
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "an alias (*name); write the value out",
+                                              self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {short(key.value)} twice; remove one",
+                                                        key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _values(path: Path) -> dict:
+    """What a YAML file says. Raises UserError, with the line, if it is no map in YAML."""
+    if not path.is_file():
+        raise UserError(f"{path}: not found; run from the repository's root, with a file of {artifacts.CONFIGS}/")
+    if path.stat().st_size > LARGEST_FILE:
+        raise UserError(f"{path}: too large for a data set's YAML; give a file of {artifacts.CONFIGS}/")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
+    except yaml.MarkedYAMLError as error:
+        raise UserError(f"{path}, line {error.problem_mark.line + 1}: not YAML: {error.problem}; mend the line") from None
+    except (yaml.YAMLError, ValueError) as error:       # ValueError: not UTF-8, a date such as 2024-02-30
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())[:200]}; {KEYS_EXPLAINED}") from None
+    except RecursionError:
+        raise UserError(f"{path}: not YAML of ours: nested too deeply; {KEYS_EXPLAINED}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected lines of `key: value`; {KEYS_EXPLAINED}")
+    return values
 
 
 def load(path: Path | str) -> Config:
     """Read one data set's YAML. Raises UserError with file and key if a key is missing, unknown or senseless."""
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: not found; run from the repository's root, with a file of {artifacts.CONFIGS}/")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected lines of `key: value`")
+    values = _values(path)
 
     def check(holds: bool, key: str, expected: str) -> None:
         if not holds:
-            raise UserError(f"{path}: {key}: expected {expected}, got {values.get(key)!r}")
+            raise UserError(f"{path}: {key}: expected {expected}, got {short(values.get(key))}; {KEYS_EXPLAINED}")
 
     format_ = values.get("format")
     check(isinstance(format_, str) and format_ in RAW_FILES, "format", "one of " + ", ".join(RAW_FILES))
@@ -84,36 +124,55 @@ def load(path: Path | str) -> Config:
     needed = {field.name for field in dataclasses.fields(Config)} - optional - {"path"}
     needed |= set(OWN_KEYS.get(format_, ())) | (set() if format_ == "getnext" else set(SPLITTING))
     _same_keys(f"{path}", values, needed)
-    check(values["dataset_name"] == path.stem, "dataset_name", f"{path.stem!r}, the file's own name")
-    check(values["first_id"] in (0, 1), "first_id", "0 or 1")
-    for key in needed.intersection(_LIMITS):
-        check(type(values[key]) is int and values[key] >= 0, key, "a whole number of check-ins")
+    check(values["dataset_name"] == path.stem, "dataset_name", f"{short(path.stem)}, the file's own name")
+    artifacts.dataset_name(path.stem, f"{path}: dataset_name")
+    check(_is_whole(values["first_id"]) and values["first_id"] in (0, 1), "first_id", "0 or 1")
+    for key in sorted(needed.intersection(_LIMITS)):
+        check(_is_whole(values[key]) and 0 <= values[key] <= MOST, key, f"a whole number of check-ins, at most {MOST}")
     for key, keys in (("raw", RAW_FILES[format_]), ("columns", CSV_COLUMNS)):
         if key in needed:
             check(isinstance(values[key], dict), key, "a map of " + ", ".join(keys))
             _same_keys(f"{path}: {key}", values[key], set(keys))
             check(all(isinstance(text, str) for text in values[key].values()), key, "text for each")
+    names = values["raw"].values()
+    # A name must end in a file, and no file may be given twice: what is written must not replace what is read.
+    check(all(Path(name).name and name.isprintable() for name in names), "raw", "a file's path for each")
+    check(len({os.path.realpath(name) for name in names}) == len(names), "raw", "another file for each")
+    if "columns" in needed:
+        apart = [column for role, column in values["columns"].items() if role != "category"]
+        check(len(set(apart)) == len(apart), "columns", "another column for each (but for category)")
     check(isinstance(values["raw_from"], str), "raw_from", "text")
     figures = values["published"]
     check(isinstance(figures, dict) and all(split in artifacts.SPLITS and isinstance(counts, dict)
-                                            and not counts.keys() - set(COUNTS) for split, counts in figures.items()),
-          "published", f"{{}}, or a map of {', '.join(artifacts.SPLITS)} to maps of {', '.join(COUNTS)}")
+                                            and not counts.keys() - set(COUNTS) and all(map(_is_whole, counts.values()))
+                                            for split, counts in figures.items()),
+          "published", f"{{}}, or a map of {', '.join(artifacts.SPLITS)} to maps of {', '.join(COUNTS)} to whole numbers")
     if "passes" in needed:
         cuts = values["split_at"]
-        check(isinstance(cuts, list) and len(cuts) == 2 and all(isinstance(c, int | float) for c in cuts)
+        check(isinstance(cuts, list) and len(cuts) == 2 and all(map(_is_number, cuts))
               and 0 < cuts[0] <= cuts[1] <= 1, "split_at", "two rising shares such as [0.8, 0.9]")
-        check(type(values["passes"]) is int and values["passes"] >= 1, "passes", "1 or more")
+        check(_is_whole(values["passes"]) and 1 <= values["passes"] <= MOST_PASSES, "passes", f"1 to {MOST_PASSES}")
         for key in ("isolation_hours", "session_time_interval"):
-            check(isinstance(values[key], int | float) and values[key] > 0, key, "a number above 0")
+            check(_is_number(values[key]) and values[key] > 0, key, "a number above 0")
     if "keep_states" in needed:
-        check(isinstance(values["keep_states"], list) and values["keep_states"], "keep_states", "a list of names")
+        states = values["keep_states"]
+        check(isinstance(states, list) and states and all(isinstance(name, str) for name in states), "keep_states",
+              "a list of names")
     return Config(path=path, **values)
+
+
+def _is_whole(value) -> bool:
+    return type(value) is int       # True is an int too
+
+
+def _is_number(value) -> bool:
+    return type(value) in (int, float)
 
 
 def _same_keys(where: str, values: dict, needed: set) -> None:
     for key in values:
         if key not in needed:
-            raise UserError(f"{where}: unknown key {key}; it takes {', '.join(sorted(needed))}")
+            raise UserError(f"{where}: unknown key {short(key)}; it takes {', '.join(sorted(needed))}")
     for key in sorted(needed):
         if key not in values:
-            raise UserError(f"{where}: missing key {key}")
+            raise UserError(f"{where}: missing key {key}; {KEYS_EXPLAINED}")

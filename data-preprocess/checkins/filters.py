@@ -1,6 +1,8 @@
 """Which check-ins are left out: rare POIs, rare users, and check-ins alone in time."""
 import pandas as pd
 
+HOUR = pd.Timedelta(hours=1)
+
 
 def frequent(check_ins: pd.DataFrame, min_poi_freq: int, min_user_freq: int) -> pd.DataFrame:
     """Keep POIs with more than `min_poi_freq` check-ins; then, of what is left, users with more than `min_user_freq`.
@@ -19,10 +21,10 @@ def drop_isolated(check_ins: pd.DataFrame, hours: float) -> pd.DataFrame:
     """
     by_user = check_ins.sort_values("UserId", kind="stable")
     user, time = by_user["UserId"], by_user["LocalTime"]
-    window = pd.Timedelta(hours=hours)
+    since_previous, until_next = ((time - time.shift()) / HOUR, (time.shift(-1) - time) / HOUR)
     same_as_previous, same_as_next = user.eq(user.shift()), user.eq(user.shift(-1))
-    near_previous = same_as_previous & (time - time.shift() <= window)
-    near_next = same_as_next & (time.shift(-1) - time <= window)
+    near_previous = same_as_previous & (since_previous <= hours)
+    near_next = same_as_next & (until_next <= hours)
     alone = ~same_as_previous & ~same_as_next
     keep = near_previous | near_next | alone
     return check_ins[keep.reindex(check_ins.index)]

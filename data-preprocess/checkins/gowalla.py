@@ -10,6 +10,7 @@ from shapely.geometry import shape
 
 from checkins import readers
 from checkins.config import Config
+from checkins.wording import short
 from ga_llm.cli import UserError
 
 CHECK_IN_COLUMNS = ["user", "UTC time", "latitude", "longitude", "location id"]
@@ -18,17 +19,32 @@ CHUNK = 500_000    # rows of the 6.4 million in memory at once
 logger = logging.getLogger(__name__)
 
 
+def output(config: Config) -> Path:
+    """Where `join`'s rows go. A YAML may come from a stranger: it may not have any file replaced but a CSV in here."""
+    if config.format != "gowalla":
+        raise UserError(f"{config.path}: format: expected gowalla, got {config.format}; see best_conf/tky.yml")
+    path = Path(config.raw["check_ins"])
+    if path.is_absolute() or ".." in path.parts or path.suffix != ".csv":
+        raise UserError(f"{config.path}: raw: check_ins: {short(str(path))} would be written; give a .csv under the "
+                        "repository's root")
+    return path
+
+
 def states_area(path: Path, names: list[str]) -> shapely.Geometry:
     """The union of the GeoJSON features with these names. Raises UserError if the file lacks one."""
     try:
-        features = json.loads(path.read_text(encoding="utf-8"))["features"]
-        found = {feature["properties"]["name"]: shape(feature["geometry"]) for feature in features}
-    except (ValueError, KeyError, TypeError, shapely.errors.ShapelyError) as error:
-        raise UserError(f"{path}: not a GeoJSON of named features ({error}); fetch it again") from None
-    for name in names:
-        if name not in found:
-            raise UserError(f"{path}: no feature named {name}; it has {', '.join(sorted(found))}")
-    area = shapely.union_all([found[name] for name in names])
+        features = json.loads(readers.whole_text(path))["features"]
+        found = [(feature["properties"]["name"], feature["geometry"]) for feature in features]
+        for name in names:
+            if name not in dict(found):
+                raise UserError(f"{path}: no feature named {short(name)}; it has {short(sorted(dict(found)))}")
+        area = shapely.union_all([shape(geometry) for name, geometry in found if name in names])
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, shapely.errors.ShapelyError) as error:
+        raise UserError(f"{path}: not a GeoJSON of named features ({short(str(error))}); fetch it again") from None
+    west, south, east, north = area.bounds
+    if not (area.area > 0 and -180 <= west <= east <= 180 and -90 <= south <= north <= 90):
+        raise UserError(f"{path}: {short(', '.join(names))} have no area on the globe, whose points are [longitude, "
+                        "latitude] in degrees; fetch it again")
     shapely.prepare(area)
     return area
 
@@ -54,13 +70,14 @@ def join(config: Config) -> pd.DataFrame:
     spots = spots.assign(id=readers.integers(spots, "id", path["spots"])).dropna().drop_duplicates("id")
     category_of = spots.set_index("id")["spot_categories"].astype("category")
 
-    kept, total, unknown = [], 0, 0
+    kept, total, off_globe, unknown = [], 0, 0, 0
     for chunk in readers.tables(path["all_check_ins"], columns=CHECK_IN_COLUMNS, keep=CHECK_IN_COLUMNS,
                                 text=("UTC time",), chunk=CHUNK):
         total += len(chunk)
         # A few recorded points lie off the globe; they lie in no state and need no error.
         latitude = readers.numbers(chunk, "latitude", path["all_check_ins"])
         longitude = readers.numbers(chunk, "longitude", path["all_check_ins"])
+        off_globe += int((~latitude.between(-90, 90) | ~longitude.between(-180, 180)).sum())
         chunk = chunk[inside(area, latitude.to_numpy(float), longitude.to_numpy(float))]
         poi = readers.integers(chunk, "location id", path["all_check_ins"])
         rows = pd.DataFrame({
@@ -75,5 +92,6 @@ def join(config: Config) -> pd.DataFrame:
     if rows.empty:
         raise UserError(f"{path['all_check_ins']}: no check-in in {', '.join(config.keep_states)} at a spot of "
                         f"{path['spots']}; are these the Gowalla files?")
+    logger.info("%d check-ins off the globe left out", off_globe)
     logger.info("%d check-ins at spots without a category left out", unknown)
     return rows[readers.GOWALLA_COLUMNS]

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from checkins import config as configs
 from checkins import samples
 from checkins.config import Config
+from checkins.wording import short
 from ga_llm import artifacts, cli, prompts, writing
 
 SPLITS = ("train", "test")
@@ -112,6 +113,7 @@ def write(config: Config, stage: int, use_sim: bool, fields: tuple[str, ...]) ->
     with writing.alone(config.folder), writing.together() as new_file:
         split_rows = {split: samples.load(config, split) for split in SPLITS}
         places = samples.load_places(config)
+        _check_places(config, split_rows, places)
         listed = {split: load_similar(config, split, split_rows) if use_sim else None for split in SPLITS}
         train_texts = texts(split_rows["train"], fields)
         for split, rows in split_rows.items():
@@ -158,7 +160,9 @@ def load_similar(config: Config, split: str, split_rows: dict[str, pd.DataFrame]
     try:
         listed = orjson.loads(path.read_bytes())
         mentioned = set().union(*listed.values())
-        keys = {int(key) for key in listed}
+        keys = {int(key) for key in listed if str(int(key)) == key}
+        if len(keys) < len(listed) or any(type(other) is not int for other in mentioned):
+            raise ValueError
     except (orjson.JSONDecodeError, AttributeError, TypeError, ValueError):
         raise cli.UserError(f"{path}: not an object of trajectory ids to lists of ids; make it again with `{command}`"
                             ) from None
@@ -194,26 +198,36 @@ def command(stage: int, description: str) -> None:
     args = parser.parse_args()
     config = configs.load(artifacts.config_file(args.dataset_name))
     if args.max_history is not None:
-        if args.max_history < 0:
-            raise cli.UserError(f"-max_history {args.max_history}: expected 0 or more")
+        if not 0 <= args.max_history <= configs.MOST:
+            raise cli.UserError(f"-max_history {short(args.max_history)}: too small or large; give 0 to {configs.MOST}")
         config = dataclasses.replace(config, max_history=args.max_history)
     if args.history_step is not None:
         if not 0 < args.history_step <= config.max_history:
-            raise cli.UserError(f"-history_step {args.history_step}: expected 1 to -max_history {config.max_history}")
+            raise cli.UserError(f"-history_step {short(args.history_step)}: too small or large; give 1 to -max_history "
+                                f"{config.max_history}")
         config = dataclasses.replace(config, history_step=args.history_step)
     write(config, stage, args.use_sim, shown_fields(args.fields, default, stage))
 
 
 def shown_fields(text: str, allowed: tuple[str, ...], stage: int) -> tuple[str, ...]:
     """Parse `-fields`, in the prompt's order. Raises UserError for an unknown one, or stage 1 without `gps`."""
-    asked = {field.strip() for field in text.split(",")} - {""} | {"poi"}
+    asked = {field.strip() for field in text.split(",")}
     allowed = (prompts.CLOCK, *allowed)
     if asked - set(allowed):
-        raise cli.UserError(f"-fields: stage {stage} has no {min(asked - set(allowed))}; choose among "
+        raise cli.UserError(f"-fields: stage {stage} has no {short(min(asked - set(allowed)))}; choose among "
                             + ",".join(allowed))
     if stage == 1 and "gps" not in asked:
         raise cli.UserError("-fields: stage 1 trains the encoder behind the GPS tokens; add gps")
-    return tuple(field for field in allowed if field in asked)
+    return tuple(field for field in allowed if field in asked or field == "poi")
+
+
+def _check_places(config: Config, split_rows: dict[str, pd.DataFrame], places: pd.DataFrame) -> None:
+    for split, rows in split_rows.items():
+        missing = set(rows["PoiId"].tolist()).difference(places.index)
+        if missing:
+            raise cli.UserError(f"{config.folder / artifacts.gps_mapping(config.dataset_name)}: no row for POI "
+                                f"{min(missing)} of {artifacts.split_sample(split)}; make both again with "
+                                f"`{config.run_command}`")
 
 
 def _write_lines(file: BinaryIO, objects: Iterable[dict]) -> int:

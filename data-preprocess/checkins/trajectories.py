@@ -1,6 +1,8 @@
 """Trajectories: a user's check-ins without a long gap. All numbers are given in (user, time) order, over all splits."""
 import pandas as pd
 
+MINUTE = pd.Timedelta(minutes=1)
+
 
 def by_gap(check_ins: pd.DataFrame, minutes: float) -> pd.Series:
     """TrajectoryId of each check-in: a new one at a new user and after a gap of more than `minutes`.
@@ -9,7 +11,7 @@ def by_gap(check_ins: pd.DataFrame, minutes: float) -> pd.Series:
     """
     by_user = check_ins.sort_values("UserId", kind="stable")
     user, time = by_user["UserId"], by_user["LocalTime"]
-    starts = user.ne(user.shift()) | (time - time.shift() > pd.Timedelta(minutes=minutes))
+    starts = user.ne(user.shift()) | ((time - time.shift()) / MINUTE > minutes)
     return (starts.cumsum() - 1).reindex(check_ins.index)
 
 

@@ -22,13 +22,13 @@ def test_committed_files(name, monkeypatch):
 
 @pytest.mark.parametrize("changes, words", [
     ({"passes": None}, ["missing key passes"]),
-    ({"min_poi_frequency": 9}, ["unknown key min_poi_frequency", "min_poi_freq"]),
+    ({"min_poi_frequency": 9}, ["unknown key 'min_poi_frequency'", "min_poi_freq"]),
     ({"format": "foursquare"}, ["format", "tsmc2014", "'foursquare'"]),
     ({"first_id": 2}, ["first_id", "0 or 1"]),
     ({"max_history": "many"}, ["max_history", "whole number"]),
     ({"split_at": [0.9, 0.8]}, ["split_at"]),
     ({"columns": {"user": "u"}}, ["columns", "missing key category"]),
-    ({"raw": {"file": "x"}}, ["raw", "unknown key file"]),
+    ({"raw": {"file": "x"}}, ["raw", "unknown key 'file'"]),
     ({"dataset_name": "town"}, ["dataset_name", "'city'"]),
     ({"published": {"tests": {}}}, ["published"]),
 ])

@@ -51,10 +51,10 @@ def test_several_states_and_small_chunks(raw, script, monkeypatch):
 
 @pytest.mark.parametrize("name, text, words", [
     ("states.json", "{", ["states.json", "GeoJSON"]),
-    ("states.json", '{"features": []}', ["states.json", "no feature named Squareland"]),
+    ("states.json", '{"features": []}', ["states.json", "no feature named 'Squareland'"]),
     ("spots.csv", "id,lat\n1,2\n", ["spots.csv", "no column spot_categories"]),
     ("all.txt", "1\t2010-10-19T23:55:27Z\t15\t35\t1\n1\t2010-10-19T23:55:27Z\tx\t35\t1\n",
-     ["all.txt, line 2", "latitude x"]),
+     ["all.txt, line 2", "latitude 'x'"]),
     ("all.txt", "1\t2010-10-19T23:55:27Z\t15\t35\n", ["all.txt, line 1", "4 of 5 columns"]),
     ("all.txt", "1\t2010-10-19T23:55:27Z\t0\t0\t1\n", ["all.txt", "no check-in in Squareland"]),
     ("all.txt", None, ["all.txt: not found", "put it there"]),

@@ -98,8 +98,8 @@ GOOD = "u,p,k,1,2,2024-01-01 10:00:00\n"
     (CSV + GOOD + "u,p,k,1,2,yesterday\n", ["raw.csv, line 3", "time", "'yesterday'"]),
     (CSV + GOOD + "\nu,p,k,91,2,2024-01-01\n", ["raw.csv, line 4", "lat 91", "-90 and 90"]),
     (CSV + GOOD + "u,p,k,1,-180.5,2024-01-01\n", ["raw.csv, line 3", "lon -180.5", "-180 and 180"]),
-    (CSV + GOOD + "u,p,k,nan,2,2024-01-01\n", ["raw.csv, line 3", "lat nan"]),
-    (CSV + GOOD + "u,p,k,north,2,2024-01-01\n", ["raw.csv, line 3", "lat north"]),
+    (CSV + GOOD + "u,p,k,nan,2,2024-01-01\n", ["raw.csv, line 3", "lat 'nan'"]),
+    (CSV + GOOD + "u,p,k,north,2,2024-01-01\n", ["raw.csv, line 3", "lat 'north'"]),
     (CSV + GOOD + "u,,k,1,2,2024-01-01\n", ["raw.csv, line 3", "poi is empty"]),
     (CSV + GOOD + "u,p,k,1,2\n", ["raw.csv, line 3", "time is empty"]),
     (CSV + GOOD + "u,p,k,1,2,2024-01-01,more\n", ["raw.csv, line 3", "more than 6 columns"]),
@@ -114,7 +114,7 @@ def test_mistakes_in_a_csv(settings, text, words):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("x" + TSMC, ["line 1", "user x7", "no number"]),
+    ("x" + TSMC, ["line 1", "user 'x7'", "no number"]),
     (TSMC + TSMC.replace("Tue Apr 03", "2012-04-03"), ["line 2", "UTC time", "Tue Apr 03"]),
     (TSMC + TSMC.replace("7\tv1", "7.5\tv1"), ["line 2", "user 7.5", "whole number"]),
     (TSMC.replace("\t540", ""), ["line 1", "7 of 8 columns"]),
@@ -130,7 +130,7 @@ def test_mistakes_in_tsmc2014(settings, text, words):
 
 def test_mistakes_in_getnext_name_the_file(settings):
     write_getnext(getnext_row(), validate=getnext_row() + getnext_row(lat="?"))
-    assert "val.csv, line 3: latitude ?" in error(settings("getnext"))
+    assert "val.csv, line 3: latitude '?'" in error(settings("getnext"))
     Path("test.csv").unlink()
     write_getnext(getnext_row(), validate=getnext_row())
     Path("test.csv").unlink()
