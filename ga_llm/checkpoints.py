@@ -9,26 +9,34 @@
 
 Beside these stands what a run needs to go on: optimizer, schedule, random states, DeepSpeed's or FSDP's files.
 """
+import contextlib
+import dataclasses
+import functools
 import json
 import logging
-import pickle
+import math
+import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from transformers import Trainer, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from ga_llm import staging
 from ga_llm.artifacts import FINAL_ENCODER, MERGED_ENCODER, TRAINABLE_PARAMS, require
 from ga_llm.cli import UserError
 from ga_llm.llm import rope_factor
+from ga_llm.reading import (WAY_OUT, check_pickle, fingerprint, listed, read_json, read_shapes, read_tensors,
+                            reason, weights_files)
 from ga_llm.run_log import LoggedTrainer
 from ga_llm.sampling import EpochSampler
 from ga_llm.sharding import set_up_fsdp
-from ga_llm.writing import atomic_write
+from ga_llm.writing import atomic_write, saving
 from geo_encoder.encoder import GeoEncoderConfig
 from geo_encoder.weights import CONFIG, MADE_BY, merged_state_dict, save_encoder
 
@@ -40,6 +48,8 @@ FULL_MODEL = ("model.safetensors", "model.safetensors.index.json")
 CONVERTED = "pytorch_model.bin"     # the README's name for zero_to_fp32.py's output: a file, or a folder of files
 AGREEMENT = "ga_llm.json"
 PEFT_PREFIX = "base_model.model."
+LORA_FIELDS = ("r", "lora_alpha", "lora_dropout", "target_modules")
+NOTES = ("peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode")
 
 
 class GATrainer(LoggedTrainer):
@@ -76,7 +86,8 @@ class GATrainer(LoggedTrainer):
         return str(staging.staging(self.args.output_dir))
 
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
+        with saving(self.args.output_dir):
+            super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             staging.publish(self.args.output_dir, self.state.global_step, self.args.save_total_limit)
@@ -91,19 +102,52 @@ class GATrainer(LoggedTrainer):
             state_dict = state_dict if state_dict is not None else self.model.state_dict()
             # PEFT would add both embedding matrices, for they were resized; they stand in TRAINABLE_PARAMS if trained.
             self.model.save_pretrained(str(output_dir), state_dict=state_dict, save_embedding_layers=False)
-            names = {name for name, p in self.model.named_parameters() if p.requires_grad and "lora_" not in name}
-            save_file({name.removeprefix(PEFT_PREFIX): state_dict[name].contiguous() for name in sorted(names)},
+            save_file({name.removeprefix(PEFT_PREFIX): state_dict[name].contiguous() for name in self._beside_lora()},
                       output_dir / TRAINABLE_PARAMS)
             self.processing_class.save_pretrained(str(output_dir))
         if self.args.should_save:
             with atomic_write(Path(output_dir or self.args.output_dir) / AGREEMENT) as file:
-                json.dump({"model_max_length": self.args.model_max_length}, file)
+                json.dump(self.agreement, file)
+
+    def _beside_lora(self) -> list[str]:
+        return sorted(name for name, p in self.model.named_parameters() if p.requires_grad and "lora_" not in name)
+
+    @functools.cached_property
+    def agreement(self) -> dict:
+        """What those who go on from a checkpoint must agree with."""
+        found = {"model_max_length": self.args.model_max_length, "base_model": fingerprint(self.args.model_name_or_path),
+                 "trained": [name.removeprefix(PEFT_PREFIX) for name in self._beside_lora()]}
+        return {name: value for name, value in found.items() if value is not None}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        # FSDP's own file, read above, holds all that is trained.
-        if isinstance(self.model, PeftModel) and not self.is_fsdp_enabled:
-            load_trainable(self.model, load_file(Path(resume_from_checkpoint) / TRAINABLE_PARAMS))
+        """FSDP's own file holds all that is trained, and a model folder all of the model.
+
+        Departure from transformers, which passes over missing weights, and which reads what zero_to_fp32.py has
+        written, or adapters in folders beside, instead of ours.
+        """
+        if self.is_fsdp_enabled or not isinstance(self.model, PeftModel):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for file in (ADAPTER, TRAINABLE_PARAMS):
+            path = Path(resume_from_checkpoint) / file
+            load_weights(self.model, read_tensors(path), path, [])      # check_resumable has seen that none is missing
+
+    def _load_rng_state(self, checkpoint):
+        with _restoring(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with _restoring(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+
+@contextlib.contextmanager
+def _restoring(checkpoint: str | None):
+    """Where transformers does nothing but read a state back, whatever fails is for what the files hold."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{checkpoint}: optimizer, schedule or random states do not fit ({reason(error)}); resume with "
+                        "the flags that it was trained with, or from another checkpoint") from None
 
 
 class GCIMTrainer(GATrainer):
@@ -112,6 +156,11 @@ class GCIMTrainer(GATrainer):
     def __init__(self, *args, encoder: torch.nn.Module, encoder_config: GeoEncoderConfig, **kwargs):
         super().__init__(*args, **kwargs)
         self.encoder, self.encoder_config = encoder, encoder_config
+
+    @functools.cached_property
+    def agreement(self) -> dict:
+        """The seed, too: what lies below the encoder's LoRA is drawn from it, and is not saved."""
+        return {**super().agreement, "seed": self.args.seed, "encoder": dataclasses.asdict(self.encoder_config)}
 
     def save_encoder(self, path: Path) -> None:
         """Every rank must call it, for ZeRO-3 and FSDP gather the weights; rank 0 writes."""
@@ -131,7 +180,8 @@ class GCIMTrainer(GATrainer):
         """
         output_dir, hidden = Path(self.args.output_dir), staging.staging(self.args.output_dir) / "final"
         if trained:
-            self.save_encoder(hidden / FINAL_ENCODER)
+            with saving(output_dir):
+                self.save_encoder(hidden / FINAL_ENCODER)
         elif self.args.should_save:
             hidden.mkdir(parents=True)
             last = output_dir / str(self.state.global_step)
@@ -173,7 +223,11 @@ def resume_point(args) -> str | None:
 
 def finished(checkpoint: Path | str, args) -> bool:
     """Whether the run that wrote `checkpoint` had reached its end, and `args` ask for no more."""
-    state = json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    state = read_json(Path(checkpoint) / TRAINER_STATE_NAME)
+    for name in ("global_step", "max_steps", "num_train_epochs"):
+        if type(state.get(name)) is not int or state[name] < 0:
+            raise UserError(f"{Path(checkpoint) / TRAINER_STATE_NAME}: {name} is {str(state.get(name))[:100]!r}, not a "
+                            f"number; {WAY_OUT}")
     if args.max_steps > 0:
         return state["global_step"] >= args.max_steps
     return state["global_step"] >= state["max_steps"] and state["num_train_epochs"] >= args.num_train_epochs
@@ -216,7 +270,18 @@ def check_tied(trainer: Trainer) -> None:
 
 
 def check_resumable(checkpoint: Path, trainer: Trainer) -> None:
-    """transformers starts with a fresh optimizer, and says nothing, where it does not find one. Raises UserError."""
+    """Whether `checkpoint` is whole, of this model and this stage, and can be gone on from. Raises UserError if not.
+
+    transformers starts with a fresh optimizer, and says nothing, where it does not find one; nor does it say that
+    weights are missing.
+    """
+    check_agreement(checkpoint, trainer.args.model_max_length, trainer.model.config.max_position_embeddings,
+                    trainer.args.model_name_or_path)
+    before = read_agreement(checkpoint)
+    for name in {"seed", "encoder"} & before.keys() & trainer.agreement.keys():
+        if before[name] != trainer.agreement[name]:
+            raise UserError(f"{checkpoint / AGREEMENT}: trained with {name} {before[name]}, not "
+                            f"{trainer.agreement[name]}; resume with the flags that it was trained with")
     kinds = {"latest": "DeepSpeed", "optimizer.bin": "FSDP", "optimizer.pt": "neither DeepSpeed nor FSDP"}
     name = "latest" if trainer.is_deepspeed_enabled else "optimizer.bin" if trainer.is_fsdp_enabled else "optimizer.pt"
     if not (checkpoint / name).exists():
@@ -230,6 +295,49 @@ def check_resumable(checkpoint: Path, trainer: Trainer) -> None:
         if trainer.is_deepspeed_enabled:
             raise UserError(f"{message}: DeepSpeed's files do not fit; start as many as before")
         log.warning("%s: the steps to come hold other pairs than they would have", message)
+    check_weights(checkpoint, trainer)
+    check_states(checkpoint, trainer)
+
+
+def check_weights(checkpoint: Path, trainer: Trainer) -> None:
+    """What the checkpoint holds of the model is what this run trains. Raises UserError if not."""
+    model = trainer.model
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not isinstance(model, PeftModel):
+        files = weights_files(checkpoint)
+        if not files:
+            raise UserError(f"{checkpoint}: no {FULL_MODEL[0]}, as --low_rank_training False writes it; resume with the "
+                            "flags that it was trained with")
+        shapes = {name: shape for file in files for name, shape in read_shapes(file).items()}
+        return check_fits(model, shapes, checkpoint, trained)
+    adapter, beside = ({in_model(name): shape for name, shape in read_shapes(checkpoint / file).items()}
+                       for file in (ADAPTER, TRAINABLE_PARAMS))
+    config, own = adapter_config(checkpoint, adapter), model.peft_config["default"]
+    for name in ("r", "lora_alpha"):
+        if getattr(config, name) != getattr(own, name):
+            raise UserError(f"{checkpoint / ADAPTER_CONFIG}: trained with {name} {getattr(config, name)}, not "
+                            f"{getattr(own, name)}; give --lora_r {config.r} --lora_alpha {config.lora_alpha}")
+    check_fits(model, adapter, checkpoint / ADAPTER, [name for name in trained if "lora_" in name])
+    check_fits(model, beside, checkpoint / TRAINABLE_PARAMS, [name for name in trained if "lora_" not in name])
+
+
+def check_states(checkpoint: Path, trainer: Trainer) -> None:
+    """What torch.save wrote beside the weights is whole, and executes nothing. Raises UserError if not."""
+    folders, harmless = [checkpoint], [np.ndarray, np.dtype, np.dtypes.UInt32DType, np._core.multiarray._reconstruct]
+    if trainer.is_deepspeed_enabled:
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+        harmless += [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+        latest = (checkpoint / "latest").read_text(encoding="utf-8", errors="replace").strip()
+        folders.append(checkpoint / latest)
+        if not re.fullmatch(r"global_step\d+", latest) or not folders[-1].is_dir():
+            raise UserError(f"{checkpoint / 'latest'}: names {latest[:100]!r}, which is no folder of DeepSpeed's beside it; "
+                            f"{WAY_OUT}")
+    torch.serialization.add_safe_globals(harmless)      # the classes that a genuine checkpoint is made of
+    for file in sorted(file for folder in folders for file in folder.iterdir()):
+        if file.suffix in (".pt", ".pth", ".bin") and file.name not in (TRAINING_ARGS_NAME, CONVERTED):
+            check_pickle(file)
 
 
 def holds_full_model(folder: Path | str) -> bool:
@@ -241,58 +349,135 @@ def load_adapter(llm, folder: Path | str):
     """Put on `llm` what stage 2 learned: the adapter and the trainable parameters of `folder` (checkpoint-N).
 
     If zero_to_fp32.py has been run there, its output is read instead, whether it wrote a file or a folder.
-    Raises UserError if something is missing or belongs to another base model.
+    Raises UserError if something is missing, broken, or belongs to another base model.
     """
     folder = Path(folder)
     for name in (ADAPTER_CONFIG, ADAPTER):
         if not (folder / name).exists():
             raise UserError(f"{folder}: no {name}; --output_dir takes the checkpoint-N folder that "
                             "finetune_LLM_with_GCIM.py wrote")
+    lora = read_tensors(folder / ADAPTER)
+    config = adapter_config(folder, {name: tuple(tensor.shape) for name, tensor in lora.items()})
     try:
-        model = PeftModel.from_pretrained(llm, str(folder))
-        converted = read_converted(folder / CONVERTED)
-        if converted is not None:
-            log.info("weights from %s", folder / CONVERTED)
-            load_trainable(model, converted)
-        elif (folder / TRAINABLE_PARAMS).exists():
-            load_trainable(model, load_file(folder / TRAINABLE_PARAMS))
-        else:
-            raise UserError(f"{folder}: neither {TRAINABLE_PARAMS} nor {CONVERTED}; run zero_to_fp32.py there")
-    except (RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder}: does not fit the base model ({reason}); give the --base_model and the "
-                        "--gps_mapping_path of the training") from None
+        model = get_peft_model(llm, config)
+    except ValueError as error:
+        raise _unfit(folder / ADAPTER_CONFIG, reason(error)) from None
+    load_weights(model, lora, folder / ADAPTER, [name for name in model.state_dict() if "lora_" in name])
+    trained = [in_model(name) for name in read_agreement(folder).get("trained", [])]
+    if (folder / CONVERTED).exists():
+        log.info("weights from %s", folder / CONVERTED)
+        load_weights(model, read_converted(folder / CONVERTED), folder / CONVERTED, [*map(in_model, lora), *trained])
+    elif (folder / TRAINABLE_PARAMS).exists():
+        load_weights(model, read_tensors(folder / TRAINABLE_PARAMS), folder / TRAINABLE_PARAMS, trained)
+    else:
+        raise UserError(f"{folder}: neither {TRAINABLE_PARAMS} nor {CONVERTED}; run zero_to_fp32.py there")
     return model
 
 
-def read_converted(path: Path) -> dict[str, torch.Tensor] | None:
-    """The state dict that zero_to_fp32.py wrote; None if it was not run. Pickles are not executed."""
-    if not path.exists():
-        return None
-    files = sorted(path.glob("*.bin")) + sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+def adapter_config(folder: Path, shapes: dict[str, tuple[int, ...]]) -> LoraConfig:
+    """The LoRA that the adapter_config.json of `folder` describes, and whose weights have these `shapes` by name.
+
+    Departure from PEFT's own reading: what neither we nor the released code write is refused, so that the file cannot
+    name modules to import, another method, or sizes that are not those of the weights.
+    """
+    path, usual = folder / ADAPTER_CONFIG, LoraConfig().to_dict()
+    found = read_json(path)
+
+    def refuse(name):
+        raise UserError(f"{path}: {name} is {str(found.get(name))[:100]!r}, which finetune_LLM_with_GCIM.py does not "
+                        f"write; {WAY_OUT}")
+
+    for name, value in found.items():
+        if name not in (*LORA_FIELDS, *NOTES) and value and value != usual.get(name):
+            refuse(name)
+    if found.get("peft_type") != "LORA":
+        refuse("peft_type")
+    ranks = {shape[0] for name, shape in shapes.items() if ".lora_A." in name}
+    if type(found.get("r")) is not int or ranks != {found["r"]}:
+        raise UserError(f"{path}: r is {str(found.get('r'))[:100]!r}, and the weights in {ADAPTER} have rank "
+                        f"{', '.join(map(str, sorted(ranks))) or 'none'}; {WAY_OUT}")
+    for name in ("lora_alpha", "lora_dropout"):
+        if type(found.get(name)) not in (int, float) or not 0 <= found[name] < (1 if "dropout" in name else math.inf):
+            refuse(name)
+    targets = found.get("target_modules")       # as a text it would be a regular expression
+    if not isinstance(targets, list) or not targets or not all(
+            isinstance(target, str) and re.fullmatch(r"[\w.]+", target) for target in targets):
+        refuse("target_modules")
+    return LoraConfig(**{name: found[name] for name in LORA_FIELDS}, bias="none", task_type="CAUSAL_LM",
+                      inference_mode=True)
+
+
+def read_converted(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict that zero_to_fp32.py wrote: a file, or a folder of files, perhaps with an index of them."""
+    if path.is_dir():
+        indices = sorted(path.glob("*.index.json"))
+        files = listed(indices[0]) if indices else [*sorted(path.glob("*.bin")), *sorted(path.glob("*.safetensors"))]
+    else:
+        files = [path]
     if not files:
         raise UserError(f"{path}: an empty folder; delete it or run zero_to_fp32.py again")
     state = {}
     for file in files:
-        state.update(load_file(file) if file.suffix == ".safetensors" else
-                     torch.load(file, map_location="cpu", weights_only=True))
+        state.update(read_tensors(file))
     return state
 
 
-def load_trainable(model: PeftModel, state: dict[str, torch.Tensor]) -> None:
-    """Load weights by name, with or without PEFT's prefix; every one of them must have its place."""
-    state = {name if name.startswith(PEFT_PREFIX) else PEFT_PREFIX + name: tensor for name, tensor in state.items()}
-    unexpected = model.load_state_dict(state, strict=False).unexpected_keys
-    if unexpected:
-        raise ValueError(f"no place for {unexpected[0]}")
+def in_model(name: str) -> str:
+    """A trained parameter's name in the model with LoRA: files may leave out PEFT's prefix and the adapter's name."""
+    name = name if name.startswith(PEFT_PREFIX) else PEFT_PREFIX + name
+    return re.sub(r"\.(lora_\w+)(\.weight)?$", r".\1.default\2", name)
 
 
-def check_agreement(folder: Path | str, context_size: int, native_context: int) -> None:
-    """Evaluation must scale positions as training did. Raises UserError if --context_size says otherwise."""
-    path = Path(folder) / AGREEMENT
-    if not path.exists():       # a checkpoint of the released code
-        return
-    trained = json.loads(path.read_text(encoding="utf-8"))["model_max_length"]
+def load_weights(model: PeftModel, state: dict[str, torch.Tensor], path: Path, needed: Iterable[str]) -> None:
+    """Load weights of the file `path` by name. Raises UserError if one has no place or one of `needed` is missing."""
+    state = {in_model(name): tensor for name, tensor in state.items()}
+    check_fits(model, {name: tuple(tensor.shape) for name, tensor in state.items()}, path, needed)
+    model.load_state_dict(state, strict=False)
+
+
+def check_fits(model, shapes: dict[str, tuple[int, ...]], path: Path, needed: Iterable[str]) -> None:
+    """Raises UserError unless what `path` holds has its places in the model, and each of the `needed` is there."""
+    own = {name: tuple(getattr(tensor, "ds_shape", tensor.shape))      # the whole of what ZeRO-3 has cut up
+           for name, tensor in model.state_dict(keep_vars=True).items()}
+    for name, shape in shapes.items():
+        if name not in own:
+            raise _unfit(path, f"no place for {name}")
+        if shape != own[name]:
+            raise _unfit(path, f"{name} is {shape} in the file, {own[name]} in the model")
+    missing = next((name for name in needed if name not in shapes), None)
+    if missing is not None:
+        raise _unfit(path, f"{missing} is missing")
+
+
+def _unfit(path: Path, why: str) -> UserError:
+    return UserError(f"{path}: does not fit the base model ({why}); give the base model and the --gps_mapping_path of "
+                     "the training")
+
+
+def read_agreement(folder: Path) -> dict:
+    """What the training wrote down for those who go on from its checkpoint; nothing in the released code's."""
+    path = folder / AGREEMENT
+    found = read_json(path) if path.exists() else {}
+    kinds = {"model_max_length": int, "base_model": str, "trained": list}
+    for name, value in found.items():
+        if not isinstance(value, kinds.get(name, object)) or value == 0:
+            raise UserError(f"{path}: {name} is {str(value)[:100]!r}; {WAY_OUT}")
+    if not all(isinstance(name, str) for name in found.get("trained", [])):
+        raise UserError(f"{path}: trained is no list of names; {WAY_OUT}")
+    return found
+
+
+def check_agreement(folder: Path | str, context_size: int, native_context: int, base_model: str | None = None) -> None:
+    """The model must be the one that was trained, its positions scaled as they were. Raises UserError if not.
+
+    A base model by its name on the hub is not looked at.
+    """
+    path, found = Path(folder) / AGREEMENT, read_agreement(Path(folder))
+    trained = found.get("model_max_length", context_size)
     if rope_factor(trained, native_context) != rope_factor(context_size, native_context):
         raise UserError(f"{path}: trained with --model_max_length {trained}, whose positions --context_size "
                         f"{context_size} would scale differently; give --context_size {trained}")
+    present = fingerprint(base_model) if base_model and "base_model" in found else None
+    if present is not None and present != found["base_model"]:
+        raise UserError(f"{path}: trained on other weights than {base_model} holds; give the base model of the training"
+                        f", or if it is that in other files, delete base_model from {path.name}")

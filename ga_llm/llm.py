@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ga_llm.cli import UserError, show_progress
+from ga_llm.plan import Model
+from ga_llm.reading import check_finite, reason, weights_files
 from ga_llm.shared_prefix import SHARED_PREFIX
 from ga_llm.shifted_attention import SHIFTED_SPARSE
 
@@ -25,17 +27,32 @@ warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")      
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
+MODEL_WAY_OUT = "give any Hugging Face folder, or make one with `python tools/get_smollm2.py`"
+
+
 def _from_hub(load, path: str, **options):
-    """Call a `from_pretrained`; a missing or broken folder becomes a one-line error."""
+    """Call a `from_pretrained`, which executes no code of the model's; a missing or broken folder is one line."""
     if path.startswith((".", "/")) and not Path(path).is_dir():
-        raise UserError(f"{path}: no such model folder; give any Hugging Face folder, or make one with "
-                        "`python tools/get_smollm2.py`")
+        raise UserError(f"{path}: no such model folder; {MODEL_WAY_OUT}")
     try:
-        return load(path, **options)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{path}: not a usable model folder ({reason}); give any Hugging Face folder, or make one with "
-                        "`python tools/get_smollm2.py`") from None
+        return load(path, trust_remote_code=False, **options)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:      # of what a broken file makes the libraries raise, there is no list
+        raise UserError(f"{path}: not a usable model folder ({reason(error)}); {MODEL_WAY_OUT}") from None
+
+
+def _check_folder(path: str, config) -> None:
+    """Raises UserError where a model's local folder is not what transformers would take it for."""
+    if (Path(path) / "adapter_config.json").exists():       # transformers would load that, and what it names
+        raise UserError(f"{path}: holds an adapter (adapter_config.json), not a model alone; {MODEL_WAY_OUT}")
+    files, shape = weights_files(path), Model.of(config)
+    if min(shape.heads, shape.layers, shape.hidden, config.max_position_embeddings) < 1:
+        raise UserError(f"{path}: config.json gives a size below 1; {MODEL_WAY_OUT}")
+    size = sum(file.stat().st_size for file in files)
+    if files and shape.parameters > 8 * size:       # no weight takes less than one bit
+        raise UserError(f"{path}: config.json describes {shape.parameters:.2g} weights, which do not fit into the "
+                        f"{size:.2g} bytes of its files; {MODEL_WAY_OUT}")
 
 
 def load_tokenizer(path: str, cache_dir: str | None = None):
@@ -107,12 +124,17 @@ def load_llm(path: str, length: int, attention: str, dtype: torch.dtype, four_bi
              cache_dir: str | None = None):
     """Load a causal LM for contexts of `length` tokens, on this process's GPU if there is one."""
     config = _from_hub(AutoConfig.from_pretrained, path, cache_dir=cache_dir)
+    _check_folder(path, config)
     extend_context(config, length)
     device_map = None
     if torch.cuda.is_available() and not is_deepspeed_zero3_enabled():
         device_map = {"": int(os.environ.get("LOCAL_RANK", 0))}
-    model = _from_hub(AutoModelForCausalLM.from_pretrained, path, config=config, dtype=dtype, device_map=device_map,
-                      attn_implementation=attention, quantization_config=quantization(four_bit), cache_dir=cache_dir)
+    model, found = _from_hub(AutoModelForCausalLM.from_pretrained, path, config=config, dtype=dtype,
+                             device_map=device_map, attn_implementation=attention, cache_dir=cache_dir,
+                             quantization_config=quantization(four_bit), output_loading_info=True)
+    if found["missing_keys"]:       # transformers would draw them at random
+        raise UserError(f"{path}: {min(found['missing_keys'])} is missing from its weights; {MODEL_WAY_OUT}")
+    check_finite(dict(model.named_parameters()), path)
     model.config.use_cache = False
     for module in model.modules():
         # On such a CPU bitsandbytes repacks the weights at the first forward without gradient, after which training

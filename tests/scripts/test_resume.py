@@ -10,6 +10,7 @@ import pytest
 import torch
 from commands import few_pairs
 from safetensors.torch import load_file
+from transformers.trainer_pt_utils import safe_globals
 
 from ga_llm import staging
 from ga_llm.artifacts import FINAL_ENCODER, MERGED_ENCODER, TRAINABLE_PARAMS
@@ -29,7 +30,8 @@ def contents(folder, number):
     files["optimizer"] = {f"{index} {name}": tensor for index, state in torch.load(
         checkpoint / "optimizer.pt", weights_only=True)["state"].items() for name, tensor in state.items()}
     files["schedule"] = torch.load(checkpoint / "scheduler.pt", weights_only=True)
-    files["random"] = {"cpu": torch.load(checkpoint / "rng_state.pth", weights_only=False)["cpu"]}
+    with safe_globals():
+        files["random"] = {"cpu": torch.load(checkpoint / "rng_state.pth", weights_only=True)["cpu"]}
     assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == number
     if (folder / str(number)).exists():
         files["encoder"] = torch.load(folder / str(number) / MERGED_ENCODER, weights_only=True)
