@@ -195,7 +195,10 @@ class GCIMTrainer(GATrainer):
 
 def check_output(args) -> None:
     """What can be known to be wrong with --output_dir and --resume_from_checkpoint. Raises UserError."""
-    last = staging.last_checkpoint(args.output_dir)
+    last, left = staging.last_checkpoint(args.output_dir), staging.left_alone(args.output_dir)
+    if left:
+        raise UserError(f"{left[0]}: of an earlier run, whose checkpoints are gone; move it away, or give another "
+                        "--output_dir")
     if _resumes(args):
         resume_point(args)
     elif last is not None:

@@ -7,7 +7,10 @@ import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import PartialState
 from torch import nn
+from torch.distributed.fsdp import StateDictType
 from torch.distributed.tensor import DTensor
+
+from ga_llm.cli import UserError
 
 
 def gathered(parameters: Iterable[nn.Parameter], write: bool = False):
@@ -53,6 +56,10 @@ def set_up_fsdp(accelerator, args) -> bool:
         if accelerator.mixed_precision != "no":
             state.fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)
         state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    if state.fsdp_plugin.state_dict_type is not StateDictType.FULL_STATE_DICT:
+        # Pieces are read through a list of them that is a pickle, which torch executes.
+        raise UserError("--fsdp: checkpoints are kept whole; leave out state_dict_type "
+                        f"{state.fsdp_plugin.state_dict_type.name}")
     if state.is_fsdp2 and state.fsdp_plugin.mixed_precision_policy is not None:
         # accelerate rounds the loss, and the sum of the gradients, to bf16; DDP and DeepSpeed do not.
         state.fsdp_plugin.mixed_precision_policy = dataclasses.replace(

@@ -11,11 +11,12 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ga_llm.artifacts import MERGED_ENCODER
+from ga_llm.artifacts import FINAL_ENCODER, MERGED_ENCODER
 from ga_llm.cli import UserError
 from ga_llm.writing import to_disk
 
@@ -30,8 +31,13 @@ def checkpoint(output_dir: Path | str, step: int | str) -> Path:
 
 def steps(output_dir: Path | str) -> list[int]:
     """The steps at which there are checkpoints, in order."""
-    found = (re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in Path(output_dir).glob("*/"))
-    return sorted(int(match[1]) for match in found if match)
+    return sorted(_steps(Path(output_dir).glob("*/")))
+
+
+def _steps(paths: Iterable[Path]) -> set[int]:
+    """N of those that are called checkpoint-N; checkpoint-007 is not ours."""
+    found = (re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(0|[1-9][0-9]*)", path.name) for path in paths)
+    return {int(match[1]) for match in found if match}
 
 
 def last_checkpoint(output_dir: Path | str) -> Path | None:
@@ -48,7 +54,10 @@ def publish(output_dir: Path | str, step: int, keep: int | None) -> None:
     to_disk(staging(output_dir))
     _hide(visible)      # one of the same number, of an earlier run
     if (staging(output_dir) / str(step)).exists():
-        move_files(staging(output_dir) / str(step), Path(output_dir) / str(step))
+        encoder = Path(output_dir) / str(step)
+        if encoder.is_symlink():        # what it leads to is not ours to write to
+            _hide(encoder)
+        move_files(staging(output_dir) / str(step), encoder)
     os.rename(hidden, visible)
     older = [number for number in steps(output_dir) if number <= step]
     for number in older[:-keep] if keep else []:
@@ -65,25 +74,45 @@ def move_files(source: Path, target: Path) -> None:
 
 
 def sweep(output_dir: Path | str) -> None:
-    """Remove what a run left unfinished, and encoders N/ whose checkpoint-N is gone; nothing that is not ours.
+    """Remove what a run left unfinished, and encoders N/ whose checkpoint-N is hidden; nothing that is not ours.
 
-    Raises UserError if the hidden folder is a link, for what it leads to is not ours.
+    An encoder whose checkpoint somebody else has deleted stays: it is all that is left of it. Raises UserError if the
+    hidden folder is a link, for what it leads to is not ours.
     """
     folder = staging(output_dir)
     if folder.is_symlink():
         raise UserError(f"{folder}: a link; remove it, checkpoints are written there before they appear")
-    if not Path(output_dir).is_dir():
-        return
-    for encoder in Path(output_dir).iterdir():
-        is_ours = encoder.name.isdigit() and not encoder.is_symlink() and (encoder / MERGED_ENCODER).exists()
-        if is_ours and not checkpoint(output_dir, encoder.name).exists():
+    for step in _hidden(output_dir):
+        encoder = Path(output_dir) / str(step)
+        if (encoder / MERGED_ENCODER).exists() and not encoder.is_symlink():
             _hide(encoder)
     if folder.exists():
         shutil.rmtree(folder)       # does not follow links
 
 
+def left_alone(output_dir: Path | str) -> list[Path]:
+    """Encoders of an earlier run, N/ and the final one, if there is no checkpoint any more to go on from."""
+    if steps(output_dir):
+        return []
+    hidden = {str(step) for step in _hidden(output_dir)}
+    encoders = [path for path in Path(output_dir).glob(f"*/{MERGED_ENCODER}")
+                if path.parent.name.isdecimal() and path.parent.name not in hidden]
+    return [*sorted(encoders), *Path(output_dir).glob(FINAL_ENCODER)]
+
+
+def _hidden(output_dir: Path | str) -> set[int]:
+    """The steps whose checkpoints are hidden: a run was stopped while it wrote, replaced or removed them."""
+    hidden = staging(output_dir)
+    return _steps([*hidden.glob("*"), *hidden.glob("*/*")]) - set(steps(output_dir))
+
+
 def _hide(folder: Path) -> None:
-    """Take `folder`, if there is one, out of sight at once; `sweep` deletes it. Of a link, the link alone."""
+    """Take `folder`, if there is one, out of sight at once; `sweep` deletes it. Of a link, the link alone.
+
+    Raises UserError if it is a file, which is not ours.
+    """
+    if folder.is_file() and not folder.is_symlink():
+        raise UserError(f"{folder}: a file, where a checkpoint's folder should be; move it away")
     if folder.exists() or folder.is_symlink():
         hidden = staging(folder.parent)
         hidden.mkdir(exist_ok=True)

@@ -52,8 +52,8 @@ def test_what_a_killed_run_left_is_swept_and_nothing_else(tmp_path):
     write(output, 3)
     staging.publish(output, 3, keep=None)
     write(output, 7)                                            # killed while it was written,
-    (output / "5").mkdir()
-    (output / "5" / MERGED_ENCODER).write_text("x")             # or between the two renames
+    write(output, 5)
+    staging.move_files(staging.staging(output) / "5", output / "5")     # or between the two renames
     (output / "9").mkdir()                                      # a folder of the user's
     (output / "11").symlink_to(outside)
     (output / "notes.txt").write_text("mine")
