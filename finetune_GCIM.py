@@ -9,6 +9,8 @@ O/geo_encoder_final_merged.pth at the end.
 """
 import dataclasses
 import logging
+import sys
+from typing import Literal
 
 from ga_llm import arguments, checkpoints, dry_run, llm, sharding, training
 from ga_llm.cli import UserError, run
@@ -21,30 +23,29 @@ log = logging.getLogger("stage 1")
 class Stage1Arguments(arguments.SFTArguments):
     lora_r: int = dataclasses.field(default=256, metadata={"help": "rank, of the LLM's LoRA and of the encoder's"})
     lora_alpha: int = 512
-    encoder_training: str = dataclasses.field(default="lora", metadata={"help": "lora, or full: all of the encoder"})
-    geo_encoder: str = dataclasses.field(default="hierarchical", metadata={"help": "hierarchical, fourier or fusion"})
+    encoder_training: Literal["lora", "full"] = dataclasses.field(
+        default="lora", metadata={"help": "lora, or full: all of the encoder"})
+    geo_encoder: Literal[encoder.KINDS] = dataclasses.field(default="hierarchical", metadata={"help": "which one"})
     ngram: int = encoder.NGRAM
     quadkey_level: int = encoder.LEVEL
 
 
 def main():
     args = arguments.parse(Stage1Arguments)
+    try:
+        config = encoder.GeoEncoderConfig(1, args.geo_encoder, args.ngram, args.quadkey_level)
+    except ValueError as error:
+        raise UserError(f"--geo_encoder, --ngram, --quadkey_level: {error}; see python {sys.argv[0]} --help") from None
 
     # The question-answer pairs, one <GPS n> token per place, the LLM.
     setup = training.set_up(args)
     model = setup.model
 
     # The encoder, with LoRA of its own, in the place of the <GPS n> embeddings.
-    try:
-        config = encoder.GeoEncoderConfig(model.get_input_embeddings().embedding_dim, args.geo_encoder, args.ngram,
-                                          args.quadkey_level)
-    except ValueError as error:
-        raise UserError(f"--geo_encoder, --ngram, --quadkey_level: {error}") from None
+    config = dataclasses.replace(config, hidden_size=model.get_input_embeddings().embedding_dim)
     geo_encoder = encoder.build_encoder(config)
     if args.encoder_training == "lora":
         weights.add_lora(geo_encoder, args.lora_r, args.lora_alpha)
-    elif args.encoder_training != "full":
-        raise UserError(f"--encoder_training {args.encoder_training}: choose lora or full")
     if args.low_rank_training:
         model = llm.add_lora(model, args.lora_r, args.lora_alpha, dropout=0.0)
     injection.attach(setup.model, injection.gps_injection(geo_encoder, config.level, setup.mapping, setup.token_ids))

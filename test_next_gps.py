@@ -21,6 +21,7 @@ import torch
 
 from ga_llm import (artifacts, baselines, checkpoints, comparison, decoding, llm, metrics, predictions, protocols,
                     ranking, sft_data, spelling, tree_attention, writing)
+from ga_llm.arguments import token_count, whole_number
 from ga_llm.cli import Parser, UserError, boolean, run
 from geo_encoder import gps_tokens, injection, weights
 
@@ -46,14 +47,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--decoding", choices=decoding.DECODINGS, default="rank")
     parser.add_argument("--always_end", type=boolean, default=False, help="log P of the whole answer, its '.' included")
     parser.add_argument("--full_table", type=boolean, default=False, help="write log P of every POI, too")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--seq_len", type=int, default=32768, help="tokens; longer prompts are cut from the left")
-    parser.add_argument("--context_size", type=int, default=32768, help="--model_max_length of the training")
+    parser.add_argument("--batch_size", type=whole_number(1), default=8)
+    parser.add_argument("--seq_len", type=token_count, default=32768, help="longer prompts are cut from the left")
+    parser.add_argument("--context_size", type=token_count, default=32768, help="--model_max_length of the training")
     parser.add_argument("--flash_attn", type=boolean, default=True)
     parser.add_argument("--load_in_4bit", type=boolean, default=True)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, else float32")
-    parser.add_argument("--limit", type=int, help="only the first so many pairs")
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--limit", type=whole_number(1), help="only the first so many pairs")
+    parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=42)
     parser.add_argument("--compare", nargs=2, metavar="PREDICTIONS", help="compare two predictions.jsonl, and no more")
     args = parser.parse_args()
     if args.compare:
@@ -91,7 +92,8 @@ def load_model(args, mapping):
         elif args.test_type == "projector":
             raise UserError("--test_type projector needs --geoencoder_path (or --use_random_projector True)")
     if args.test_type == "llm" and not full:
-        checkpoints.check_agreement(args.output_dir, args.context_size, model.config.max_position_embeddings)
+        checkpoints.check_agreement(args.output_dir, args.context_size, model.config.max_position_embeddings,
+                                    args.base_model)
         model = checkpoints.load_adapter(model, args.output_dir)
     return model.eval(), tokenizer
 

@@ -3,14 +3,18 @@
 A flag that transformers has renamed or dropped stays accepted, and what the machine lacks is replaced; either way one
 line says so.
 """
+import argparse
 import dataclasses
 import difflib
 import importlib.util
+import json
 import logging
+import math
 import os
 import shutil
 import sys
 import tempfile
+from pathlib import Path
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
@@ -30,6 +34,15 @@ RENAMED = {
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
 }
+LEAST_TOKENS, MOST_TOKENS = 16, 2**24     # of a question and its answer; of what any model takes
+AT_LEAST = {        # what transformers would divide by, or takes for another value than the one given
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+                     "lora_r", "lora_alpha", "save_total_limit"), 1),
+    **dict.fromkeys(("weight_decay", "warmup_steps", "max_grad_norm", "lora_dropout", "dataloader_num_workers",
+                     "adam_epsilon", "tree_tokens", "seed", "data_seed"), 0),
+}
+ABOVE_0 = ("num_train_epochs", "learning_rate", "save_steps", "logging_steps")
+BELOW = {"lora_dropout": 1, "adam_beta1": 1, "adam_beta2": 1, "seed": 2**32, "data_seed": 2**32}
 GONE = {
     "overwrite_output_dir": "an existing --output_dir is continued only with --resume_from_checkpoint",
     "save_safetensors": "weights are always saved as safetensors",
@@ -89,7 +102,7 @@ def parse(arguments_class: type[SFTArguments], argv: list[str] | None = None) ->
     try:
         args, = parser.parse_args_into_dataclasses([part for flag, values in flags for part in (f"--{flag}", *values)])
     except (ValueError, ImportError) as error:
-        raise UserError(" ".join(str(error).split())) from None
+        _raise(" ".join(str(error).split()))
     _check(args)
     if args.dry_run:
         # Trainer makes its folder; the planned one stays as it is.
@@ -98,8 +111,24 @@ def parse(arguments_class: type[SFTArguments], argv: list[str] | None = None) ->
     return args
 
 
+def whole_number(least: int, most: int = 2**63 - 1):
+    """A type for argparse: whole numbers from `least` to `most`."""
+    def parse_number(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = None
+        if number is None or not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most}, got {text!r}")
+        return number
+    return parse_number
+
+
+token_count = whole_number(LEAST_TOKENS, MOST_TOKENS)
+
+
 def _raise(message: str):
-    raise UserError(message)
+    raise UserError(f"{message}; see python {sys.argv[0]} --help")
 
 
 def _pairs(argv: list[str]) -> list[tuple[str, list[str]]]:
@@ -110,7 +139,7 @@ def _pairs(argv: list[str]) -> list[tuple[str, list[str]]]:
             flag, equals, value = part[2:].partition("=")
             pairs.append((flag, [value] if equals else []))
         elif not pairs:
-            raise UserError(f"{part!r}: flags start with --, see --help")
+            _raise(f"{part!r}: flags start with --")
         else:
             pairs[-1][1].append(part)
     return pairs
@@ -125,11 +154,11 @@ def _modernise(flags):
         elif flag in GONE:
             log.info("--%s no longer exists: %s", flag, GONE[flag])
         elif flag == "group_by_length":
-            if _is_true(values):
+            if _is_true(flag, values):
                 log.info("--group_by_length is --train_sampling_strategy group_by_length now")
                 result.append(("train_sampling_strategy", ["group_by_length"]))
         elif flag == "fsdp" and values and values[0].lower() in ("true", "false"):
-            if _is_true(values):
+            if _is_true(flag, values):
                 result.append((flag, []))       # to transformers a flag without a value, or a name
         else:
             result.append((flag, values))
@@ -146,10 +175,10 @@ def _fit_to_machine(flags):
         # Without it torchrun's processes would each train the whole job into one folder.
         given["use_cpu"] = ["True"]
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        if _is_true(given.pop("tf32", ["False"])):
+        if _is_true("tf32", given.pop("tf32", ["False"])):
             log.info("--tf32 is for GPUs: ignored")
         for precision in ("bf16", "fp16"):
-            if precision in given and _is_true(given[precision]) and not (precision == "bf16" and _cpu_has_bf16()):
+            if precision in given and _is_true(precision, given[precision]) and not (precision == "bf16" and _cpu_has_bf16()):
                 log.info("--%s: this CPU has no fast %s, training in fp32", precision, precision)
                 given[precision] = ["False"]
     for flag in ("deepspeed", "fsdp"):
@@ -157,7 +186,8 @@ def _fit_to_machine(flags):
             raise UserError(f"--{flag}: start with `torchrun --nproc_per_node=N finetune_….py …`, not with python")
     if given.get("deepspeed"):
         if "fsdp" in given:
-            raise UserError("--deepspeed and --fsdp: give one of them")
+            raise UserError("--deepspeed and --fsdp exclude each other; give one of them")
+        _check_deepspeed(given["deepspeed"][0])
         lacks = _deepspeed_lacks()
         if lacks:
             log.info("--deepspeed ignored, plain data parallelism instead: %s", lacks)
@@ -165,12 +195,25 @@ def _fit_to_machine(flags):
     return list(given.items())
 
 
-def _is_true(values: list[str]) -> bool:
-    return not values or boolean(values[0])
+def _is_true(flag: str, values: list[str]) -> bool:
+    try:
+        return not values or boolean(values[0])
+    except argparse.ArgumentTypeError as error:
+        _raise(f"--{flag}: {error}")
 
 
 def _cpu_has_bf16() -> bool:
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+
+
+def _check_deepspeed(path: str) -> None:
+    """Raises UserError unless the file (or the text itself) is a JSON object, also where DeepSpeed is not used."""
+    try:
+        found = json.loads(path if path.startswith("{") else Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--deepspeed {path}: not JSON ({error}); give one such as ds_configs/stage2.json") from None
+    if not isinstance(found, dict):
+        raise UserError(f"--deepspeed {path}: no JSON object; give one such as ds_configs/stage2.json")
 
 
 def _deepspeed_lacks() -> str | None:
@@ -185,17 +228,40 @@ def _check(args: SFTArguments) -> None:
     """Everything that can be known to be wrong before the model is loaded."""
     for flag in ("model_name_or_path", "data_path", "gps_mapping_path", "output_dir"):
         if not getattr(args, flag):
-            raise UserError(f"--{flag} is required")
+            _raise(f"--{flag} is required")
+    _check_numbers(args)
     require(args.data_path, "python data-preprocess/process_projector_gps_stage1.py (stage 1) or process_llm_gps.py")
     require(args.gps_mapping_path, "python data-preprocess/run.py -f best_conf/<name>.yml")
     if "tensorboard" in args.report_to and not is_tensorboard_available():
         raise UserError("--report_to tensorboard: it is not installed; pip install tensorboard, or leave the flag out")
-    if args.model_max_length < 16:
-        raise UserError(f"--model_max_length {args.model_max_length}: too short for a question and its answer")
+    if args.eval_strategy != "no":
+        raise UserError(f"--eval_strategy {args.eval_strategy.value}: training evaluates nothing; leave it out, and run "
+                        "test_next_gps.py on a checkpoint")
+    if not args.model_max_length >= LEAST_TOKENS:
+        raise UserError(f"--model_max_length {args.model_max_length}: too short for a question and its answer; give at "
+                        f"least {LEAST_TOKENS}")
+    if args.model_max_length > MOST_TOKENS:
+        raise UserError(f"--model_max_length {args.model_max_length}: no model takes so many tokens; give at most "
+                        f"{MOST_TOKENS}")
     if args.shared_prefix and not args.use_full_attn:
         raise UserError("--shared_prefix True: S²-Attn's groups follow from where each prompt ends, so prompts cannot "
                         "share theirs; add --use_full_attn True")
     if args.tree_tokens and not (args.shared_prefix and args.tree_tokens >= args.model_max_length):
         raise UserError(f"--tree_tokens {args.tree_tokens}: goes with --shared_prefix True, and a tree must hold a "
-                        f"prompt of --model_max_length {args.model_max_length}")
+                        f"prompt of --model_max_length {args.model_max_length}; give as many, or leave it out")
     checkpoints.check_output(args)
+
+
+def _check_numbers(args: SFTArguments) -> None:
+    """Raises UserError for a number that parses and yet says nothing: no pair a batch, an infinite rate."""
+    for field in dataclasses.fields(args):
+        name, value = field.name, getattr(args, field.name)
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            continue
+        wrong = ("a finite number" if not math.isfinite(value) else
+                 f"at least {AT_LEAST[name]}" if value < AT_LEAST.get(name, value) else
+                 "more than 0" if name in ABOVE_0 and value <= 0 else
+                 f"less than {BELOW[name]}" if value >= BELOW.get(name, math.inf) else
+                 "at least 1, or left out" if name == "max_steps" and value < 1 and value != -1 else None)
+        if wrong:
+            raise UserError(f"--{name} {value}: must be {wrong}; see python {sys.argv[0]} --help")

@@ -20,10 +20,14 @@ COLUMNS = ["UserId", "PoiId", "TrajectoryId"]
 def read_check_ins(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     """Those columns of a sample, in order of time. Raises UserError if the file is missing or of another make."""
     try:
-        return pd.read_csv(require(path, MADE_BY), usecols=list(columns),
+        rows = pd.read_csv(require(path, MADE_BY), usecols=list(columns),
                            dtype={column: np.int64 for column in COLUMNS})
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}; make it again with `{MADE_BY}`") from None
+    if rows.empty or not isinstance(rows.index, pd.RangeIndex):
+        what = "no check-ins" if rows.empty else "rows have more cells than the header"
+        raise UserError(f"{path}: {what}; make it again with `{MADE_BY}`")
+    return rows
 
 
 def read_train(path: Path) -> pd.DataFrame:

@@ -6,18 +6,20 @@ A pair reads, on one line (paper, Section 4: prompt construction):
     <answer>: the answer
 
 Whoever reads it relies on `<question>:`, `<answer>:`, `POI id n` and `<GPS n>` alone, so files in another wording
-work too. (Evaluation also reads the user, the target's time and the current part, where they stand as here.)
+work too. (Evaluation also reads the user, the target's time and the current part, where they stand as here.) Where
+there are several `<answer>:`, as behind examples of answers, the last one counts.
 """
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 QUESTION = "<question>:"
 ANSWER = "<answer>:"
-POI_ID = re.compile(r"POI id (\d+)")
-GPS_TOKEN = re.compile(r"<GPS (\d+)>")
+POI_ID = re.compile(r"POI id ([0-9]+)")
+GPS_TOKEN = re.compile(r"<GPS ([^<>]*)>")       # whatever looks like one: `<GPS 05>` must not pass for text
 CURRENT = "Current trajectory of user"
-USER = re.compile(r"user (\d+)")
-TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
+USER = re.compile(r"user ([0-9]{1,18})(?![0-9])")       # a number of 64 bits
+TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2}")
+LONGEST_ID = 18     # digits; more are no number of 64 bits
 
 # What a check-in may show, in the order of the prompt. `poi` is always shown: it is what is predicted.
 FIELDS = ("time", "user", "poi", "coordinates", "gps", "category")
@@ -29,6 +31,11 @@ STAGE_1_FIELDS = tuple(field for field in FIELDS if field != "category")
 def gps_token(gps_id: int) -> str:
     """The token whose embedding GCIM replaces: `<GPS n>`, n being the encoded POI id."""
     return f"<GPS {gps_id}>"
+
+
+def unknown_place(text: str, places: Container[str]) -> str | None:
+    """The first `<GPS …>` in `text` that is none of the tokens `places`: `<GPS 05>` is not `<GPS 5>`."""
+    return next((token[0] for token in GPS_TOKEN.finditer(text) if token[0] not in places), None)
 
 
 def check_in(fields: Sequence[str], time: str, user: int, poi: int, latitude: float, longitude: float,

@@ -46,6 +46,6 @@ def sthgcn_sample(sample_path: Path) -> set[tuple[int, str, int]]:
 def _key(prompt: TestPrompt) -> tuple[int, str, int]:
     key = (prompt.user, prompt.time, prompt.target)
     if None in key:
-        raise UserError(f"line {prompt.pair + 1} of the test file names no user or no time: --protocol sthgcn needs "
-                        "questions made by process_llm_gps.py")
+        raise UserError(f"line {prompt.pair + 1} of the test file names no user or no time, which --protocol sthgcn "
+                        "needs; make the questions with process_llm_gps.py")
     return key

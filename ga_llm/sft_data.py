@@ -1,5 +1,6 @@
 """Question-answer pairs as training batches: reading, tokens, loss on the answer alone, padding on the right."""
-from collections.abc import Iterator
+import codecs
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import ijson
@@ -11,6 +12,7 @@ from ga_llm.artifacts import require
 from ga_llm.cli import UserError
 
 IGNORED = -100      # the label that the loss passes over
+AGAIN = "make it again with data-preprocess/process_….py"
 
 
 def iterate_pairs(path: Path | str) -> Iterator[str]:
@@ -21,29 +23,58 @@ def iterate_pairs(path: Path | str) -> Iterator[str]:
     path, i = Path(path), -1
     try:
         with path.open("rb") as file:
-            for i, record in enumerate(ijson.items(file, "item", buf_size=2**20)):
-                try:
-                    pair = prompts.join(record["question"], record["answer"])
-                except (TypeError, KeyError, AttributeError):
-                    raise UserError(f"{path}, pair {i}: expected texts under the keys question and answer") from None
+            if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+                file.seek(0)
+            for i, record in enumerate(_records(ijson.basic_parse(file, buf_size=2**20, use_float=True))):
+                question, answer = record.get("question"), record.get("answer")
+                if not (isinstance(question, str) and isinstance(answer, str)):
+                    raise UserError(f"{path}, pair {i}: expected texts under the keys question and answer; {AGAIN}")
+                pair = prompts.join(question, answer)
                 if prompts.ANSWER not in pair:
-                    raise UserError(f"{path}, pair {i}: no {prompts.ANSWER} in question or answer")
+                    raise UserError(f"{path}, pair {i}: no {prompts.ANSWER} in question or answer; {AGAIN}")
                 yield pair
     except ijson.JSONError as error:
         message = error.args[0].decode(errors="replace") if isinstance(error.args[0], bytes) else str(error)
-        raise UserError(f"{path}, pair {i + 1}: not JSON ({message.splitlines()[0].strip()}); make it again with "
-                        "data-preprocess/process_….py") from None
+        raise UserError(f"{path}, pair {i + 1}: not JSON ({message.splitlines()[0].strip()}); {AGAIN}") from None
     if i < 0:
-        raise UserError(f"{path}: expected a JSON array of {{question, answer}} with at least one pair")
+        raise UserError(f"{path}: expected a JSON array of {{question, answer}} with at least one pair; {AGAIN}")
+
+
+def _records(events: Iterable[tuple[str, object]]) -> Iterator[dict]:
+    """What the items of a JSON array hold directly; nothing, where the document or an item is something else.
+
+    However deep an item is nested, no memory goes into it: `ijson.items` would keep the path of every level.
+    """
+    depth, is_array, record, key = 0, False, {}, None
+    for event, value in events:
+        if event.startswith("end_"):
+            depth -= 1
+        elif event == "map_key":
+            key = value
+        elif depth == 0:
+            is_array = event == "start_array"
+        elif depth == 1:
+            record = {}
+        elif depth == 2:
+            record[key] = value     # None where a list or an object begins
+        depth += event.startswith("start_")
+        if is_array and depth == 1 and event not in ("start_array", "map_key"):
+            yield record
 
 
 def read_test_pairs(path: Path | str, made_by: str) -> list[str]:
-    """The joined pairs of a test file, one per line."""
+    """The joined pairs of a test file, one per line; empty lines at its end do not count.
+
+    A line ends at "\\n" or "\\r\\n" and nowhere else: a category's name may hold what Unicode calls a line's end.
+    """
     path = require(path, made_by)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_bytes().decode("utf-8-sig").rstrip()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error}); make it again with `{made_by}`") from None
+    if not text:
+        raise UserError(f"{path}: no pairs; make it again with `{made_by}`")
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
     for i, line in enumerate(lines, start=1):
         if prompts.ANSWER not in line:
             raise UserError(f"{path}, line {i}: no {prompts.ANSWER}; make it again with `{made_by}`")
@@ -52,12 +83,12 @@ def read_test_pairs(path: Path | str, made_by: str) -> list[str]:
 
 def check_gps_ids(pairs: list[str], known: np.ndarray, source: Path | str, mapping: Path | str) -> None:
     """Every `<GPS n>` must have a row in the mapping. Raises UserError naming the first pair where one has none."""
-    known = set(known.tolist())
+    places = {prompts.gps_token(gps_id) for gps_id in known.tolist()}
     for i, pair in enumerate(pairs):
-        unknown = {int(n) for n in prompts.GPS_TOKEN.findall(pair)} - known
+        unknown = prompts.unknown_place(pair, places)
         if unknown:
-            raise UserError(f"{source}, pair {i}: {prompts.gps_token(min(unknown))} has no row in {mapping}; give the "
-                            "mapping that run.py wrote for this data set")
+            raise UserError(f"{source}, pair {i}: {unknown} has no row in {mapping}; give the mapping that run.py "
+                            "wrote for this data set")
 
 
 def encode(tokenizer, pair: str) -> tuple[list[int], int]:

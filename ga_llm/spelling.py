@@ -107,10 +107,16 @@ class Spelling:
 
 
 def read_answers(pairs: Sequence[str], source) -> str:
-    """Check that every answer names a POI id; return what follows the id, the same in all ("." in our wording)."""
+    """Check the pairs' POI ids, and that every answer names one; return what follows that, the same in all.
+
+    "." in our wording.
+    """
     ends = {}
     for line, pair in enumerate(pairs, start=1):
         try:
+            too_long = next((poi for poi in prompts.POI_ID.findall(pair) if len(poi) > prompts.LONGEST_ID), None)
+            if too_long:
+                raise ValueError(f"POI id {too_long[:prompts.LONGEST_ID]}… has more than {prompts.LONGEST_ID} digits")
             ends.setdefault(answer_id(pair)[2], line)
         except ValueError as error:
             raise UserError(f"{source}, line {line}: {error}; make it again with process_llm_gps.py") from None

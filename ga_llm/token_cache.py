@@ -59,7 +59,7 @@ class TokenDataset(Dataset):
             raise self._damaged(f"{IDS} and {INDEX} do not fit each other")
 
     def _index(self) -> np.ndarray:
-        index = np.load(self.folder / INDEX)
+        index = np.array(np.load(self.folder / INDEX, mmap_mode="r"))     # mapped first: never larger than the file
         if index.dtype != np.int64 or index.ndim != 2 or index.shape[1] != 3 or not len(index):
             raise ValueError(f"{INDEX} holds {index.dtype} {index.shape}")
         return index
@@ -114,17 +114,27 @@ def load(path: Path | str, tokenizer, max_length: int, mapping: Path | str, cach
 
 def _build(path: Path, tokenizer, max_length: int, mapping, about: dict, folder: Path) -> None:
     started = time.monotonic()
-    pieces = Pieces(tokenizer, about["dtype"])
     try:
-        index = _write(path, pieces, max_length, mapping, folder / IDS)
-    except _Unlike as pair:
-        log.info("pair %s of %s: in pieces its tokens are others; the texts are tokenized as wholes", pair, path.name)
-        pieces = Pieces(tokenizer, about["dtype"], in_pieces=False)
-        index = _write(path, pieces, max_length, mapping, folder / IDS)
+        index, tokenized = _tokenize(path, tokenizer, max_length, mapping, about["dtype"], folder / IDS)
+    except UserError:       # a file that is refused leaves nothing behind
+        shutil.rmtree(folder)
+        raise
     np.save(folder / INDEX, index)
     (folder / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
     log.info("tokenized %d pairs of %s: %d tokens, %d of them tokenized, %.1f s", len(index), path.name,
-             index[:, 1].sum(), pieces.tokenized, time.monotonic() - started)
+             index[:, 1].sum(), tokenized, time.monotonic() - started)
+
+
+def _tokenize(path: Path, tokenizer, max_length: int, mapping, dtype: str, ids_file: Path) -> tuple[np.ndarray, int]:
+    """Write the tokens of all pairs; return the index, and how many tokens the tokenizer has really made."""
+    pieces = Pieces(tokenizer, dtype)
+    try:
+        index = _write(path, pieces, max_length, mapping, ids_file)
+    except _Unlike as pair:
+        log.info("pair %s of %s: in pieces its tokens are others; the texts are tokenized as wholes", pair, path.name)
+        pieces = Pieces(tokenizer, dtype, in_pieces=False)
+        index = _write(path, pieces, max_length, mapping, ids_file)
+    return index, pieces.tokenized
 
 
 def _write(path: Path, pieces: "Pieces", max_length: int, mapping, ids_file: Path) -> np.ndarray:

@@ -12,6 +12,8 @@ from torch import nn
 
 NGRAM = 6
 LEVEL = 25
+MAX_NGRAM = 10      # whose table has a million rows
+MAX_LEVEL = 30      # tiles of 4 cm, finer than coordinates are given
 KINDS = ("hierarchical", "fourier", "fusion")
 # Where stage 1 puts LoRA. One regular expression, since PEFT reads a *list* as suffixes.
 # Departure from the released code: its list of patterns, read as suffixes, adapts `gps_embedding` alone.
@@ -29,8 +31,14 @@ class GeoEncoderConfig:
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f"geo encoder {self.kind!r} is none of {', '.join(KINDS)}")
-        if not 1 <= self.ngram <= self.level:
-            raise ValueError(f"n-gram {self.ngram} does not fit a quadkey of level {self.level}")
+        for name in ("hidden_size", "ngram", "level"):
+            if type(getattr(self, name)) is not int:
+                raise ValueError(f"{name} {getattr(self, name)!r} is not a whole number")
+        if self.hidden_size < 1 or not 1 <= self.level <= MAX_LEVEL:
+            raise ValueError(f"hidden_size {self.hidden_size} or level {self.level} (1 to {MAX_LEVEL}) is impossible")
+        if not 1 <= self.ngram <= min(self.level, MAX_NGRAM):
+            raise ValueError(f"n-gram {self.ngram} does not fit a quadkey of level {self.level}, or has more than "
+                             f"{MAX_NGRAM} digits")
 
 
 class SelfAttention(nn.Module):

@@ -1,5 +1,7 @@
 """`<GPS n>`: one token per place of the mapping, found by id, the same in training and in evaluation."""
 import dataclasses
+import gzip
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +10,11 @@ import torch
 
 from ga_llm.artifacts import GPS_COLUMNS, require
 from ga_llm.cli import UserError
-from ga_llm.prompts import gps_token
+from ga_llm.prompts import GPS_TOKEN, gps_token
 from ga_llm.sharding import gathered
 
 MADE_BY = "python data-preprocess/run.py -f best_conf/<name>.yml"
+HIGHEST_ID = 2**53      # beyond, a floating-point number need not be the one that was written
 
 
 @dataclasses.dataclass
@@ -34,9 +37,15 @@ def read_gps_mapping(path: Path | str) -> GPSMapping:
     """
     path = require(path, MADE_BY)
     try:
-        table = pd.read_csv(path)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a CSV file ({error}); make it again with `{MADE_BY}`") from None
+        table = pd.read_csv(path, compression="gzip" if path.suffix == ".gz" else None, skip_blank_lines=False)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error
+            ) as error:
+        raise UserError(f"{path}: not a CSV file ({' '.join(str(error).split())}); make it again with `{MADE_BY}`"
+                        ) from None
+    if not isinstance(table.index, pd.RangeIndex):      # pandas takes the first of too many cells for a row's name
+        raise UserError(f"{path}: rows have more cells than the header, as where a comma stands for the decimal point; "
+                        f"correct it or make it again with `{MADE_BY}`")
+    table = table.dropna(how="all")                     # blank lines, which the line numbers count
     missing = [column for column in GPS_COLUMNS if column not in table]
     if missing or table.empty:
         what = f"no column {missing[0]}" if missing else "no rows"
@@ -44,12 +53,13 @@ def read_gps_mapping(path: Path | str) -> GPSMapping:
 
     values = table[GPS_COLUMNS].apply(pd.to_numeric, errors="coerce")
     ids = values["GPS_id"]
-    for wrong, what in ((ids.isna() | (ids < 0) | (ids % 1 != 0), "GPS_id is not a whole number"),
+    whole = (ids >= 0) & (ids < HIGHEST_ID) & (ids % 1 == 0)
+    for wrong, what in ((~whole, "GPS_id is not a whole number from 0 to 2^53"),
                         (ids.duplicated(), "GPS_id stands twice"),
                         (~values["Latitude"].between(-90, 90), "Latitude is not within -90..90 degrees"),
                         (~values["Longitude"].between(-180, 180), "Longitude is not within -180..180 degrees")):
         if wrong.any():
-            row = int(np.flatnonzero(wrong)[0])
+            row = int(table.index[wrong][0])
             raise UserError(f"{path}, line {row + 2}: {what}; correct it or make it again with `{MADE_BY}`")
     return GPSMapping(ids.to_numpy(np.int64), values["Latitude"].to_numpy(), values["Longitude"].to_numpy())
 
@@ -57,9 +67,15 @@ def read_gps_mapping(path: Path | str) -> GPSMapping:
 def add_gps_tokens(tokenizer, mapping: GPSMapping, model=None) -> np.ndarray:
     """Add one special token per place to the tokenizer, and a row to the model's embeddings, unless they are there.
 
-    Returns the tokens' ids, (N,), in the mapping's order.
+    Returns the tokens' ids, (N,), in the mapping's order. Raises UserError if the tokenizer has been trained with
+    other places: their tokens would pass for text that has a place.
     """
     known = len(tokenizer)
+    foreign = [token for token in tokenizer.get_added_vocab() if GPS_TOKEN.fullmatch(token)]
+    foreign = sorted(set(foreign).difference(mapping.tokens))
+    if foreign:
+        raise UserError(f"the tokenizer already has {foreign[0]}, which has no row in the GPS mapping; give the mapping "
+                        "that the model was trained with, or another model")
     tokenizer.add_special_tokens({"extra_special_tokens": mapping.tokens}, replace_extra_special_tokens=False)
     token_ids = np.asarray(tokenizer.convert_tokens_to_ids(mapping.tokens))
     if model is not None:

@@ -2,7 +2,6 @@
 import dataclasses
 import json
 import math
-import pickle
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 
 from ga_llm.artifacts import require
 from ga_llm.cli import UserError
+from ga_llm.reading import read_json, read_tensors
 from ga_llm.sharding import unsharded
 from ga_llm.writing import atomic_write
 from geo_encoder.encoder import LEVEL, LORA_TARGETS, GeoEncoderConfig, build_encoder
@@ -56,23 +56,18 @@ def load_encoder(path: Path | str, hidden_size: int) -> tuple[nn.Module, GeoEnco
     Raises UserError if the file is missing, damaged, or of another width.
     """
     path = require(path, MADE_BY)
-    try:
-        state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{path}: not a file of weights ({reason}); make it again with `{MADE_BY}`") from None
-    if not isinstance(state_dict, dict) or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
-        raise UserError(f"{path}: holds no state dict; make it again with `{MADE_BY}`")
+    state_dict = read_tensors(path)
     config = read_config(path, state_dict)
     if config.hidden_size != hidden_size:
         raise UserError(f"{path}: made for an LLM of width {config.hidden_size}, this one has {hidden_size}; give the "
                         "encoder that stage 1 trained with the same --model_name_or_path")
+    mismatch = _first_mismatch(config, state_dict)
+    if mismatch:
+        raise UserError(f"{path}: weights do not match a {config.kind} encoder of n-gram {config.ngram} and level "
+                        f"{config.level} ({mismatch}); give a geo_encoder_merged.pth, with the {CONFIG} that was "
+                        "written beside it")
     encoder = build_encoder(config)
-    try:
-        encoder.load_state_dict(state_dict)
-    except RuntimeError as error:
-        raise UserError(f"{path}: weights do not match a {config.kind} encoder ({_first_mismatch(error)}); give a "
-                        "geo_encoder_merged.pth") from None
+    encoder.load_state_dict(state_dict)
     return encoder, config
 
 
@@ -81,30 +76,42 @@ def read_config(path: Path, state_dict: dict[str, torch.Tensor]) -> GeoEncoderCo
     beside = path.with_name(CONFIG)
     if beside.exists():
         try:
-            return GeoEncoderConfig(**json.loads(beside.read_text(encoding="utf-8")))
+            return GeoEncoderConfig(**read_json(beside))
         except (ValueError, TypeError) as error:
             raise UserError(f"{beside}: {error}; delete it if the encoder is the released code's") from None
 
     def shape(name):
         return tuple(state_dict[name].shape)
 
-    if "projection.weight" in state_dict:
-        ngrams, _ = shape("hierarchical.gps_embed_model.gps_embedding.weight")
-        return GeoEncoderConfig(shape("projection.weight")[0], "fusion", _base4(ngrams),
-                                shape("fourier.frequencies.weight")[1])
-    if "frequencies.weight" in state_dict:
-        return GeoEncoderConfig(shape("linear2.weight")[0], "fourier", level=shape("frequencies.weight")[1])
-    if "gps_embed_model.gps_embedding.weight" in state_dict:
+    try:
+        if "projection.weight" in state_dict:
+            ngrams, _ = shape("hierarchical.gps_embed_model.gps_embedding.weight")
+            return GeoEncoderConfig(shape("projection.weight")[0], "fusion", _base4(ngrams),
+                                    shape("fourier.frequencies.weight")[1])
+        if "frequencies.weight" in state_dict:
+            return GeoEncoderConfig(shape("linear2.weight")[0], "fourier", level=shape("frequencies.weight")[1])
         ngrams, width = shape("gps_embed_model.gps_embedding.weight")
         return GeoEncoderConfig(width, "hierarchical", _base4(ngrams), LEVEL)
-    raise UserError(f"{path}: holds no geo-encoder (first key: {next(iter(state_dict), 'none')!r}); give a "
-                    "geo_encoder_merged.pth")
+    except (KeyError, ValueError, IndexError):      # names that are missing, shapes that are of no encoder
+        raise UserError(f"{path}: holds no geo-encoder (first key: {next(iter(state_dict), 'none')!r}); give a "
+                        "geo_encoder_merged.pth") from None
 
 
 def _base4(rows: int) -> int:
     return round(math.log(rows, 4))
 
 
-def _first_mismatch(error: RuntimeError) -> str:
-    lines = str(error).split("\n")
-    return lines[min(1, len(lines) - 1)].strip().rstrip(".")
+def _first_mismatch(config: GeoEncoderConfig, state_dict: dict[str, torch.Tensor]) -> str | None:
+    """What is wrong with the weights of an encoder of `config`, which is not built: it could be large."""
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in build_encoder(config).state_dict().items()}
+    for name in expected | state_dict:
+        if name not in state_dict:
+            return f"no {name}"
+        if name not in expected:
+            return f"no place for {name}"
+        if tuple(state_dict[name].shape) != expected[name]:
+            return f"{name} is {tuple(state_dict[name].shape)}, not {expected[name]}"
+        if not state_dict[name].is_floating_point():
+            return f"{name} holds {state_dict[name].dtype}"
+    return None

@@ -69,5 +69,7 @@ def test_deepspeed_is_replaced_where_it_is_missing(inputs, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(arguments, "_deepspeed_lacks", lambda: "deepspeed is not installed")
+    (inputs / "ds_configs").mkdir()
+    (inputs / "ds_configs/stage2.json").write_text("{}")
     assert parse("--deepspeed", "ds_configs/stage2.json").deepspeed is None
     assert "--deepspeed ignored, plain data parallelism instead: deepspeed is not installed" in caplog.text

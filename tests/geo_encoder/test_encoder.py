@@ -143,7 +143,7 @@ def write_pickle(path: Path):
     (lambda path: path.write_bytes(b""), "empty"),
     (lambda path: path.write_bytes(b"not weights at all"), "not a file of weights"),
     (write_pickle, "not a file of weights"),
-    (lambda path: torch.save(["a"], path), "holds no state dict"),
+    (lambda path: torch.save(["a"], path), "something else than tensors"),
     (lambda path: torch.save({"a": torch.ones(1)}, path), "holds no geo-encoder"),
     (lambda path: torch.save(HierarchicalEncoder(8).state_dict(), path), "width 8, this one has 16"),
     (lambda path: torch.save({k: v for k, v in HierarchicalEncoder(16).state_dict().items() if "norm2" not in k}, path),
