@@ -67,7 +67,12 @@ def join(config: Config) -> pd.DataFrame:
     area = states_area(path["states"], config.keep_states)
     spots = pd.concat(readers.tables(path["spots"], keep=["id", "spot_categories"], text=("spot_categories",),
                                      chunk=CHUNK, empty=("spot_categories",)))
-    spots = spots.assign(id=readers.integers(spots, "id", path["spots"])).dropna().drop_duplicates("id")
+    spots = spots.assign(id=readers.integers(spots, "id", path["spots"])).dropna().drop_duplicates()
+    twice = spots["id"].duplicated()
+    if twice.any():
+        logger.warning("%s: %d spots have several categories; the first of each counts", path["spots"],
+                       spots["id"][twice].nunique())
+    spots = spots[~twice]
     category_of = spots.set_index("id")["spot_categories"].astype("category")
 
     kept, total, off_globe, unknown = [], 0, 0, 0
@@ -79,6 +84,7 @@ def join(config: Config) -> pd.DataFrame:
         longitude = readers.numbers(chunk, "longitude", path["all_check_ins"])
         off_globe += int((~latitude.between(-90, 90) | ~longitude.between(-180, 180)).sum())
         chunk = chunk[inside(area, latitude.to_numpy(float), longitude.to_numpy(float))]
+        readers.times(chunk, "UTC time", path["all_check_ins"], readers.GOWALLA_TIME)    # found here, not by run.py
         poi = readers.integers(chunk, "location id", path["all_check_ins"])
         rows = pd.DataFrame({
             "UserId": readers.integers(chunk, "user", path["all_check_ins"]), "PoiId": poi,
@@ -94,4 +100,6 @@ def join(config: Config) -> pd.DataFrame:
                         f"{path['spots']}; are these the Gowalla files?")
     logger.info("%d check-ins off the globe left out", off_globe)
     logger.info("%d check-ins at spots without a category left out", unknown)
+    used = spots.loc[spots["id"].isin(rows["PoiId"]), "spot_categories"]
+    readers.category_names(readers.gowalla_names(used, path["spots"]), path["spots"])   # found here, not by run.py
     return rows[readers.GOWALLA_COLUMNS]

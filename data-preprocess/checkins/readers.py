@@ -27,6 +27,7 @@ from ga_llm.cli import UserError
 
 GENERATE_CA = "make it with `python data-preprocess/generate_ca_raw.py`"
 GOWALLA_COLUMNS = ["UserId", "PoiId", "PoiCategoryId", "Latitude", "Longitude", "UTCTime"]
+GOWALLA_TIME = "%Y-%m-%dT%H:%M:%SZ"
 TSMC2014_COLUMNS = ["user", "venue", "category id", "category name", "latitude", "longitude", "timezone offset",
                     "UTC time"]
 GETNEXT_COLUMNS = ["user_id", "POI_id", "POI_catid", "POI_catname", "latitude", "longitude", "local_time",
@@ -65,13 +66,13 @@ def find(path: Path | str, way_out: str) -> Path:
 
 def tables(path: Path, *, keep: list[str], columns: list[str] | None = None, text: Sequence[str] = (),
            empty: Sequence[str] = (), errors: str = "strict", chunk: int | None = None,
-           ours: bool = False) -> Iterator[pd.DataFrame]:
+           ours: bool = False, rows_needed: bool = True) -> Iterator[pd.DataFrame]:
     """A raw file in UTF-8 as tables of at most `chunk` rows (None: one table), with the columns `keep`.
 
     columns: the names of a tab-separated file without header; None: comma-separated, with a header that has at least
     `keep`. text: columns that stay text, whatever they look like. empty: columns whose cells may be empty.
     errors: what to do with bytes that are not UTF-8, as for `open`. ours: a file that we have written, so that its last
-    line has an end unless the file was cut off.
+    line has an end unless the file was cut off. rows_needed: a file without rows is refused.
     Each table is indexed by line number. Raises UserError if the file is not such a table or a cell is empty.
     """
     with writing.naming(path), _readable(path), _Text(path, errors) as file:
@@ -109,7 +110,7 @@ def tables(path: Path, *, keep: list[str], columns: list[str] | None = None, tex
             pass
         except pd.errors.ParserError as error:
             raise UserError(f"{path}{_parser_reason(str(error), first_line)}; mend or remove the line") from None
-        if empty_file:
+        if empty_file and rows_needed:
             raise UserError(f"{path}: no rows; fetch or make it again")
         if not file.ended and ours:
             raise UserError(f"{path}: cut off in its last line; make it again")
@@ -161,6 +162,21 @@ def category_names(names: pd.Series, path: Path) -> pd.Series:
     return clean
 
 
+def gowalla_names(categories: pd.Series, path: Path) -> pd.Series:
+    """The readable name in each spot's raw category. Raises UserError with the line of the first that has none."""
+    def name(text: str) -> str:
+        try:
+            found = ast.literal_eval(text)[0]["name"]
+            found.encode()      # fails if it is no text, or text with half a character
+            return found
+        except (ValueError, SyntaxError, LookupError, TypeError, AttributeError, RecursionError, MemoryError):
+            line = (categories == text).idxmax()    # the last two: nested too deeply to be parsed
+            raise UserError(f"{path}, line {line}: category {short(text)} has no name; expected e.g. "
+                            "[{'url': '/categories/89', 'name': 'Craftsman'}]") from None
+
+    return _by_value(categories, name)
+
+
 def latitudes(frame: pd.DataFrame, column: str, path: Path) -> pd.Series:
     """A column as degrees north. Raises UserError as `numbers` does."""
     return numbers(frame, column, path, -90, 90)
@@ -177,7 +193,7 @@ def _getnext(config: Config) -> pd.DataFrame:
     for split, name in config.raw.items():
         path = find(name, config.raw_from)
         text = ("POI_id", "POI_catid", "POI_catname", "local_time", "trajectory_id")
-        for frame in tables(path, keep=GETNEXT_COLUMNS, text=text):
+        for frame in tables(path, keep=GETNEXT_COLUMNS, text=text, rows_needed=split != "validate"):
             parts.append(_check_ins(
                 path, integers(frame, "user_id", path), frame["POI_id"], frame["POI_catid"], frame["POI_catname"],
                 frame, "latitude", "longitude", times(frame, "local_time", path, "%Y-%m-%d %H:%M:%S", length=19),
@@ -201,19 +217,9 @@ def _gowalla(config: Config) -> pd.DataFrame:
     path = find(config.raw["check_ins"], GENERATE_CA)
     frame, = tables(path, keep=GOWALLA_COLUMNS, text=("PoiCategoryId", "UTCTime"))
 
-    def name(text: str) -> str:
-        try:
-            found = ast.literal_eval(text)[0]["name"]
-            found.encode()      # fails if it is no text, or text with half a character
-            return found
-        except (ValueError, SyntaxError, LookupError, TypeError, AttributeError, RecursionError, MemoryError):
-            line = (frame["PoiCategoryId"] == text).idxmax()    # the last two: nested too deeply to be parsed
-            raise UserError(f"{path}, line {line}: PoiCategoryId {short(text)} has no name; expected e.g. "
-                            "[{'url': '/categories/89', 'name': 'Craftsman'}]") from None
-
     return _check_ins(path, integers(frame, "UserId", path), integers(frame, "PoiId", path), frame["PoiCategoryId"],
-                      _by_value(frame["PoiCategoryId"], name), frame, "Latitude", "Longitude",
-                      times(frame, "UTCTime", path, "%Y-%m-%dT%H:%M:%SZ"))
+                      gowalla_names(frame["PoiCategoryId"], path), frame, "Latitude", "Longitude",
+                      times(frame, "UTCTime", path, GOWALLA_TIME))
 
 
 def _csv(config: Config) -> pd.DataFrame:
@@ -275,7 +281,12 @@ class _Text(io.TextIOWrapper):
         self.path, self.quoted, self.ended = path, False, True
 
     def read(self, size: int = -1) -> str:
-        text = super().read(size)
+        return self._seen(super().read(size))
+
+    def __next__(self) -> str:
+        return self._seen(super().__next__())
+
+    def _seen(self, text: str) -> str:
         if "\0" in text:    # pandas would end the cell there
             raise UserError(f"{self.path}: NUL characters, so it is no UTF-8 text (UTF-16, perhaps); save it as UTF-8")
         self.quoted = self.quoted or '"' in text

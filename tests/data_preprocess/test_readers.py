@@ -141,7 +141,7 @@ def test_a_category_without_a_name(settings):
     Path("ca.csv").write_text("UserId,PoiId,PoiCategoryId,Latitude,Longitude,UTCTime\n"
                               "5,1,[],1,2,2010-10-19T23:55:27Z\n")
     message = error(settings("gowalla"))
-    assert "ca.csv, line 2: PoiCategoryId '[]' has no name" in message
+    assert "ca.csv, line 2: category '[]' has no name" in message
     Path("ca.csv").unlink()
     assert "generate_ca_raw.py" in error(Path("best_conf/city.yml"))
 
