@@ -1,54 +1,136 @@
-"""Training scripts in processes forked from one that has imported everything: a start costs a second, not ten.
+"""Scripts in processes forked from one that has imported everything: a start costs a moment, not ten seconds.
 
-They run under the environment that torchrun gives its processes, as `__main__`, in the copy of the repository.
+They run as `__main__`, in the copy of the repository or in another folder; training scripts under the environment that
+torchrun gives its processes. What happens to them there (a kill, a limit) is a hook: a function called before the
+script, wrapped by functools.partial if it takes arguments.
 """
 import multiprocessing
 import os
+import resource
 import runpy
+import signal
 import sys
-import time
 from pathlib import Path
 
 import torch
-from commands import FLAGS, README_FLAGS, SCRIPTS, free_port
+from commands import FLAGS, README_FLAGS, ROOT, SCRIPTS, free_port
+from harness import Result
 
-from ga_llm import staging
+from ga_llm import writing
+
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+OPERATIONS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.fsync"}
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["finetune_GCIM", "finetune_LLM_with_GCIM", "deepspeed"])
+_server.set_forkserver_preload(["finetune_GCIM", "finetune_LLM_with_GCIM", "test_next_gps", "make_sample_raw", "deepspeed",
+                                "checkins.questions"])
 
 
-def start(repo, stage, output, *flags, processes=1, pause=0.0):
-    """The started processes, one a rank; what they print goes to <output>.log.
+def launch(folder, command, log, *hooks, **environment):
+    """The started process of a script and its flags, in `folder`; stderr goes to the file `log`, stdout to <log>.out."""
+    process = _server.Process(target=_run, args=(str(folder), [str(part) for part in command], str(log), hooks,
+                                                 environment))
+    process.start()
+    return process
 
-    pause: seconds that each checkpoint stays hidden for longer, so that a test can meet it there.
-    """
-    command = [SCRIPTS[stage], *README_FLAGS, "--output_dir", str(output), *FLAGS[stage], *map(str, flags)]
+
+def run(folder, command, log, *hooks, **environment) -> Result:
+    process = launch(folder, command, log, *hooks, **environment)
+    process.join(300)
+    return Result(process.exitcode, Path(f"{log}.out").read_text(), Path(log).read_text())
+
+
+def start(repo, stage, output, *flags, processes=1, hooks=()):
+    """The started processes of a training, one a rank; what they print goes to <output>.log."""
+    command = training(stage, output, *flags)
     port = free_port()
-    started = [_server.Process(target=_run, args=(str(repo), command, f"{output}.log", rank, processes, port, pause))
-               for rank in range(processes)]
-    for process in started:
-        process.start()
-    return started
+    return [launch(repo, command, Path(repo) / f"{output}.log", *hooks, **ranks(rank, processes, port))
+            for rank in range(processes)]
 
 
-def train(repo, stage, output, *flags, processes=1):
-    started = start(repo, stage, output, *flags, processes=processes)
+def train(repo, stage, output, *flags, processes=1, hooks=()):
+    started = start(repo, stage, output, *flags, processes=processes, hooks=hooks)
     for process in started:
         process.join(300)
     assert all(process.exitcode == 0 for process in started), (Path(repo) / f"{output}.log").read_text()[-5000:]
 
 
-def _run(repo, command, log, rank, processes, port, pause):
-    os.chdir(repo)
-    to_disk = staging._to_disk
-    staging._to_disk = lambda folder: (time.sleep(pause), to_disk(folder))
+def training(stage, output, *flags):
+    return [SCRIPTS[stage], *README_FLAGS, "--output_dir", str(output), *FLAGS[stage], *map(str, flags)]
+
+
+def ranks(rank=0, processes=1, port=None):
+    """What torchrun tells its processes."""
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port()), "OMP_NUM_THREADS": "1"}
+
+
+def _run(folder, command, log, hooks, environment):
+    os.chdir(folder)
     Path(log).parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_PORT": str(port),
-                   "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    for number, name in ((1, f"{log}.out"), (2, log)):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ |= environment
     torch.set_num_threads(1)
     sys.argv = command
-    runpy.run_path(command[0], run_name="__main__")
+    for hook in hooks:
+        hook()
+    try:
+        runpy.run_path(str(ROOT / command[0]), run_name="__main__")
+    finally:
+        writing._held.close()       # a forked process ends without atexit
+
+
+# Hooks.
+
+def watch(folder, trace, at=None, sends=signal.SIGKILL):
+    """Write a line to `trace` for every change of a file in `folder`, and before the `at`th send this process a signal.
+
+    What C++ and Rust write is not seen, but the files beside it are.
+    """
+    folder, lines, count = os.path.abspath(folder), os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 0
+
+    def see(event, details):
+        nonlocal count
+        if event not in OPERATIONS and not (event == "open" and details[2] & WRITING):
+            return
+        path = os.path.abspath(_path(event, details))
+        if path.startswith(folder):
+            count += 1
+            os.write(lines, f"{event} {path}\n".encode())
+            if count == at:
+                os.kill(os.getpid(), sends)
+
+    fsync = os.fsync
+    os.fsync = lambda handle: (sys.audit("os.fsync", handle), fsync(handle))     # Python does not announce it
+    sys.addaudithook(see)
+
+
+def _path(event, details):
+    """The path of an event: given, by an open file, or relative to an open folder."""
+    path, last = details[0], details[-1]
+    if isinstance(path, int):
+        return os.readlink(f"/proc/self/fd/{path}")
+    if event in ("os.mkdir", "os.remove", "os.rmdir") and last >= 0:
+        return os.path.join(os.readlink(f"/proc/self/fd/{last}"), os.fsdecode(path))
+    return os.fsdecode(path)
+
+
+def limit_files(size):
+    """No file may become larger than `size` bytes, as under a quota."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def become_nobody():
+    """Root may write everywhere; an ordinary user stays who he is."""
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+
+
+def nobody_reads():
+    """Standard output is a pipe whose reader is gone, as behind `| head -0`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
