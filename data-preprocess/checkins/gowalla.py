@@ -33,20 +33,26 @@ def output(config: Config) -> Path:
 def states_area(path: Path, names: list[str]) -> shapely.Geometry:
     """The union of the GeoJSON features with these names. Raises UserError if the file lacks one."""
     try:
-        features = json.loads(readers.whole_text(path))["features"]
+        features = json.loads(readers.whole_text(path), parse_constant=_refuse)["features"]
         found = [(feature["properties"]["name"], feature["geometry"]) for feature in features]
         for name in names:
             if name not in dict(found):
                 raise UserError(f"{path}: no feature named {short(name)}; it has {short(sorted(dict(found)))}")
-        area = shapely.union_all([shape(geometry) for name, geometry in found if name in names])
+        areas = [shapely.union_all([shape(geometry) for other, geometry in found if other == name]) for name in names]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, shapely.errors.ShapelyError) as error:
         raise UserError(f"{path}: not a GeoJSON of named features ({short(str(error))}); fetch it again") from None
-    west, south, east, north = area.bounds
-    if not (area.area > 0 and -180 <= west <= east <= 180 and -90 <= south <= north <= 90):
-        raise UserError(f"{path}: {short(', '.join(names))} have no area on the globe, whose points are [longitude, "
-                        "latitude] in degrees; fetch it again")
-    shapely.prepare(area)
-    return area
+    for name, area in zip(names, areas):
+        west, south, east, north = area.bounds
+        if not (area.area > 0 and -180 <= west <= east <= 180 and -90 <= south <= north <= 90):
+            raise UserError(f"{path}: {short(name)} has no area on the globe, whose points are [longitude, latitude] in "
+                            "degrees; fetch it again")
+    union = shapely.union_all(areas)
+    shapely.prepare(union)
+    return union
+
+
+def _refuse(constant: str):
+    raise ValueError(f"{constant} is no number")
 
 
 def inside(area: shapely.Geometry, latitude: np.ndarray, longitude: np.ndarray) -> np.ndarray:

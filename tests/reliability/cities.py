@@ -120,6 +120,10 @@ class City:
         """The role of the raw file that tests damage."""
         return {"getnext": "train", "gowalla": "all_check_ins"}.get(self.format, "check_ins")
 
+    @property
+    def raw_check_ins(self) -> tuple[str, ...]:
+        return tuple(RAW["getnext"]) if self.format == "getnext" else (self.main,)
+
     def configure(self, **changes) -> None:
         """Write the YAML; keywords override or add keys."""
         self.yaml.write_text(yaml.safe_dump({**config(self.format, self.name), **changes}))
@@ -194,7 +198,7 @@ def good(tmp_path_factory):
 @pytest.fixture
 def city(good, tmp_path):
     """A copy of a good city, to be damaged."""
-    return lambda format_: City(shutil.copytree(good(format_).root, tmp_path / "root"), format_)
+    return lambda format_, name="root": City(shutil.copytree(good(format_).root, tmp_path / name), format_)
 
 
 # What may have happened to a text.
