@@ -32,7 +32,7 @@ TSMC2014_COLUMNS = ["user", "venue", "category id", "category name", "latitude",
                     "UTC time"]
 GETNEXT_COLUMNS = ["user_id", "POI_id", "POI_catid", "POI_catname", "latitude", "longitude", "local_time",
                    "trajectory_id"]
-LARGEST_ID = 2 ** 53 - 1    # beyond it, not every whole number can be told from the next where pandas reads floats
+LARGEST_ID = 10 ** 15 - 1   # where pandas reads a column as floats, whole numbers are exact up to 2 ** 53
 OFFSETS = -24 * 60, 24 * 60     # minutes
 YEARS = 1970, 2100          # of check-ins; what lies outside is another kind of number, or a slip of the pen
 # Date and time as ISO 8601 has them; pandas alone would take "2012", "10:0" and time zones too.
@@ -136,20 +136,21 @@ def numbers(frame: pd.DataFrame, column: str, path: Path, least: float = -np.inf
 def integers(frame: pd.DataFrame, column: str, path: Path, least: int = -LARGEST_ID, most: int = LARGEST_ID
              ) -> pd.Series:
     """A column as int64. Raises UserError with the line of the first that is no whole number from `least` to `most`."""
-    values = numbers(frame, column, path, least, most)
-    _reject(values % 1 != 0, path, lambda line: f"{column} {short(frame[column][line])} is no whole number")
+    values = pd.to_numeric(frame[column], errors="coerce")
+    wrong = ~values.between(least, most) | (values.dtype == bool) | (values % 1 != 0)
+    _reject(wrong, path, lambda line: f"{column} {short(frame[column][line])} is no whole number between {least} and "
+                                      f"{most}")
     return values.astype("int64")
 
 
 def times(frame: pd.DataFrame, column: str, path: Path, pattern: str, length: int | None = None) -> pd.Series:
     """A column of text (its first `length` characters) as datetime64, whole seconds, in the `YEARS` of check-ins."""
+    iso = pattern == "ISO8601"
+    example = "2012-04-03T18:00:09" if iso else pd.Timestamp("2012-04-03 18:00:09").strftime(pattern)
     cells = frame[column].str.slice(0, length)
-    if pattern == "ISO8601":
-        cells = cells.where(cells.str.fullmatch(ISO_8601))
-    parsed = pd.to_datetime(cells, format=pattern, errors="coerce")
-    _reject(parsed.isna(), path, lambda line: f"{column} {short(frame[column][line])} is no time such as "
-            + ("2012-04-03T18:00:09" if pattern == "ISO8601" else
-               pd.Timestamp("2012-04-03 18:00:09").strftime(pattern)))
+    written_so = cells.str.fullmatch(ISO_8601) if iso else cells.str.len() == len(example)
+    parsed = pd.to_datetime(cells.where(written_so), format=pattern, errors="coerce")
+    _reject(parsed.isna(), path, lambda line: f"{column} {short(frame[column][line])} is no time such as {example}")
     _reject(~parsed.dt.year.between(*YEARS), path,
             lambda line: f"{column} {short(frame[column][line])} is not between {YEARS[0]} and {YEARS[1]}")
     return parsed.astype("datetime64[s]")

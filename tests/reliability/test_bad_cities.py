@@ -138,7 +138,7 @@ def test_quotes_in_a_tsv_are_text(city, quote):
     ("csv", "user", ("-1", "1e3"), ["-1", "1e3"]), ("csv", "user", ("True", "nan"), ["True", "nan"]),
     ("csv", "user", (" 1", "1"), [" 1", "1"]), ("csv", "user", ("9" * 30, "9" * 31), ["9" * 30, "9" * 31]),
     ("tsmc2014", "user", (-5, 2 ** 31 + 1), [-5, 2 ** 31 + 1]), ("tsmc2014", "user", ("3.0", "007"), [3, 7]),
-    ("tsmc2014", "user", (2 ** 53 - 2, 2 ** 53 - 1), [2 ** 53 - 2, 2 ** 53 - 1]),
+    ("tsmc2014", "user", (10 ** 15 - 2, 10 ** 15 - 1), [10 ** 15 - 2, 10 ** 15 - 1]),
     ("getnext", "user", (0, 2 ** 40), [0, 2 ** 40]), ("gowalla", "user", (2 ** 32, -1), [-1, 2 ** 32])])
 def test_ids_stay_apart(city, format_, role, names, expected):
     made = city(format_)
