@@ -9,6 +9,7 @@ import fcntl
 import logging
 import os
 import re
+import signal
 import socket
 import tempfile
 from pathlib import Path
@@ -58,14 +59,25 @@ def together():
 
     try:
         yield new_file
-        for path, temporary in hidden.items():
-            with naming(path):
-                os.replace(temporary, path)
+        with _unstopped():
+            for path, temporary in hidden.items():
+                with naming(path):
+                    os.replace(temporary, path)
     except BaseException:
         for temporary in hidden.values():
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
         raise
+
+
+@contextlib.contextmanager
+def _unstopped():
+    """Whoever asks this process to stop has it done a moment later."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def append(path: Path | str, text: str) -> None:
