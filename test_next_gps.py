@@ -25,16 +25,14 @@ from ga_llm.arguments import token_count, whole_number
 from ga_llm.cli import Parser, UserError, boolean, run
 from geo_encoder import gps_tokens, injection, weights
 
-TEST_TYPES = {"base": "the base model: no adapter, no GPS embedding", "projector": "GPS embedding, no adapter",
-              "llm": "both"}
+TEST_TYPES = {"base": "neither adapter nor GPS embedding", "projector": "GPS embedding, no adapter", "llm": "both"}
 
 
 def arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--base_model", help="folder of the base LLM (default: --model_path)")
     parser.add_argument("--model_path", help="the same")
-    parser.add_argument("--output_dir", help="stage 2's checkpoint-N; results go here, those of other test types, "
-                        "decodings and protocols into folders of their own")
+    parser.add_argument("--output_dir", help="stage 2's checkpoint-N; results of other test types in folders there")
     parser.add_argument("--cache_dir")
     parser.add_argument("--data_path", default=str(artifacts.DATASETS))
     parser.add_argument("--dataset_name")
@@ -63,6 +61,7 @@ def arguments() -> argparse.Namespace:
     for name in ("base_model", "output_dir", "dataset_name"):
         if not getattr(args, name):
             raise UserError(f"--{name} is required; see python test_next_gps.py --help")
+    decoding.check_table(args.decoding, args.full_table)
     args.folder = folder = artifacts.preprocessed(args.dataset_name, args.data_path)
     args.test_file = folder / (args.test_file or artifacts.questions("test", args.dataset_name, 2, use_sim=False))
     args.gps_mapping_path = args.gps_mapping_path or folder / artifacts.gps_mapping(args.dataset_name)
@@ -90,7 +89,7 @@ def load_model(args, mapping):
         elif args.geoencoder_path:
             injection.attach_frozen(model, args.geoencoder_path, mapping, token_ids)
         elif args.test_type == "projector":
-            raise UserError("--test_type projector needs --geoencoder_path (or --use_random_projector True)")
+            raise UserError("--test_type projector: no encoder; give --geoencoder_path or --use_random_projector True")
     if args.test_type == "llm" and not full:
         checkpoints.check_agreement(args.output_dir, args.context_size, model.config.max_position_embeddings,
                                     args.base_model)
@@ -129,7 +128,7 @@ def main():
     model, tokenizer = load_model(args, mapping)
     ends = args.always_end or args.decoding == "beam"
     spelled = spelling.Spelling(tokenizer, sorted(mapping.ids.tolist()), end, ends)
-    test_prompts = spelled.prompts(pairs, min(args.seq_len, args.context_size))
+    test_prompts = spelled.prompts(pairs, min(args.seq_len, args.context_size), args.test_file)
     test_prompts = protocols.select(args.protocol, test_prompts, args.folder / artifacts.SAMPLE)
     if not test_prompts:
         raise UserError(f"{args.test_file}: --protocol {args.protocol} has none of its {len(pairs)} pairs")

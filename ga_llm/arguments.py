@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.integrations import is_tensorboard_available
+from transformers.integrations import get_available_reporting_integrations
 
 from ga_llm import checkpoints
 from ga_llm.artifacts import require
@@ -178,7 +178,8 @@ def _fit_to_machine(flags):
         if _is_true("tf32", given.pop("tf32", ["False"])):
             log.info("--tf32 is for GPUs: ignored")
         for precision in ("bf16", "fp16"):
-            if precision in given and _is_true(precision, given[precision]) and not (precision == "bf16" and _cpu_has_bf16()):
+            wanted = precision in given and _is_true(precision, given[precision])
+            if wanted and not (precision == "bf16" and _cpu_has_bf16()):
                 log.info("--%s: this CPU has no fast %s, training in fp32", precision, precision)
                 given[precision] = ["False"]
     for flag in ("deepspeed", "fsdp"):
@@ -232,8 +233,9 @@ def _check(args: SFTArguments) -> None:
     _check_numbers(args)
     require(args.data_path, "python data-preprocess/process_projector_gps_stage1.py (stage 1) or process_llm_gps.py")
     require(args.gps_mapping_path, "python data-preprocess/run.py -f best_conf/<name>.yml")
-    if "tensorboard" in args.report_to and not is_tensorboard_available():
-        raise UserError("--report_to tensorboard: it is not installed; pip install tensorboard, or leave the flag out")
+    for name in args.report_to:
+        if name not in get_available_reporting_integrations():
+            raise UserError(f"--report_to {name}: unknown or not installed; pip install {name}, or leave the flag out")
     if args.eval_strategy != "no":
         raise UserError(f"--eval_strategy {args.eval_strategy.value}: training evaluates nothing; leave it out, and run "
                         "test_next_gps.py on a checkpoint")

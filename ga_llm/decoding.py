@@ -16,16 +16,19 @@ DECODINGS = ("rank", "beam", "sample")
 BEAMS = 20
 
 
+def check_table(decoding: str, full: bool) -> None:
+    """Raises UserError if a table of all POIs is asked of what does not rank them all."""
+    if full and decoding != "rank":
+        raise UserError(f"--full_table True: --decoding {decoding} does not know all POIs; use --decoding rank")
+
+
 def decode(decoding: str, model, tokenizer, trie: Trie, test_prompts: Sequence[TestPrompt], batch_size: int,
            full: bool = False, done=frozenset(), seed: int = 0) -> Iterator[tuple[list[TestPrompt], list[Ranked]]]:
     """Yield (prompts, their results) chunk by chunk, the longest first; pairs in `done` need no result.
 
     Which prompts share a chunk depends on the prompts and `batch_size` alone, and the random numbers on the chunk, so
-    that an interrupted evaluation goes on with the same numbers. Raises UserError for a `full` table of anything but
-    a ranking.
+    that an interrupted evaluation goes on with the same numbers.
     """
-    if full and decoding != "rank":
-        raise UserError(f"--full_table True: --decoding {decoding} does not know all POIs; use --decoding rank")
     progress = tqdm(total=len(test_prompts), initial=len(done), disable=not show_progress(), unit="prompt")
     if decoding == "rank":
         ranking.check(model, trie, min(test_prompts, key=lambda prompt: len(prompt.input_ids)))

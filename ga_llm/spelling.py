@@ -75,8 +75,8 @@ class Spelling:
             last = first_after(offsets, len(before) + len(str(poi)))
             yield poi, ids[first:] + ([] if self.end else [self.tokenizer.eos_token_id]), last - first
 
-    def prompts(self, pairs: Sequence[str], max_length: int) -> list[TestPrompt]:
-        """Cut joined pairs before their answers' ids.
+    def prompts(self, pairs: Sequence[str], max_length: int, source="the test file") -> list[TestPrompt]:
+        """Cut joined pairs before their answers' ids. source: the file they are from, for error messages.
 
         Raises UserError if ids are not spelled there as they are alone: every candidate is tried in the first answer,
         and in each answer its own target.
@@ -86,10 +86,10 @@ class Spelling:
             before = prompts.split(pairs[0][:start])[1]
             for poi, ids, _ in self._spell(list(self.full), before):
                 if ids != self.full[poi]:
-                    raise self._otherwise(0, poi)
-        return [self._prompt(i, pair, max_length) for i, pair in enumerate(pairs)]
+                    raise self._otherwise(source, 0, poi)
+        return [self._prompt(i, pair, max_length, source) for i, pair in enumerate(pairs)]
 
-    def _prompt(self, pair: int, text: str, max_length: int) -> TestPrompt:
+    def _prompt(self, pair: int, text: str, max_length: int, source="the test file") -> TestPrompt:
         start, target, _ = answer_id(text)
         encoded = self.tokenizer(text[:start] + str(target) + self.end, return_offsets_mapping=True)
         cut = first_after(encoded["offset_mapping"], start)
@@ -97,12 +97,12 @@ class Spelling:
         tail, eos = encoded["input_ids"][cut:], self.tokenizer.eos_token_id
         tail = tail[:-1] if tail and tail[-1] == eos else tail
         if target in self.full and tail + ([] if self.end else [eos]) != self.full[target]:
-            raise self._otherwise(pair, target)
+            raise self._otherwise(source, pair, target)
         kept = truncate(ids, max_length, self.tokenizer.bos_token_id)
         return TestPrompt(pair, text[:start], target, kept, len(ids), len(ids) <= max_length)
 
-    def _otherwise(self, pair: int, poi: int) -> UserError:
-        return UserError(f"line {pair + 1}: the tokenizer spells {poi} otherwise in this answer than behind "
+    def _otherwise(self, source, pair: int, poi: int) -> UserError:
+        return UserError(f"{source}, line {pair + 1}: the tokenizer spells {poi} otherwise in this answer than behind "
                          f"'{self.LEAD}'; the answer must hold '{self.LEAD}{poi}{self.end}'")
 
 

@@ -1,6 +1,7 @@
 """`<GPS n>`: one token per place of the mapping, found by id, the same in training and in evaluation."""
 import dataclasses
 import gzip
+import warnings
 import zlib
 from pathlib import Path
 
@@ -37,21 +38,27 @@ def read_gps_mapping(path: Path | str) -> GPSMapping:
     """
     path = require(path, MADE_BY)
     try:
-        table = pd.read_csv(path, compression="gzip" if path.suffix == ".gz" else None, skip_blank_lines=False)
+        with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
+            table = pd.read_csv(path, compression="gzip" if path.suffix == ".gz" else None, index_col=False,
+                                skip_blank_lines=False)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error
             ) as error:
         raise UserError(f"{path}: not a CSV file ({' '.join(str(error).split())}); make it again with `{MADE_BY}`"
                         ) from None
-    if not isinstance(table.index, pd.RangeIndex):      # pandas takes the first of too many cells for a row's name
+    except pd.errors.ParserWarning:     # cells would be lost
         raise UserError(f"{path}: rows have more cells than the header, as where a comma stands for the decimal point; "
-                        f"correct it or make it again with `{MADE_BY}`")
+                        f"correct it or make it again with `{MADE_BY}`") from None
     table = table.dropna(how="all")                     # blank lines, which the line numbers count
     missing = [column for column in GPS_COLUMNS if column not in table]
     if missing or table.empty:
         what = f"no column {missing[0]}" if missing else "no rows"
         raise UserError(f"{path}: {what}; expected {','.join(GPS_COLUMNS)}, make it with `{MADE_BY}`")
 
-    values = table[GPS_COLUMNS].apply(pd.to_numeric, errors="coerce")
+    try:
+        values = table[GPS_COLUMNS].apply(pd.to_numeric, errors="coerce")
+    except OverflowError:
+        raise UserError(f"{path}: a number has hundreds of digits; correct it or make it again with `{MADE_BY}`"
+                        ) from None
     ids = values["GPS_id"]
     whole = (ids >= 0) & (ids < HIGHEST_ID) & (ids % 1 == 0)
     for wrong, what in ((~whole, "GPS_id is not a whole number from 0 to 2^53"),

@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))   # runs without an installation, too
 
 from ga_llm import cli, prompts  # noqa: E402 (before transformers)
+from ga_llm.arguments import token_count, whole_number  # noqa: E402
 from ga_llm.cli import UserError  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -40,15 +41,15 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=Path("models/tiny"))
     parser.add_argument("--style", choices=STYLES, default=STYLES[0])
     parser.add_argument("--corpus", type=Path, help="text to train the tokenizer on, such as a test question file")
-    parser.add_argument("--vocab_size", type=int, default=1024, help="at most so many tokens")
-    parser.add_argument("--hidden", type=int, default=64)
-    parser.add_argument("--intermediate", type=int, help="width of the feed-forward layer; default 3 x hidden")
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--kv_heads", type=int, help="default: as many as heads")
-    parser.add_argument("--max_position", type=int, default=2048, help="longest prompt in tokens, without RoPE scaling")
+    parser.add_argument("--vocab_size", type=whole_number(300, 2**24), default=1024, help="at most so many tokens")
+    parser.add_argument("--hidden", type=whole_number(2, 2**20), default=64)
+    parser.add_argument("--intermediate", type=whole_number(1, 2**20), help="of the feed-forward layer; default: 3 x hidden")
+    parser.add_argument("--layers", type=whole_number(1, 2**20), default=2)
+    parser.add_argument("--heads", type=whole_number(1, 2**20), default=4)
+    parser.add_argument("--kv_heads", type=whole_number(1, 2**20), help="default: as many as heads")
+    parser.add_argument("--max_position", type=token_count, default=2048, help="longest prompt, without RoPE scaling")
     parser.add_argument("--tie_embeddings", type=cli.boolean, default=False)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=0)
     args = parser.parse_args()
 
     if not cli.show_progress():
@@ -74,7 +75,7 @@ def make_tiny_llama(folder: Path | str, *, style: str = STYLES[0], corpus: Itera
     kv_heads = kv_heads or heads
     if hidden % (2 * heads) or heads % kv_heads:
         raise UserError(f"--hidden {hidden} must be a multiple of twice --heads {heads} (RoPE turns pairs), "
-                        f"and --heads one of --kv_heads {kv_heads}")
+                        f"and --heads one of --kv_heads {kv_heads}; give others")
     train = {"llama3": byte_level_tokenizer, "sentencepiece": sentencepiece_tokenizer}[style]
     tokenizer = train(corpus if corpus is not None else sample_prompts(seed), vocab_size)
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
@@ -156,9 +157,9 @@ def read_corpus(path: Path) -> list[str]:
         with path.open(encoding="utf-8", errors="ignore") as file:
             lines = file.read(CORPUS_BYTES).splitlines()
     except OSError as error:
-        raise UserError(f"--corpus {path}: {error.strerror}") from None
+        raise UserError(f"--corpus {path}: {error.strerror}; give a file of text") from None
     if not any(line.strip() for line in lines):
-        raise UserError(f"--corpus {path}: no text in it")
+        raise UserError(f"--corpus {path}: no text in it; give another file, or leave it out")
     return lines
 
 

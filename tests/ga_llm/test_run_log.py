@@ -195,7 +195,7 @@ def test_tensorboard_gets_the_same_numbers(make, clock, tmp_path):
 
 
 def test_tensorboard_that_is_missing_is_one_line(make, monkeypatch):
-    monkeypatch.setattr(arguments, "is_tensorboard_available", lambda: False)
+    monkeypatch.setattr(arguments, "get_available_reporting_integrations", list)
     with pytest.raises(UserError, match="--report_to tensorboard: .*pip install tensorboard") as error:
         make(report_to="tensorboard")
     assert "\n" not in str(error.value)
