@@ -114,7 +114,7 @@ def test_mistakes_in_a_csv(settings, text, words):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("x" + TSMC, ["line 1", "user 'x7'", "no number"]),
+    ("x" + TSMC, ["line 1", "user 'x7'", "no whole number"]),
     (TSMC + TSMC.replace("Tue Apr 03", "2012-04-03"), ["line 2", "UTC time", "Tue Apr 03"]),
     (TSMC + TSMC.replace("7\tv1", "7.5\tv1"), ["line 2", "user 7.5", "whole number"]),
     (TSMC.replace("\t540", ""), ["line 1", "7 of 8 columns"]),

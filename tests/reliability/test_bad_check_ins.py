@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 import cities
-from cities import COLUMN, FORMATS, cell, city, every, good, in_order, refused, succeeds  # noqa: F401
+from cities import COLUMN, FORMATS, cell, city, copies, every, good, in_order, refused, succeeds  # noqa: F401
 from harness import snapshot
 
 

@@ -6,7 +6,7 @@ import logging
 import pandas as pd
 import pytest
 
-from cities import (CATEGORY, FORMATS, HEADERS, SQUARE, city, every, good, line, refused, succeeds,  # noqa: F401
+from cities import (CATEGORY, FORMATS, HEADERS, SQUARE, city, copies, every, good, line, refused, succeeds,  # noqa: F401
                     visits)
 from ga_llm import prompts
 

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from cities import City, cell, city, config, good, refused, succeeds  # noqa: F401
+from cities import City, cell, city, config, copies, good, refused, succeeds  # noqa: F401
 from harness import snapshot
 
 QUESTION_SCRIPTS = ("process_llm_gps.py", "process_projector_gps_stage1.py", "traj_qk.py")
