@@ -25,13 +25,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import Trainer, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from ga_llm import staging
 from ga_llm.artifacts import FINAL_ENCODER, MERGED_ENCODER, TRAINABLE_PARAMS, require
 from ga_llm.cli import UserError
 from ga_llm.llm import rope_factor
-from ga_llm.reading import (WAY_OUT, check_pickle, fingerprint, listed, read_json, read_shapes, read_tensors,
+from ga_llm.reading import (WAY_OUT, check_finite, check_pickle, fingerprint, listed, read_json, read_shapes, read_tensors,
                             reason, weights_files)
 from ga_llm.run_log import LoggedTrainer
 from ga_llm.sampling import EpochSampler
@@ -126,7 +126,10 @@ class GATrainer(LoggedTrainer):
         written, or adapters in folders beside, instead of ours.
         """
         if self.is_fsdp_enabled or not isinstance(self.model, PeftModel):
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if not self.is_fsdp_enabled:
+                check_finite(dict(self.model.named_parameters()), resume_from_checkpoint)
+            return
         for file in (ADAPTER, TRAINABLE_PARAMS):
             path = Path(resume_from_checkpoint) / file
             load_weights(self.model, read_tensors(path), path, [])      # check_resumable has seen that none is missing
@@ -226,14 +229,24 @@ def resume_point(args) -> str | None:
 
 def finished(checkpoint: Path | str, args) -> bool:
     """Whether the run that wrote `checkpoint` had reached its end, and `args` ask for no more."""
-    state = read_json(Path(checkpoint) / TRAINER_STATE_NAME)
-    for name in ("global_step", "max_steps", "num_train_epochs"):
-        if type(state.get(name)) is not int or state[name] < 0:
-            raise UserError(f"{Path(checkpoint) / TRAINER_STATE_NAME}: {name} is {str(state.get(name))[:100]!r}, not a "
-                            f"number; {WAY_OUT}")
+    state = read_state(checkpoint)
     if args.max_steps > 0:
-        return state["global_step"] >= args.max_steps
-    return state["global_step"] >= state["max_steps"] and state["num_train_epochs"] >= args.num_train_epochs
+        return state.global_step >= args.max_steps
+    return state.global_step >= state.max_steps and state.num_train_epochs >= args.num_train_epochs
+
+
+def read_state(checkpoint: Path | str) -> TrainerState:
+    """Where the run that wrote `checkpoint` stood."""
+    path = Path(checkpoint) / TRAINER_STATE_NAME
+    found = read_json(path)
+    for name, kind in {"global_step": int, "max_steps": int, "num_train_epochs": int, "log_history": list}.items():
+        value = found.get(name)
+        if type(value) is not kind or kind is int and value < 0:
+            raise UserError(f"{path}: {name} is {str(value)[:100]!r}; {WAY_OUT}")
+    try:
+        return TrainerState(**found)
+    except TypeError as error:      # a field that it does not know
+        raise UserError(f"{path}: not transformers' ({reason(error)}); {WAY_OUT}") from None
 
 
 def train(trainer: Trainer) -> bool:
@@ -248,7 +261,7 @@ def train(trainer: Trainer) -> bool:
     checkpoint = resume_point(trainer.args)
     if checkpoint and finished(checkpoint, trainer.args):
         log.info("%s: this run has finished, nothing is left to train", checkpoint)
-        trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        trainer.state = read_state(checkpoint)
         return False
     if checkpoint:
         check_resumable(Path(checkpoint), trainer)
@@ -291,6 +304,8 @@ def check_resumable(checkpoint: Path, trainer: Trainer) -> None:
         by = next((f", it was saved with {kind}" for other, kind in kinds.items() if (checkpoint / other).exists()), "")
         raise UserError(f"{checkpoint}: no {name}, so no optimizer to go on with{by}; resume with the flags that it "
                         "was trained with")
+    if not trainer.is_deepspeed_enabled and not (checkpoint / SCHEDULER_NAME).exists():
+        raise UserError(f"{checkpoint}: no {SCHEDULER_NAME}, without which the optimizer is not read; {WAY_OUT}")
     count, rank = trainer.args.world_size, trainer.args.process_index
     own = checkpoint / ("rng_state.pth" if count == 1 else f"rng_state_{rank}.pth")
     if not own.exists() or (checkpoint / f"rng_state_{count}.pth").exists():
@@ -322,6 +337,10 @@ def check_weights(checkpoint: Path, trainer: Trainer) -> None:
                             f"{getattr(own, name)}; give --lora_r {config.r} --lora_alpha {config.lora_alpha}")
     check_fits(model, adapter, checkpoint / ADAPTER, [name for name in trained if "lora_" in name])
     check_fits(model, beside, checkpoint / TRAINABLE_PARAMS, [name for name in trained if "lora_" not in name])
+    extra = min(beside.keys() - set(trained), default=None)
+    if extra is not None:
+        raise UserError(f"{checkpoint / TRAINABLE_PARAMS}: holds {extra}, which this run does not train; resume with the "
+                        "flags that it was trained with")
 
 
 def check_states(checkpoint: Path, trainer: Trainer) -> None:
