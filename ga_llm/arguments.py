@@ -237,8 +237,8 @@ def _check(args: SFTArguments) -> None:
         if name not in get_available_reporting_integrations():
             raise UserError(f"--report_to {name}: unknown or not installed; pip install {name}, or leave the flag out")
     if args.eval_strategy != "no":
-        raise UserError(f"--eval_strategy {args.eval_strategy.value}: training evaluates nothing; leave it out, and run "
-                        "test_next_gps.py on a checkpoint")
+        raise UserError(f"--eval_strategy {args.eval_strategy.value}: training evaluates nothing; leave it out, and "
+                        "run test_next_gps.py on a checkpoint")
     if not args.model_max_length >= LEAST_TOKENS:
         raise UserError(f"--model_max_length {args.model_max_length}: too short for a question and its answer; give at "
                         f"least {LEAST_TOKENS}")

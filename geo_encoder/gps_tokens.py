@@ -81,8 +81,8 @@ def add_gps_tokens(tokenizer, mapping: GPSMapping, model=None) -> np.ndarray:
     foreign = [token for token in tokenizer.get_added_vocab() if GPS_TOKEN.fullmatch(token)]
     foreign = sorted(set(foreign).difference(mapping.tokens))
     if foreign:
-        raise UserError(f"the tokenizer already has {foreign[0]}, which has no row in the GPS mapping; give the mapping "
-                        "that the model was trained with, or another model")
+        raise UserError(f"the tokenizer already has {foreign[0]}, which has no row in the GPS mapping; give the "
+                        "mapping that the model was trained with, or another model")
     tokenizer.add_special_tokens({"extra_special_tokens": mapping.tokens}, replace_extra_special_tokens=False)
     token_ids = np.asarray(tokenizer.convert_tokens_to_ids(mapping.tokens))
     if model is not None:

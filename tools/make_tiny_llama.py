@@ -43,7 +43,8 @@ def main():
     parser.add_argument("--corpus", type=Path, help="text to train the tokenizer on, such as a test question file")
     parser.add_argument("--vocab_size", type=whole_number(300, 2**24), default=1024, help="at most so many tokens")
     parser.add_argument("--hidden", type=whole_number(2, 2**20), default=64)
-    parser.add_argument("--intermediate", type=whole_number(1, 2**20), help="of the feed-forward layer; default: 3 x hidden")
+    parser.add_argument("--intermediate", type=whole_number(1, 2**20),
+                        help="width of the feed-forward layer; default: 3 x hidden")
     parser.add_argument("--layers", type=whole_number(1, 2**20), default=2)
     parser.add_argument("--heads", type=whole_number(1, 2**20), default=4)
     parser.add_argument("--kv_heads", type=whole_number(1, 2**20), help="default: as many as heads")

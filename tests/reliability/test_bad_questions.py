@@ -1,8 +1,9 @@
-"""Bad input to training and evaluation: question files, mappings, encoders, tokenizers, flags. It works or is refused."""
+"""Wrong question files, mappings, encoders, tokenizers and flags: training and evaluation use or refuse them."""
 import contextlib
 import gzip
 import json
 import shutil
+from argparse import Namespace
 
 import forked
 import numpy as np
@@ -15,10 +16,10 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ga_llm import artifacts, llm, prompts, sft_data, spelling, token_cache, writing
+from ga_llm import artifacts, llm, prompts, sft_data, spelling, token_cache, training, writing
 from ga_llm.artifacts import METRICS, PREDICTIONS
 from ga_llm.cli import UserError
-from geo_encoder import gps_tokens
+from geo_encoder import gps_tokens, injection
 from geo_encoder.weights import CONFIG
 
 TEST = f"{DATA}/{artifacts.questions('test', 'sample', 2, False)}"
@@ -566,7 +567,8 @@ BAD_CONFIGS = [
     ("ngram 1000000", {"ngram": 1_000_000, "level": 1_000_000}, ["level"]),
     ("level 0", {"level": 0}, ["level"]), ("level NaN", {"level": float("nan")}, ["level"]),
     ("level 3", {"level": 3}, ["n-gram"]), ("level 10**30", {"level": 10**30}, ["level"]),
-    ("unknown kind", {"kind": "spherical"}, ["spherical"]), ("kind a list", {"kind": ["hierarchical"]}, ["geo encoder"]),
+    ("unknown kind", {"kind": "spherical"}, ["spherical"]),
+    ("kind a list", {"kind": ["hierarchical"]}, ["geo encoder"]),
 ]
 
 
@@ -916,7 +918,8 @@ def test_bad_predictions_are_not_compared(place, content, names):
     ("--heads 0", ["--heads"]), ("--kv_heads 3", ["--kv_heads"]), ("--kv_heads -1", ["--kv_heads"]),
     ("--vocab_size 0", ["--vocab_size"]), ("--max_position 0", ["--max_position"]), ("--seed x", ["--seed"]),
     ("--seed -1", ["--seed"]), ("--style foo", ["--style"]), ("--tie_embeddings maybe", ["--tie_embeddings"]),
-    ("--intermediate 0", ["--intermediate"]), ("--corpus nowhere.txt", ["nowhere.txt"]), ("--corpus models", ["models"]),
+    ("--intermediate 0", ["--intermediate"]),
+    ("--corpus nowhere.txt", ["nowhere.txt"]), ("--corpus models", ["models"]),
     ("--corpus empty.txt", ["empty.txt"]), ("--output_dir models", ["models"]), ("--output_dir empty.txt", ["empty"])])
 def test_a_bad_flag_of_make_tiny_llama_is_refused(place, flags, names):
     (place / "empty.txt").write_text("")
@@ -946,3 +949,81 @@ def test_unusual_flags_that_say_something_train(place, stage, flags, made):
     result = train_forked(place, stage, "--save_steps", "1", *arguments)
     assert result.code == 0, result.err
     assert (place / "outputs/new" / made).is_dir()
+
+
+# Any bytes at all.
+
+def mangled(data: bytes, draw) -> bytes:
+    """A file with a few bytes changed, a part lost, doubled or blanked, or another's head."""
+    data, at = bytearray(data), int(draw.integers(len(data)))
+    length = int(draw.integers(1, 200))
+    match draw.integers(6):
+        case 0:
+            data[at] = int(draw.integers(256))
+        case 1:
+            del data[at:]
+        case 2:
+            del data[at:at + length]
+        case 3:
+            data[at:at] = data[at:at + length]
+        case 4:
+            data[at:at + length] = bytes(len(data[at:at + length]))
+        case 5:
+            data[at:at + 1] = draw.choice([b"\"", b",", b"\n", b"<GPS ", b"POI id ", b"e9", b"\xff", b"[", b"-"])
+    return bytes(data)
+
+
+READ_BY_TRAINING = [TRAIN, MAPPING, ENCODER, BESIDE]
+READ_BY_EVALUATION = [TEST, MAPPING, ENCODER, BESIDE, f"{DATA}/train_sample.csv"]
+
+
+def works_or_is_refused(place, run, *arguments) -> bool:
+    """Whether it works; a refusal leaves everything as it was."""
+    before = snapshot(place)
+    result = run(place, *arguments)
+    if result.code == 0:
+        return True
+    refusal(result)
+    assert {name: what for name, what in snapshot(place).items() if "/tokens-" not in name} == before
+    return False
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("file", READ_BY_EVALUATION)
+def test_evaluation_of_mangled_files(place, file):
+    whole, draw, worked = (place / file).read_bytes(), np.random.default_rng(len(file)), 0
+    for _ in range(150):
+        (place / file).write_bytes(mangled(whole, draw))
+        worked += works_or_is_refused(place, evaluate_here)
+        for name in (METRICS, PREDICTIONS):
+            (place / CHECKPOINT / name).unlink(missing_ok=True)
+    assert worked < 150
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("file", READ_BY_TRAINING)
+def test_training_setup_from_mangled_files(place, file):
+    """Up to the model with its encoder; a file that is read must not make training fail later."""
+    whole, draw, refused_ones = (place / file).read_bytes(), np.random.default_rng(len(file)), 0
+    for _ in range(150):
+        (place / file).write_bytes(mangled(whole, draw))
+        with contextlib.chdir(place):
+            try:
+                args = Namespace(output_dir="outputs/new", process_index=0, dry_run=False, seed=1, shared_prefix=False,
+                                 gps_mapping_path=MAPPING, model_name_or_path="models/tiny", cache_dir=None,
+                                 data_path=TRAIN, model_max_length=512, low_rank_training=True, use_flash_attn=False,
+                                 use_full_attn=True, bf16=False, load_in_4bit=False)
+                setup = training.set_up(args)
+                injection.attach_frozen(setup.model, ENCODER, setup.mapping, setup.token_ids)
+                for item in setup.dataset:
+                    assert 0 < item["answer_start"] < len(item["input_ids"]) <= 512
+            except UserError as error:
+                refused_ones += 1
+                assert "\n" not in str(error) and (";" in str(error) or "`" in str(error)), error
+            finally:
+                writing._held.close()
+        assert not (place / "outputs/new").exists()
+        assert not list(place.rglob(".*"))
+        for folder in (place / DATA).glob("tokens-*"):
+            shutil.rmtree(folder)
+    assert refused_ones
