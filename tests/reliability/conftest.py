@@ -1,10 +1,13 @@
-"""A larger sample city than that of `repo`, for commands that take a moment."""
+"""What tests of kills and disks share: a larger sample city, a disk of their own, and commands measured on it."""
 import shutil
+import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 from commands import few_pairs
 from harness import ROOT, call
-from trials import CASES
+from trials import CASES, Disk, Trial
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +21,29 @@ def city(tmp_path_factory):
         assert result.code == 0, result.err
     few_pairs(city, 2, 800)
     return city
+
+
+@pytest.fixture(scope="session")
+def disk(tmp_path_factory):
+    """A small file system; where none may be mounted, a folder, on which only tests that fill it are skipped."""
+    folder = Path(tempfile.mkdtemp())
+    try:
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", folder], capture_output=True)
+        yield Disk(folder, mounted.returncode == 0)
+    finally:
+        subprocess.run(["umount", "-l", folder], capture_output=True)
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def trial(disk, tmp_path_factory, city, repo):
+    """The trial of a case, measured once a session: trial("samples")."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            made[name] = Trial(name, disk.folder / name, tmp_path_factory.mktemp("logs"), city, repo)
+            if name in CASES:
+                made[name].measure()
+        return made[name]
+    return make

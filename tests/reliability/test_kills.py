@@ -15,7 +15,7 @@ import pytest
 import torch
 from commands import few_pairs, losses
 from safetensors.torch import load_file
-from trials import CASES, Trial
+from trials import CASES
 
 from ga_llm import run_log, staging
 from ga_llm.artifacts import FINAL_ENCODER, MERGED_ENCODER, RUN, TRAINABLE_PARAMS, TRAINER_LOG
@@ -26,8 +26,8 @@ KILLS = [pytest.param(3, id="short"), pytest.param(30, id="long", marks=pytest.m
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("kills", KILLS)
-def test_killed(name, kills, tmp_path, city, repo):
-    trial, chance = Trial(name, tmp_path, tmp_path, city, repo), random.Random(name)
+def test_killed(name, kills, trial):
+    trial, chance = trial(name), random.Random(name)
     killed, half_done = 0, 0
     for attempt in range(4 * kills):
         earlier = name != "tokens" and chance.random() < 0.5
@@ -49,9 +49,9 @@ def test_killed(name, kills, tmp_path, city, repo):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("times", [pytest.param(1, id="short"), pytest.param(10, id="long", marks=pytest.mark.soak)])
-def test_stopped(name, times, tmp_path, city, repo):
+def test_stopped(name, times, trial):
     """SIGINT, as Ctrl-C sends it, is one word; nor does a SIGTERM leave more than a kill does."""
-    trial, chance = Trial(name, tmp_path, tmp_path, city, repo), random.Random(name)
+    trial, chance = trial(name), random.Random(name)
     for number, code in [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)] * times:
         earlier = name != "tokens" and chance.random() < 0.5
         trial.begin(earlier)

@@ -1,14 +1,17 @@
 """What tests of kills, disks and runs at once share: commands that take a second, run undisturbed and otherwise."""
+import contextlib
 import functools
 import json
 import os
 import re
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import forked
+import pytest
 from commands import DATA, MAPPING, evaluation
 from harness import ROOT, Result
 
@@ -17,7 +20,7 @@ from ga_llm.artifacts import METRICS
 EARLIER = b"of an earlier run\n"
 QUESTIONS = ["-dataset_name", "sample", "-use_sim", "False", "-max_history", "20"]
 CASES = {       # name: the command, the folder that it writes to
-    "raw": (["data-preprocess/make_sample_raw.py", "-users", "300", "-overwrite", "True", "-out", "raw/sample"],
+    "raw": (["data-preprocess/make_sample_raw.py", "-users", "100", "-overwrite", "True", "-out", "raw/sample"],
             "raw/sample"),
     "samples": (["data-preprocess/run.py", "-f", "best_conf/sample.yml"], DATA),
     "keys": (["data-preprocess/traj_qk.py", "-dataset_name", "sample"], DATA),
@@ -28,7 +31,41 @@ CASES = {       # name: the command, the folder that it writes to
     "evaluation": (evaluation("results/evaluated"), "results/evaluated"),
     "full table": (evaluation("results/evaluated", "--full_table", "True"), "results/evaluated"),
 }
+TRAININGS = {f"stage {stage}": (forked.training(stage, "trained/here"), "trained/here") for stage in (1, 2)}
 TOGETHER = {"raw", "samples", "keys", "questions 1", "questions 2"}      # whose files appear at once
+
+
+ROOM, PAGE = 2**28, 4096
+
+
+class Disk:
+    """A file system of its own, if `mounted`."""
+
+    def __init__(self, folder: Path, mounted: bool):
+        self.folder, self.mounted = folder, mounted
+
+    def remount(self, options):
+        if not self.mounted:
+            pytest.skip("file systems may not be mounted here")
+        subprocess.run(["mount", "-o", f"remount,{options}", self.folder], check=True)
+
+    @contextlib.contextmanager
+    def room(self, size):
+        """So many bytes are free."""
+        state = os.statvfs(self.folder)
+        self.remount(f"size={(state.f_blocks - state.f_bfree) * state.f_frsize + max(PAGE, int(size))}")
+        try:
+            yield
+        finally:
+            self.remount(f"size={ROOM}")
+
+    @contextlib.contextmanager
+    def read_only(self):
+        self.remount("ro")
+        try:
+            yield
+        finally:
+            self.remount("rw")
 
 
 def contents(folder):
@@ -44,26 +81,31 @@ def visible(files):
 
 
 class Trial:
-    """A case in a folder of its own; `made`, what it leaves when undisturbed, in `seconds` by `operations`."""
+    """A case in a folder of its own. `measure` finds out what it makes when undisturbed, in which time."""
 
     def __init__(self, name, root, logs, city, repo):
         self.name, self.root, self.log, self.trace = name, root, logs / "log", logs / "trace"
-        self.command, self.output = CASES[name]
+        self.command, self.output = {**CASES, **TRAININGS}[name]
         self.folder, self.together = root / self.output, name in TOGETHER
         evaluates = name in ("evaluation", "full table")
         for link, target in (("best_conf", ROOT / "best_conf"), ("models", repo / "models"),
                              ("few_pairs_2_800.json", city / "few_pairs_2_800.json"),
                              ("data-preprocess", city / "data-preprocess"), ("outputs/gcim", repo / "outputs/gcim"),
-                             ("datasets", (repo if evaluates else city) / "datasets")):
+                             ("datasets", (repo if evaluates or name in TRAININGS else city) / "datasets")):
             if link != Path(self.output).parts[0]:
                 (root / link).parent.mkdir(parents=True, exist_ok=True)
                 (root / link).symlink_to(target)
-        self.inputs, self.made = {}, {}
-        if evaluates:
+        self.inputs, self.made, self.environment = {}, {}, dict
+        if name in TRAININGS:
+            self.environment = forked.ranks
+        elif evaluates:
             self.inputs = contents(repo / "outputs/llm/checkpoint-6")
         elif name not in ("raw", "samples", "tokens"):
             self.inputs = {file: text for file, text in contents(city / DATA).items() if "_qa_" not in file}
         self.begin(earlier=False)
+
+    def measure(self):
+        """Run it undisturbed."""
         self.succeed()
         self.made = {file: text for file, text in contents(self.folder).items() if file not in self.inputs}
         self.begin(earlier=False)
@@ -82,7 +124,7 @@ class Trial:
     def launch(self, *hooks):
         for log in (self.log, Path(f"{self.log}.out")):
             log.unlink(missing_ok=True)
-        return forked.launch(self.root, self.command, self.log, *hooks)
+        return forked.launch(self.root, self.command, self.log, *hooks, **self.environment())
 
     def run(self, *hooks) -> Result:
         return self.end(self.launch(*hooks))
