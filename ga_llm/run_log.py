@@ -29,6 +29,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from ga_llm.artifacts import LOSS_PICTURE, RUN, TRAINER_LOG
+from ga_llm.cli import UserError
+from ga_llm.reading import read_json
 from ga_llm.writing import append, atomic_write
 
 log = logging.getLogger(__name__)
@@ -153,13 +155,21 @@ def _json_line(line: dict) -> str:
 def read_log(path: Path | str) -> list[dict]:
     """The lines of a trainer_log.jsonl, none if there is no file.
 
-    A last line that a killed run left unfinished is passed over.
+    A last line that a killed run left unfinished is passed over. Raises UserError for any other that is none of ours.
     """
     path = Path(path)
     if not path.exists():
         return []
-    *whole, _ = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in whole]
+    *whole, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = []
+    for number, text in enumerate(whole, start=1):
+        try:
+            line = json.loads(text)
+            lines.append({**line, "step": int(line["step"]), "elapsed_seconds": float(line["elapsed_seconds"])})
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{path}, line {number}: not a line of a training's log; remove the file or that line"
+                            ) from None
+    return lines
 
 
 def draw_loss(lines: list[dict], path: Path | str) -> None:
@@ -184,7 +194,9 @@ def draw_loss(lines: list[dict], path: Path | str) -> None:
 
 def add_start(path: Path, start: dict) -> None:
     """Append to the list of starts in run.json."""
-    starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
+    starts = read_json(path).get("starts") if path.exists() else []
+    if not isinstance(starts, list):
+        raise UserError(f"{path}: no list of starts, so not a training's; remove it, or give another --output_dir")
     with atomic_write(path) as file:
         json.dump({"starts": [*starts, start]}, file, indent=1, default=str)
 

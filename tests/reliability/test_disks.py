@@ -18,7 +18,7 @@ from ga_llm import run_log, staging, writing
 from ga_llm.artifacts import FINAL_ENCODER, TRAINER_LOG
 
 # Of what a command writes, as much as there is room for.
-SHARES = [0.6, *(pytest.param(share / 16, marks=pytest.mark.soak) for share in range(16))]
+SHARES = [0.6, *(pytest.param(share / 8, marks=pytest.mark.soak) for share in range(8))]
 ALL = [*CASES, *TRAININGS]
 ALONE = [name for name in ALL if name != "tokens"]      # those that want the folder for themselves
 
@@ -58,7 +58,7 @@ def size_of(folder):
 
 
 @pytest.mark.parametrize("stage, saved", [(1, 1.5)] + [
-    pytest.param(stage, saved / 10, marks=pytest.mark.soak) for stage in (1, 2) for saved in (0, 2, 4, 6, 8, 12, 18, 25)])
+    pytest.param(stage, saved / 10, marks=pytest.mark.soak) for stage in (1, 2) for saved in (0, 3, 8, 12, 25)])
 def test_training_on_a_full_disk(stage, saved, disk, repo, tmp_path):
     """There is room for so many checkpoints; those that are whole stay, and with more room it goes on."""
     folder = disk.folder / "trained"

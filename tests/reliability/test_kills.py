@@ -15,13 +15,14 @@ import pytest
 import torch
 from commands import few_pairs, losses
 from safetensors.torch import load_file
-from trials import CASES
+from trials import CASES, TRAININGS
 
 from ga_llm import run_log, staging
 from ga_llm.artifacts import FINAL_ENCODER, MERGED_ENCODER, RUN, TRAINABLE_PARAMS, TRAINER_LOG
 from ga_llm.checkpoints import ADAPTER
+from ga_llm.cli import UserError
 
-KILLS = [pytest.param(3, id="short"), pytest.param(30, id="long", marks=pytest.mark.soak)]
+KILLS = [pytest.param(3, id="short"), pytest.param(20, id="long", marks=pytest.mark.soak)]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -123,7 +124,7 @@ def wait_for_step(process, folder, step):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("kills", [pytest.param(6, id="short"), pytest.param(30, id="long", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kills", [pytest.param(6, id="short"), pytest.param(20, id="long", marks=pytest.mark.soak)])
 def test_training_killed(repo, tmp_path, stage, kills):
     flags = [*FLAGS, *ORDER[stage], "--data_path", few_pairs(repo, stage, 6)]
     undisturbed, folder, trace = tmp_path / "undisturbed", tmp_path / "killed", tmp_path / "trace"
@@ -152,3 +153,30 @@ def test_training_killed(repo, tmp_path, stage, kills):
     check_alike(folder, undisturbed, stage)
     print(f"stage {stage}: {killed} kills, {half_done} with a checkpoint half written; {operations} operations")
     assert half_done >= kills // 4 and len(seen) >= 3
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_training_stopped(name, number, code, trial, tmp_path):
+    """While its second checkpoint is written."""
+    trial = trial(name)
+    trial.begin(earlier=False)
+    second = staging.checkpoint(staging.staging(trial.folder), 4)
+    process = trial.launch(functools.partial(forked.watch, str(second), str(tmp_path / "trace"), 2, number))
+    result = trial.end(process)
+    assert result.code == code and "Traceback" not in result.err and staging.steps(trial.folder) == [2]
+    assert number == signal.SIGTERM or result.err.splitlines()[-1] == "interrupted"
+    check_whole(trial.folder, int(name[-1]))
+
+
+@pytest.mark.parametrize("file, text, names", [
+    ("run.json", "{", ["not JSON"]), ("run.json", "[]", ["no JSON object"]), ("run.json", "{}", ["no list of starts"]),
+    ("trainer_log.jsonl", '{"step": 1, "elapsed_seconds": 1}\nNaN\n', ["line 2"]),
+    ("trainer_log.jsonl", '{"step": 1}\n', ["line 1"]), ("trainer_log.jsonl", "\0\n", ["line 1"])])
+def test_damaged_logs(tmp_path, file, text, names):
+    """What a stranger, or a disk, has left in the output folder is one line."""
+    (tmp_path / file).write_text(text)
+    read = functools.partial(run_log.add_start, start={}) if file == "run.json" else run_log.read_log
+    with pytest.raises(UserError) as caught:
+        read(tmp_path / file)
+    assert all(name in str(caught.value) for name in [file, *names]) and ";" in str(caught.value)
