@@ -99,7 +99,8 @@ def _values(path: Path) -> dict:
     try:
         values = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
     except yaml.MarkedYAMLError as error:
-        raise UserError(f"{path}, line {error.problem_mark.line + 1}: not YAML: {error.problem}; mend the line") from None
+        line = error.problem_mark.line + 1
+        raise UserError(f"{path}, line {line}: not YAML: {error.problem}; mend the line") from None
     except (yaml.YAMLError, ValueError) as error:       # ValueError: not UTF-8, a date such as 2024-02-30
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())[:200]}; {KEYS_EXPLAINED}") from None
     except RecursionError:
@@ -133,20 +134,20 @@ def load(path: Path | str) -> Config:
         if key in needed:
             check(isinstance(values[key], dict), key, "a map of " + ", ".join(keys))
             _same_keys(f"{path}: {key}", values[key], set(keys))
-            check(all(isinstance(text, str) for text in values[key].values()), key, "text for each")
+            check(all(map(_is_line, values[key].values())), key, "a line of text for each")
     names = values["raw"].values()
     # A name must end in a file, and no file may be given twice: what is written must not replace what is read.
-    check(all(Path(name).name and name.isprintable() for name in names), "raw", "a file's path for each")
+    check(all(Path(name).name for name in names), "raw", "a file's path for each")
     check(len({os.path.realpath(name) for name in names}) == len(names), "raw", "another file for each")
     if "columns" in needed:
         apart = [column for role, column in values["columns"].items() if role != "category"]
         check(len(set(apart)) == len(apart), "columns", "another column for each (but for category)")
-    check(isinstance(values["raw_from"], str), "raw_from", "text")
+    check(_is_line(values["raw_from"]), "raw_from", "a line of text")
     figures = values["published"]
     check(isinstance(figures, dict) and all(split in artifacts.SPLITS and isinstance(counts, dict)
                                             and not counts.keys() - set(COUNTS) and all(map(_is_whole, counts.values()))
                                             for split, counts in figures.items()),
-          "published", f"{{}}, or a map of {', '.join(artifacts.SPLITS)} to maps of {', '.join(COUNTS)} to whole numbers")
+          "published", f"{{}}, or a map of {', '.join(artifacts.SPLITS)} to maps of {', '.join(COUNTS)} to numbers")
     if "passes" in needed:
         cuts = values["split_at"]
         check(isinstance(cuts, list) and len(cuts) == 2 and all(map(_is_number, cuts))
@@ -156,13 +157,17 @@ def load(path: Path | str) -> Config:
             check(_is_number(values[key]) and values[key] > 0, key, "a number above 0")
     if "keep_states" in needed:
         states = values["keep_states"]
-        check(isinstance(states, list) and states and all(isinstance(name, str) for name in states), "keep_states",
+        check(isinstance(states, list) and states and all(map(_is_line, states)), "keep_states",
               "a list of names")
     return Config(path=path, **values)
 
 
 def _is_whole(value) -> bool:
     return type(value) is int       # True is an int too
+
+
+def _is_line(value) -> bool:
+    return isinstance(value, str) and value.isprintable()       # messages, which are one line, show it
 
 
 def _is_number(value) -> bool:

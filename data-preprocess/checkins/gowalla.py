@@ -39,14 +39,15 @@ def states_area(path: Path, names: list[str]) -> shapely.Geometry:
             if name not in dict(found):
                 raise UserError(f"{path}: no feature named {short(name)}; it has {short(sorted(dict(found)))}")
         areas = [shapely.union_all([shape(geometry) for other, geometry in found if other == name]) for name in names]
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, shapely.errors.ShapelyError) as error:
+        union = shapely.union_all(areas)
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError,
+            shapely.errors.ShapelyError) as error:
         raise UserError(f"{path}: not a GeoJSON of named features ({short(str(error))}); fetch it again") from None
     for name, area in zip(names, areas):
         west, south, east, north = area.bounds
         if not (area.area > 0 and -180 <= west <= east <= 180 and -90 <= south <= north <= 90):
-            raise UserError(f"{path}: {short(name)} has no area on the globe, whose points are [longitude, latitude] in "
-                            "degrees; fetch it again")
-    union = shapely.union_all(areas)
+            raise UserError(f"{path}: {short(name)} has no area on the globe, whose points are [longitude, latitude] "
+                            "in degrees; fetch it again")
     shapely.prepare(union)
     return union
 

@@ -33,6 +33,7 @@ TSMC2014_COLUMNS = ["user", "venue", "category id", "category name", "latitude",
 GETNEXT_COLUMNS = ["user_id", "POI_id", "POI_catid", "POI_catname", "latitude", "longitude", "local_time",
                    "trajectory_id"]
 LARGEST_ID = 10 ** 15 - 1   # where pandas reads a column as floats, whole numbers are exact up to 2 ** 53
+LONGEST_NUMBER = 300        # digits that a float can hold
 OFFSETS = -24 * 60, 24 * 60     # minutes
 YEARS = 1970, 2100          # of check-ins; what lies outside is another kind of number, or a slip of the pen
 # Date and time as ISO 8601 has them; pandas alone would take "2012", "10:0" and time zones too.
@@ -43,6 +44,8 @@ OFFSET = r":\d\d(?:\.\d+)?(\s*(?:Z|UTC|[+-]\d\d(?::?\d\d)?))$"
 logger = logging.getLogger(__name__)
 # pandas says that a line is too long, and then drops the rest of it. `tables` makes that an error of its own.
 warnings.filterwarnings("ignore", category=pd.errors.ParserWarning, message="Length of header or names")
+# Python says so of a backslash in a spot's category, which is no program of ours.
+warnings.filterwarnings("ignore", message="invalid escape sequence|.* is an invalid escape sequence")
 
 
 def read(config: Config) -> pd.DataFrame:
@@ -83,8 +86,8 @@ def tables(path: Path, *, keep: list[str], columns: list[str] | None = None, tex
             first_line = reader.line_num + 1
         for column in keep:
             if columns.count(column) != 1:
-                raise UserError(f"{path}: {'two columns' if column in columns else 'no column'} {column}; its header has "
-                                f"{short(', '.join(columns))}")
+                what = "two columns" if column in columns else "no column"
+                raise UserError(f"{path}: {what} {column}; its header has {short(', '.join(columns))}")
         # One name more than columns: what lands there is one cell too many. Without it pandas would take the first
         # column of too long lines for an index.
         width, empty_file = len(columns), True
@@ -126,7 +129,7 @@ def whole_text(path: Path) -> str:
 
 def numbers(frame: pd.DataFrame, column: str, path: Path, least: float = -np.inf, most: float = np.inf) -> pd.Series:
     """A column as numbers. Raises UserError with the line of the first that is none from `least` to `most`."""
-    values = pd.to_numeric(frame[column], errors="coerce")
+    values = _to_numbers(frame[column])
     span = "" if most == np.inf else f" between {least} and {most}"
     wrong = ~values.between(least, most) | (values.dtype == bool)       # pandas reads a column of True as such
     _reject(wrong, path, lambda line: f"{column} {short(frame[column][line])} is no number{span}")
@@ -136,11 +139,18 @@ def numbers(frame: pd.DataFrame, column: str, path: Path, least: float = -np.inf
 def integers(frame: pd.DataFrame, column: str, path: Path, least: int = -LARGEST_ID, most: int = LARGEST_ID
              ) -> pd.Series:
     """A column as int64. Raises UserError with the line of the first that is no whole number from `least` to `most`."""
-    values = pd.to_numeric(frame[column], errors="coerce")
+    values = _to_numbers(frame[column])
     wrong = ~values.between(least, most) | (values.dtype == bool) | (values % 1 != 0)
     _reject(wrong, path, lambda line: f"{column} {short(frame[column][line])} is no whole number between {least} and "
                                       f"{most}")
     return values.astype("int64")
+
+
+def _to_numbers(column: pd.Series) -> pd.Series:
+    try:
+        return pd.to_numeric(column, errors="coerce")
+    except OverflowError:       # a number of hundreds of digits stops pandas, where others become NaN
+        return pd.to_numeric(column.mask(column.astype(str).str.len() > LONGEST_NUMBER), errors="coerce")
 
 
 def times(frame: pd.DataFrame, column: str, path: Path, pattern: str, length: int | None = None) -> pd.Series:

@@ -1,6 +1,7 @@
 """Raw check-ins as tired people and strangers hand them in: read right, or refused in one line without a trace."""
 import gzip
 import json
+import re
 
 import pandas as pd
 import pytest
@@ -58,7 +59,7 @@ def test_works_as_if_nothing_were_the_matter(city, good, format_, change):
     ("csv", "check_ins", lambda text: text.replace("user,poi", " user, poi ")),
     ("csv", "check_ins", every("csv", "time", lambda time: time.replace(" ", "T") + ".75")),
     ("csv", "check_ins", every("csv", "time", lambda time: time + " +09:00")),
-    ("csv", "check_ins", every("csv", "time", lambda time: time.replace(" ", "T") + ("Z" if "04" in time else "-0330"))),
+    ("csv", "check_ins", every("csv", "time", lambda time: time + ("Z" if "04" in time else "-0330"))),
     ("csv", "check_ins", every("csv", "poi", '"%s"'.__mod__)),
     ("csv", "check_ins", every("csv", "lat", lambda lat: f"{float(lat):.3e}")),
     ("getnext", "train", every("getnext", "user", lambda user: f"{user}.0")),
@@ -85,6 +86,10 @@ def test_gz_stands_in_and_the_plain_file_goes_first(city, good, format_, roles):
     assert snapshot(made.folder) == snapshot(good(format_).folder)
     made.write(roles[0], "")
     assert "empty" in refused(made, made.samples, made.path(roles[0]).name + ": ")
+    made.write(roles[0], good(format_).read(roles[0]))
+    made.path(roles[0]).with_name(made.path(roles[0]).name + ".gz").write_bytes(b"nonsense")
+    succeeds(made.samples)
+    assert snapshot(made.folder) == snapshot(good(format_).folder)
 
 
 # What is refused, and every output survives.
@@ -111,6 +116,16 @@ def test_a_file_that_is_not_what_it_should_be(city, format_, change, word):
     made = city(format_)
     made.edit(made.main, change)
     refused(made, made.samples, made.path(made.main).name, word)
+
+
+@pytest.mark.parametrize("format_, words", [
+    ("csv", "mine.csv, line 2: lat -120.5"), ("tsmc2014", "tky.txt, line 1: latitude -120.5"),
+    ("getnext", "train.csv, line 2: latitude -120.5"), ("gowalla", "no check-in in California, Nevada")])
+def test_longitude_before_latitude(city, format_, words):
+    """All of Gowalla's points are off the globe then, as a few of the real ones are."""
+    made = city(format_)
+    made.edit(made.main, lambda text: re.sub(r"(4\d\.0)([,\t])(-120\.5)", r"\3\2\1", text))
+    refused(made, made.samples, words)
 
 
 def folder(path):
@@ -151,28 +166,30 @@ def test_a_gz_that_is_none(city, format_, role, change):
     refused(made, made.samples, f"{made.path(role).name}.gz: cannot be read to its end", "fetch it again")
 
 
-DEGREES = ["nan", "inf", "-inf", "1e400", "north", "", " ", "4O.5", "0x29", "41°", "1_0", "None"]
+DEGREES = ["nan", "inf", "-inf", "1e400", "north", "", " ", "4O.5", "0x29", "41°", "1_0", "None", "9" * 400]
 TIMES = ["2024-02-30 10:00:00", "2024-13-01 10:00:00", "24-01-01 10:00:00", "0001-01-01 00:00:00",
          "9999-12-31 23:59:59", "1704067200", "1704067200.5", "01/02/2024 10:00", "2024-01-01 25:00:00", "2024", "NaT",
          "2024-01-01 10", "2024-01-01 10:0", "20240101", "now", "", "nan"]
 TSMC_TIMES = ["Tue Feb 30 18:00:09 +0000 2012", "Tue Apr 03 18:00:09 +0900 2012", "Tue Apr 03 18:00:09 +0000 12",
               "Sat Jan 01 00:00:00 +0000 0001", "Fri Dec 31 23:59:59 +0000 9999", "2012-04-03 18:00:09", "1333476009",
               "Die Apr 03 18:00:09 +0000 2012", "", "Tue Apr 03 18:00:09 +0000 20"]
-IDS = ["u1", "3.5", "nan", "inf", "1e30", str(10 ** 15), str(2 ** 53 + 1), str(2 ** 63), "-" + str(2 ** 64), "", "True"]
+IDS = ["u1", "3.5", "nan", "inf", "1e30", str(10 ** 15), str(2 ** 53 + 1), str(2 ** 63), "-" + str(2 ** 64), "", "True", "9" * 400]
 CELLS = [(format_, role, value)
          for format_, roles in (("csv", {"lat": [*DEGREES, "91", "-90.1", '"40,5"'], "lon": ["181", "nan", ""],
-                                         "time": TIMES, "user": [""], "poi": [""], "category": ["", " ", "<>", "\u2028"]}),
+                                         "time": TIMES, "user": [""], "poi": [""],
+                                         "category": ["", " ", "<>", "\u2028"]}),
                                 ("tsmc2014", {"lat": [*DEGREES, "91", "40,5"], "lon": ["-180.5", "1e999"],
                                               "time": TSMC_TIMES, "user": IDS, "category": ["<> >", ""],
                                               "offset": ["100000", "-99999", "nan", "540.5", "JST", "", "1441"]}),
                                 ("getnext", {"lat": [*DEGREES, "-91"], "lon": ["999", "west"], "time": TIMES[:8],
                                              "user": IDS, "trajectory": [""], "poi": [""], "category": ["<<"]}),
                                 ("gowalla", {"lat": ["nan", "north", "", "0x29"], "lon": ["nan", "40,5"],
-                                             "user": IDS, "poi": IDS, "time": ["yesterday", "2010-02-30T10:00:00Z", ""]}))
+                                             "user": IDS, "poi": IDS,
+                                             "time": ["yesterday", "2010-02-30T10:00:00Z", ""]}))
          for role, values in roles.items() for value in values]
 
 
-@pytest.mark.parametrize("format_, role, value", CELLS, ids=[f"{f}-{r}-{v!r}" for f, r, v in CELLS])
+@pytest.mark.parametrize("format_, role, value", CELLS, ids=[f"{f}-{r}-{v[:40]!r}" for f, r, v in CELLS])
 def test_a_cell_that_says_nothing(city, format_, role, value):
     """The refusal names the file and the line."""
     made = city(format_)

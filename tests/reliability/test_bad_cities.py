@@ -6,8 +6,8 @@ import logging
 import pandas as pd
 import pytest
 
-from cities import (CATEGORY, FORMATS, HEADERS, SQUARE, city, copies, every, good, line, refused, succeeds,  # noqa: F401
-                    visits)
+from cities import CATEGORY, FORMATS, HEADERS, SQUARE, every, line, refused, succeeds, visits
+from cities import city, copies, good  # noqa: F401
 from ga_llm import prompts
 
 START = datetime.datetime(2024, 1, 1)
@@ -272,13 +272,14 @@ def test_what_the_join_leaves_out_is_counted(city, good, caplog):
     made = city("gowalla")
     made.edit("all_check_ins", lambda text: text + "".join(
         f"9\t2010-10-19T23:55:27Z\t{lat}\t{lng}\t{spot}\n"
-        for lat, lng, spot in [(405.0, -120, 1), (41, 1e9, 1), ("1e400", -120, 1), ("-inf", "inf", 1),     # off the globe
-                               (41, -121, 77), (41, -121, 5),                                 # at no spot, no category
-                               (0, 0, 1)]))                                                   # elsewhere
+        for lat, lng, spot in [(405.0, -120, 1), (41, 1e9, 1), ("1e400", -120, 1), ("-inf", "inf", 1),     # off
+                               (41, -121, 77), (41, -121, 5),           # at no spot, at one without a category
+                               (0, 0, 1)]))                             # elsewhere
     made.edit("spots", lambda text: text + '5,0,0,\n1,0,0,"[{\'name\': \'other\'}]"\n')
     caplog.set_level(logging.INFO)
     succeeds(made.samples)
-    assert "4 check-ins off the globe left out" in caplog.text and "2 check-ins at spots without a category" in caplog.text
+    assert "4 check-ins off the globe left out" in caplog.text
+    assert "2 check-ins at spots without a category left out" in caplog.text
     assert "spots.csv: 1 spots have several categories; the first of each counts" in caplog.text
     assert table(made, "sample.csv").equals(table(good("gowalla"), "sample.csv"))
 
@@ -324,6 +325,9 @@ NO_GEOJSON = {
     "NaN": states(**polygon([0, 0], [0, float("nan")], [1, 1], [0, 0])),
     "Infinity": states(**polygon([0, 0], [0, float("inf")], [1, 1], [0, 0])),
     "latitude first": states(**polygon([30, -130], [30, -110], [50, -110], [50, -130], [30, -130])),
+    "lines that cross": states(**polygon([-120, 30], [-110, 50], [-110, 30], [-120, 50], [-120, 30])).replace(
+        "-130, 30], [-110, 30], [-110, 50", "-130, 30], [-110, 50], [-110, 30", 1),
+    "a number of 400 digits": states(**polygon([0, 0], [1, 10 ** 400], [1, 0], [0, 0])),
     "in metres": states(**polygon([0, 0], [10 ** 6, 0], [10 ** 6, 10 ** 6], [0, 0])),
 }
 
