@@ -31,8 +31,8 @@ from ga_llm import staging
 from ga_llm.artifacts import FINAL_ENCODER, MERGED_ENCODER, TRAINABLE_PARAMS, require
 from ga_llm.cli import UserError
 from ga_llm.llm import rope_factor
-from ga_llm.reading import (WAY_OUT, check_finite, check_pickle, fingerprint, listed, read_json, read_shapes, read_tensors,
-                            reason, weights_files)
+from ga_llm.reading import (WAY_OUT, check_finite, check_pickle, fingerprint, listed, read_json, read_shapes,
+                            read_tensors, reason, weights_files)
 from ga_llm.run_log import LoggedTrainer
 from ga_llm.sampling import EpochSampler
 from ga_llm.sharding import set_up_fsdp
@@ -115,7 +115,8 @@ class GATrainer(LoggedTrainer):
     @functools.cached_property
     def agreement(self) -> dict:
         """What those who go on from a checkpoint must agree with."""
-        found = {"model_max_length": self.args.model_max_length, "base_model": fingerprint(self.args.model_name_or_path),
+        found = {"model_max_length": self.args.model_max_length,
+                 "base_model": fingerprint(self.args.model_name_or_path),
                  "trained": [name.removeprefix(PEFT_PREFIX) for name in self._beside_lora()]}
         return {name: value for name, value in found.items() if value is not None}
 
@@ -324,8 +325,8 @@ def check_weights(checkpoint: Path, trainer: Trainer) -> None:
     if not isinstance(model, PeftModel):
         files = weights_files(checkpoint)
         if not files:
-            raise UserError(f"{checkpoint}: no {FULL_MODEL[0]}, as --low_rank_training False writes it; resume with the "
-                            "flags that it was trained with")
+            raise UserError(f"{checkpoint}: no {FULL_MODEL[0]}, as --low_rank_training False writes it; resume with "
+                            "the flags that it was trained with")
         shapes = {name: shape for file in files for name, shape in read_shapes(file).items()}
         return check_fits(model, shapes, checkpoint, trained)
     adapter, beside = ({in_model(name): shape for name, shape in read_shapes(checkpoint / file).items()}
@@ -339,8 +340,8 @@ def check_weights(checkpoint: Path, trainer: Trainer) -> None:
     check_fits(model, beside, checkpoint / TRAINABLE_PARAMS, [name for name in trained if "lora_" not in name])
     extra = min(beside.keys() - set(trained), default=None)
     if extra is not None:
-        raise UserError(f"{checkpoint / TRAINABLE_PARAMS}: holds {extra}, which this run does not train; resume with the "
-                        "flags that it was trained with")
+        raise UserError(f"{checkpoint / TRAINABLE_PARAMS}: holds {extra}, which this run does not train; resume with "
+                        "the flags that it was trained with")
 
 
 def check_states(checkpoint: Path, trainer: Trainer) -> None:
@@ -354,7 +355,7 @@ def check_states(checkpoint: Path, trainer: Trainer) -> None:
         latest = (checkpoint / "latest").read_text(encoding="utf-8", errors="replace").strip()
         folders.append(checkpoint / latest)
         if not re.fullmatch(r"global_step\d+", latest) or not folders[-1].is_dir():
-            raise UserError(f"{checkpoint / 'latest'}: names {latest[:100]!r}, which is no folder of DeepSpeed's beside it; "
+            raise UserError(f"{checkpoint / 'latest'}: names {latest[:100]!r}, which is no folder of DeepSpeed's there; "
                             f"{WAY_OUT}")
     torch.serialization.add_safe_globals(harmless)      # the classes that a genuine checkpoint is made of
     for file in sorted(file for folder in folders for file in folder.iterdir()):

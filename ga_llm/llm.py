@@ -87,8 +87,9 @@ def extend_context(config, length: int) -> None:
     if length <= limit:
         return
     if not rope or kind not in ("default", "linear"):
-        raise UserError(f"{config.name_or_path or 'the model'}: its context is {limit} tokens and its positions ({kind}) "
-                        f"cannot be scaled linearly; give at most {limit} for --model_max_length or --context_size")
+        raise UserError(f"{config.name_or_path or 'the model'}: its context is {limit} tokens, and its positions "
+                        f"({kind}) cannot be scaled linearly; give at most {limit} for --model_max_length or "
+                        "--context_size")
     factor = rope_factor(length, config.max_position_embeddings)
     config.rope_parameters = {**rope, "rope_type": "linear", "factor": float(factor)}
     log.info("RoPE scaled by %d: context %d -> %d", factor, config.max_position_embeddings, length)

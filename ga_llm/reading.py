@@ -53,7 +53,9 @@ def check_pickle(path: Path) -> None:
 
 
 def check_finite(tensors: dict[str, torch.Tensor], path: Path | str) -> None:
-    broken = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+    """Raises UserError if one of the tensors of `path` holds NaN or infinity; quantized ones cannot."""
+    broken = next((name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.element_size() > 1
+                   and not tensor.isfinite().all()), None)
     if broken is not None:
         raise UserError(f"{path}: {broken} holds NaN or infinity; {WAY_OUT}")
 

@@ -2,32 +2,30 @@
 import json
 import os
 import shutil
-import sys
 
 import forked
 import pytest
 import torch
-from commands import few_pairs, run, stage
+from commands import stage
 from harness import refusal, snapshot
+from make_tiny_llama import make_tiny_llama
 from safetensors.torch import load_file, save_file
-from strangers import (ADAPTER, CONFIG, TRAINED, both, copy, cut, edit_json, edit_tensors, evaluate, predictions, remove,
-                       resume, write, zipped)
+from strangers import (ADAPTER, CONFIG, TRAINED, both, copy, cut, edit_json, edit_tensors, evaluate, predictions,
+                       remove, resume, write, zipped)
 
 from ga_llm.checkpoints import AGREEMENT, CONVERTED
-from geo_encoder import gps_tokens
 
 Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"
+INDEX = f"{CONVERTED}/pytorch_model.bin.index.json"
 
 
 @pytest.fixture(scope="module")
 def models(repo):
     """Base models beside models/tiny: wider, deeper, shallower, and of the same shape."""
-    for name, flags in {"wide": ["--hidden", "48"], "deep": ["--layers", "3"], "flat": ["--layers", "1"],
-                        "twin": ["--seed", "1"]}.items():
-        if not (repo / f"models/{name}").exists():
-            run(repo, sys.executable, "tools/make_tiny_llama.py", "--output_dir", f"models/{name}", "--kv_heads", "2",
-                *(flags if name == "wide" else ["--hidden", "32", *flags]))
+    for name, options in {"wide": {"hidden": 48}, "deep": {"layers": 3}, "flat": {"layers": 1},
+                          "twin": {"seed": 1}}.items():
+        make_tiny_llama(repo / f"models/{name}", **{"hidden": 32, "kv_heads": 2, **options})
     return repo / "models"
 
 
@@ -50,7 +48,7 @@ def converted(*names, index=None, edit=lambda state: None):
         for i, name in enumerate(names):
             zipped(folder / CONVERTED / name, {key: state[key] for key in keys[i::len(names)]})
         if index:
-            (folder / CONVERTED / "pytorch_model.bin.index.json").write_text(json.dumps(
+            (folder / INDEX).write_text(json.dumps(
                 {"metadata": {}, "weight_map": {key: index[i % len(index)] for i, key in enumerate(keys)}}))
     return change
 
@@ -71,12 +69,12 @@ def fewer_rows(name, key, count):
     return edit_tensors(name, lambda tensors: tensors.update({key: tensors[key][:-count].clone()}))
 
 
-def files_of_kind(name, extra=()):
-    """{id: (change, names of the line)} for one file of a checkpoint that is gone or broken."""
+def kinds(name):
+    """{id: (change, names of the line)} for one file of a checkpoint that is broken."""
     return {f"{name} {kind}": (change, [name]) for kind, change in {
-        "cut off": cut(name), "empty": write(name, ""), "a text": write(name, "hello\n" * 99), "binary": lambda folder: (
-            folder / name).write_bytes(os.urandom(999)), "a folder": both(remove(name), lambda folder: (
-                folder / name).mkdir())}.items()}
+        "cut off": cut(name), "empty": write(name, ""), "a text": write(name, "hello\n" * 99),
+        "binary": lambda folder: (folder / name).write_bytes(os.urandom(999)),
+        "a folder": both(remove(name), lambda folder: (folder / name).mkdir())}.items()}
 
 
 BROKEN = {
@@ -84,7 +82,7 @@ BROKEN = {
     "no adapter": (remove(ADAPTER), [f"no {ADAPTER}"]),
     "no configuration": (remove(CONFIG), [f"no {CONFIG}"]),
     "no trainable parameters": (remove(TRAINED), [f"neither {TRAINED} nor", "run zero_to_fp32.py"]),
-    **files_of_kind(ADAPTER), **files_of_kind(CONFIG), **files_of_kind(TRAINED), **files_of_kind(AGREEMENT),
+    **kinds(ADAPTER), **kinds(CONFIG), **kinds(TRAINED), **kinds(AGREEMENT),
     "agreement: a list": (write(AGREEMENT, "[1]"), [AGREEMENT, "no JSON object"]),
     "agreement: a text for a length": (edit_json(AGREEMENT, model_max_length="4096"), [AGREEMENT, "model_max_length"]),
     "agreement: a negative length": (edit_json(AGREEMENT, model_max_length=-4096), [AGREEMENT, "model_max_length"]),
@@ -96,7 +94,7 @@ BROKEN = {
     "adapter: NaN": (fill(ADAPTER, Q_PROJ, float("nan")), [ADAPTER, "NaN"]),
     "adapter: infinity": (fill(ADAPTER, Q_PROJ, float("-inf")), [ADAPTER, "infinity"]),
     "adapter: one pair's half missing": (drop(ADAPTER, Q_PROJ), [ADAPTER, "q_proj.lora_A.default.weight is missing"]),
-    "adapter: one too many": (reshape(ADAPTER, Q_PROJ.replace("layers.0", "layers.7"), 8, 32), [ADAPTER, "no place for"]),
+    "adapter: one too many": (reshape(ADAPTER, Q_PROJ.replace("layers.0", "layers.7"), 8, 32), [ADAPTER, "no place"]),
     "adapter: another shape": (reshape(ADAPTER, Q_PROJ, 8, 31), [ADAPTER, "(8, 31)"]),
     "adapter: another rank": (reshape(ADAPTER, Q_PROJ, 4, 32), [CONFIG, "rank 4, 8"]),
     "trained: NaN": (fill(TRAINED, NORM, float("nan")), [TRAINED, NORM]),
@@ -115,11 +113,11 @@ BROKEN = {
                                [CONVERTED, f"{NORM} is missing"]),
     "converted: no LoRA": (converted(edit=lambda state: [state.pop(key) for key in [*state] if "lora_" in key]),
                            [CONVERTED, "is missing"]),
-    "converted: a file of the folder missing": (converted("a.bin", index=["a.bin", "b.bin"]), [CONVERTED, "names b.bin"]),
+    "converted: one of its files missing": (converted("a.bin", index=["a.bin", "b.bin"]), [CONVERTED, "names b.bin"]),
     "converted: an index that leads away": (converted("a.bin", index=["../a.bin"]), [CONVERTED, "'../a.bin'"]),
-    "converted: half of it": (both(converted("a.bin", "b.bin"), remove(f"{CONVERTED}/b.bin")), [CONVERTED, "is missing"]),
-    "converted: an index cut off": (both(converted("a.bin", index=["a.bin"]), cut(f"{CONVERTED}/pytorch_model.bin.index.json")),
-                                    [CONVERTED, "not JSON"]),
+    "converted: half of it": (both(converted("a.bin", "b.bin"), remove(f"{CONVERTED}/b.bin")),
+                              [CONVERTED, "is missing"]),
+    "converted: an index cut off": (both(converted("a.bin", index=["a.bin"]), cut(INDEX)), [INDEX, "not JSON"]),
 }
 
 
@@ -242,7 +240,7 @@ def test_full_model_resumed(repo, full, tmp_path, change, message):
 RESUMED = {
     "state cut off": (cut("trainer_state.json"), [], ["trainer_state.json", "not JSON"]),
     "state a list": (write("trainer_state.json", "[]"), [], ["trainer_state.json", "no JSON object"]),
-    "state without steps": (edit_json("trainer_state.json", global_step=None), [], ["trainer_state.json", "global_step"]),
+    "state without steps": (edit_json("trainer_state.json", global_step=None), [], ["global_step is 'None'"]),
     "state with a text for steps": (edit_json("trainer_state.json", global_step="4"), [], ["global_step is '4'"]),
     "state with an unknown field": (edit_json("trainer_state.json", evil=1), [], ["trainer_state.json", "evil"]),
     "state with a text for a log": (edit_json("trainer_state.json", log_history="x"), [], ["log_history"]),
@@ -328,7 +326,8 @@ def test_named_checkpoint(repo, tmp_path, wanted, message):
     result = resume(repo, 2, tmp_path / "O", wanted=wanted.format(tmp_path))
     if message is None:
         assert result.code == 0, result.err
-        ours, theirs = (load_file(folder / "checkpoint-6" / TRAINED) for folder in (tmp_path / "O", repo / "outputs/llm"))
+        ours, theirs = (load_file(folder / "checkpoint-6" / TRAINED)
+                        for folder in (tmp_path / "O", repo / "outputs/llm"))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     else:
         refusal(result, message.format(tmp_path))

@@ -9,15 +9,14 @@ import forked
 import numpy as np
 import pytest
 import torch
-from commands import MAPPING, PAIRS, evaluation, few_pairs
+from commands import few_pairs
 from harness import ROOT, call, refusal, snapshot
 from safetensors.torch import load_file
-from strangers import (ADAPTER, CONFIG, TRAINED, Payload, both, copy, cut, edit_json, edit_tensors, evaluate, legacy,
+from strangers import (CONFIG, TRAINED, Payload, both, copy, cut, edit_json, edit_tensors, evaluate, legacy,
                        predictions, raw, remove, resume, tar, write, zipped)
 
-from ga_llm import checkpoints, staging, writing
+from ga_llm import staging
 from ga_llm.artifacts import MERGED_ENCODER
-from ga_llm.cli import UserError
 
 FORMATS = {"zip": zipped, "legacy": legacy, "raw": raw, "tar": tar}
 CODE = "import os\nos.mkdir({mark!r})\nfrom transformers import LlamaConfig as Config, LlamaForCausalLM as Model\n"
@@ -112,7 +111,7 @@ MODELS = {
     "no heads": (edit_json("config.json", num_attention_heads=0), "not a usable model folder"),
     "a text for a number": (edit_json("config.json", num_attention_heads="x"), "num_attention_heads"),
     "no positions": (edit_json("config.json", max_position_embeddings=0), "a size below 1"),
-    "positions of an unknown kind": (edit_json("config.json", rope_parameters={"rope_type": "evil"}), "(evil) cannot be"),
+    "positions of an unknown kind": (edit_json("config.json", rope_parameters={"rope_type": "evil"}), "(evil) cannot"),
     "a type that is no type": (edit_json("config.json", dtype="os.system"), "not a usable model folder"),
     "an unknown activation": (edit_json("config.json", hidden_act="evil"), "not a usable model folder"),
     "quantized by what is not here": (edit_json("config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
@@ -125,7 +124,7 @@ MODELS = {
     "weights cut off": (cut("model.safetensors"), "not a usable model folder"),
     "empty weights": (write("model.safetensors", ""), "do not fit into the 0 bytes"),
     "no weights": (remove("model.safetensors"), "no file named model.safetensors"),
-    "a layer too few": (edit_json("config.json", num_hidden_layers=3), "model.layers.2.input_layernorm.weight is missing"),
+    "a layer too few": (edit_json("config.json", num_hidden_layers=3), "model.layers.2.input_layernorm.weight is miss"),
     "a weight too few": (edit_tensors("model.safetensors", lambda weights: weights.pop("model.norm.weight")),
                          "model.norm.weight is missing"),
     "a weight of another shape": (edit_tensors("model.safetensors", lambda weights: weights.update(
@@ -152,7 +151,7 @@ def test_base_model(repo, tmp_path, mark, change, message):
     edit_json("config.json", _attn_implementation="evil/kernel", attn_implementation="evil/kernel"),
     edit_json("config.json", architectures=["Evil"]),
     write("generation_config.json", "{"),
-], ids=["code of its own", "an unknown quantization", "a kernel from the hub", "an unknown class", "generation cut off"])
+], ids=["its own code", "an unknown quantization", "a kernel from the hub", "an unknown class", "generation cut off"])
 def test_base_model_that_needs_none_of_it(repo, tmp_path, mark, change):
     """Its own code is left alone, and the results are those of the model without it."""
     found = []
@@ -203,7 +202,7 @@ def test_adapter_config(repo, tmp_path, fields, message):
     checkpoint = copy(repo / "outputs/llm/checkpoint-6", tmp_path / "checkpoint-6", edit_json(CONFIG, **fields))
     before = snapshot(checkpoint)
     assert str(checkpoint) in refusal(evaluate(repo, checkpoint), message)
-    assert snapshot(checkpoint) == before | {name: what for name, what in snapshot(checkpoint).items() if name == ".lock"}
+    assert {**snapshot(checkpoint), ".lock": None} == {**before, ".lock": None}
 
 
 def test_adapter_that_names_another_place(repo, tmp_path):
@@ -423,8 +422,9 @@ DELETERS = {"ga_llm/staging.py", "ga_llm/token_cache.py"}      # each of a hidde
 def misuses(source: str, name: str = "ga_llm/x.py") -> list[str]:
     """The calls in a module that execute what a file or a name holds, or delete whole folders."""
     tree, found, is_test = ast.parse(source), [], name.startswith("tests/")
-    loaders = {part.name for part in ast.walk(tree) if isinstance(part, ast.ClassDef)
-               and any("SafeLoader" in ast.unparse(base) for base in part.bases)} | {"yaml.SafeLoader", "yaml.CSafeLoader"}
+    loaders = {"yaml.SafeLoader", "yaml.CSafeLoader"}
+    loaders |= {part.name for part in ast.walk(tree) if isinstance(part, ast.ClassDef)
+                and any(ast.unparse(base) in loaders for base in part.bases)}
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
@@ -448,9 +448,9 @@ def misuses(source: str, name: str = "ga_llm/x.py") -> list[str]:
 
 @pytest.mark.parametrize("source", [
     "torch.load(x)", "torch.load(x, weights_only=False)", "np.load(x, allow_pickle=True)", "yaml.load(x)",
-    "yaml.load(x, Loader=yaml.Loader)", "yaml.unsafe_load(x)", "eval(x)", "exec(x)", "pickle.load(x)", "pickle.loads(x)",
-    "pickle.Unpickler(x)", "os.system(x)", "subprocess.run(x, shell=True)", "f(x, trust_remote_code=True)",
-    "shutil.rmtree(x)", "pd.read_pickle(x)", "importlib.import_module(x)", "torch.hub.load(x)",
+    "yaml.load(x, Loader=yaml.Loader)", "yaml.unsafe_load(x)", "eval(x)", "exec(x)", "pickle.load(x)",
+    "pickle.loads(x)", "pickle.Unpickler(x)", "os.system(x)", "subprocess.run(x, shell=True)",
+    "f(x, trust_remote_code=True)", "shutil.rmtree(x)", "pd.read_pickle(x)", "importlib.import_module(x)", "torch.hub.load(x)",
     "class L(yaml.FullLoader): pass\nyaml.load(x, L)"])
 def test_misuses_are_found(source):
     assert len(misuses(source)) == 1

@@ -22,6 +22,7 @@ def run(repo, *command, check=True):
     """Run a command from the repository's root, as a user would."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PATH": path}
+    environment.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD", None)     # set by ga_llm here, not in a user's shell
     result = subprocess.run([str(part) for part in command], cwd=repo, env=environment, capture_output=True, text=True,
                             timeout=600)
     assert not check or result.returncode == 0, result.stdout[-3000:] + result.stderr[-5000:]
