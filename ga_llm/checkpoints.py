@@ -33,7 +33,7 @@ from ga_llm.cli import UserError
 from ga_llm.llm import rope_factor
 from ga_llm.reading import (WAY_OUT, check_finite, check_pickle, fingerprint, listed, read_json, read_shapes,
                             read_tensors, reason, weights_files)
-from ga_llm.run_log import LoggedTrainer
+from ga_llm.run_log import LoggedTrainer, draw_log
 from ga_llm.sampling import EpochSampler
 from ga_llm.sharding import set_up_fsdp
 from ga_llm.writing import atomic_write, saving
@@ -263,6 +263,8 @@ def train(trainer: Trainer) -> bool:
     if checkpoint and finished(checkpoint, trainer.args):
         log.info("%s: this run has finished, nothing is left to train", checkpoint)
         trainer.state = read_state(checkpoint)
+        if trainer.args.should_save:
+            draw_log(trainer.args.output_dir)       # a kill may have come between the last checkpoint and the picture
         return False
     if checkpoint:
         check_resumable(Path(checkpoint), trainer)

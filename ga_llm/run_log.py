@@ -132,7 +132,7 @@ class RunLog(TrainerCallback):
             self.bar.close()
             self.bar = None
         if state.is_world_process_zero:
-            draw_loss(read_log(self.path), Path(args.output_dir) / LOSS_PICTURE)
+            draw_log(args.output_dir)
 
 
 def _numbers(line: dict) -> str:
@@ -170,6 +170,11 @@ def read_log(path: Path | str) -> list[dict]:
             raise UserError(f"{path}, line {number}: not a line of a training's log; remove the file or that line"
                             ) from None
     return lines
+
+
+def draw_log(output_dir: Path | str) -> None:
+    """Make loss.png of the trainer_log.jsonl beside it."""
+    draw_loss(read_log(Path(output_dir) / TRAINER_LOG), Path(output_dir) / LOSS_PICTURE)
 
 
 def draw_loss(lines: list[dict], path: Path | str) -> None:

@@ -8,6 +8,7 @@ The key is made of the file's content, the tokenizer, the template's marker and 
 folder is built. The prompts of one user repeat each other's check-ins, so a check-in is tokenized once, not once for
 every prompt that it stands in; the ids are those of tokenizing the full text.
 """
+import contextlib
 import hashlib
 import itertools
 import json
@@ -97,8 +98,12 @@ def load(path: Path | str, tokenizer, max_length: int, mapping: Path | str, cach
     folder, partial = root / f"tokens-{key}", root / f".tokens-{key}.partial"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        if not folder.exists():
-            with writing.locked(root / f".tokens-{key}.lock", wait=True):
+        lock = root / f".tokens-{key}.lock"
+        if folder.exists():
+            with contextlib.suppress(OSError):      # a folder that cannot be written to is good enough to read from
+                lock.unlink(missing_ok=True)        # that of a process killed after its work
+        else:
+            with writing.locked(lock, wait=True):
                 if not folder.exists():         # else another process has built it meanwhile
                     shutil.rmtree(partial, ignore_errors=True)
                     partial.mkdir()

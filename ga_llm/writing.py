@@ -174,7 +174,8 @@ def locked(path: Path, wait: bool):
                 os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             yield
         finally:
-            path.unlink(missing_ok=True)
+            if not file.closed:     # in a forked process it is, and the lock is its parent's
+                path.unlink(missing_ok=True)
             _locks.discard(file)
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from trials import CASES, TRAININGS
 
 from ga_llm import run_log, staging
-from ga_llm.artifacts import FINAL_ENCODER, MERGED_ENCODER, RUN, TRAINABLE_PARAMS, TRAINER_LOG
+from ga_llm.artifacts import FINAL_ENCODER, LOSS_PICTURE, MERGED_ENCODER, RUN, TRAINABLE_PARAMS, TRAINER_LOG
 from ga_llm.checkpoints import ADAPTER
 from ga_llm.cli import UserError
 
@@ -167,6 +167,26 @@ def test_training_stopped(name, number, code, trial, tmp_path):
     assert result.code == code and "Traceback" not in result.err and staging.steps(trial.folder) == [2]
     assert number == signal.SIGTERM or result.err.splitlines()[-1] == "interrupted"
     check_whole(trial.folder, int(name[-1]))
+
+
+def test_killed_between_the_last_checkpoint_and_the_picture(trial):
+    trial = trial("stage 2")
+    trial.begin(earlier=False)
+    assert trial.run().code == 0
+    picture = (trial.folder / LOSS_PICTURE).read_bytes()
+    (trial.folder / LOSS_PICTURE).unlink()
+    resumed = forked.run(trial.root, [*trial.command, "--resume_from_checkpoint", "auto"], trial.log, **forked.ranks())
+    assert resumed.code == 0 and (trial.folder / LOSS_PICTURE).read_bytes() == picture
+
+
+def test_tokens_killed_after_their_work(trial):
+    """Their lock is left; whoever reads them removes it."""
+    trial = trial("tokens")
+    trial.begin(earlier=False)
+    trial.succeed()
+    folder, = trial.folder.iterdir()
+    (trial.folder / f".{folder.name}.lock").touch()
+    trial.succeed()
 
 
 @pytest.mark.parametrize("file, text, names", [
