@@ -72,7 +72,10 @@ class Spelling:
                                  return_offsets_mapping=True)
         for poi, ids, offsets in zip(candidates, encoded["input_ids"], encoded["offset_mapping"]):
             first = first_after(offsets, len(before))
-            last = first_after(offsets, len(before) + len(str(poi)))
+            beyond = len(before) + len(str(poi))
+            last = first_after(offsets, beyond)
+            if last < len(ids) and offsets[last][0] < beyond:       # one token holds a digit and the end: "12."
+                last = len(ids)
             yield poi, ids[first:] + ([] if self.end else [self.tokenizer.eos_token_id]), last - first
 
     def prompts(self, pairs: Sequence[str], max_length: int, source="the test file") -> list[TestPrompt]:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ga_llm import artifacts, llm, prompts, sft_data, spelling, token_cache, training, writing
+from ga_llm import artifacts, llm, prompts, ranking, sft_data, spelling, token_cache, training, writing
 from ga_llm.artifacts import METRICS, PREDICTIONS
 from ga_llm.cli import UserError
 from geo_encoder import gps_tokens, injection
@@ -749,6 +749,15 @@ def test_ranking_is_exact_or_refused_whatever_the_tokenizer(place, make):
     folder = place / CHECKPOINT / "base_always_end"
     ranks = [json.loads(line)["rank"] for line in (folder / PREDICTIONS).read_text().splitlines()]
     assert ranks == by_hand(place, name, lines)
+
+
+@pytest.mark.parametrize("make", [merging_digits, merging_digits_and_ends, merging_all])
+def test_no_spelling_is_the_beginning_of_another(make):
+    """Also without the ends, which a token may hold together with the last digit."""
+    ids = [*range(130), 1234, 12345]
+    spelled = spelling.Spelling(make(), ids, ".").tokens
+    assert len(ranking.Trie(spelled).leaf.unique()) == len(ids)
+    assert all(spelled[poi] for poi in ids)
 
 
 def without_eos(folder):
