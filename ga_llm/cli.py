@@ -41,6 +41,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                          allow_abbrev=False)
 
+    def _get_option_tuples(self, option_string: str) -> list:
+        """No abbreviations: allow_abbrev=False spares those of `-flags`."""
+        return []
+
     def error(self, message: str):
         raise UserError(f"{message}; see python {sys.argv[0]} --help")
 
@@ -63,7 +67,7 @@ def run(main) -> None:
         finally:
             _flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)      # a name may hold a line end
         sys.exit(2)
     except BrokenPipeError:         # whoever read our output has stopped to
         sys.exit(1)

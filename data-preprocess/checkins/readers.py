@@ -23,6 +23,7 @@ import pandas as pd
 from checkins.config import Config
 from checkins.wording import short
 from ga_llm import prompts, writing
+from ga_llm.artifacts import SPLITS
 from ga_llm.cli import UserError
 
 GENERATE_CA = "make it with `python data-preprocess/generate_ca_raw.py`"
@@ -201,8 +202,8 @@ def longitudes(frame: pd.DataFrame, column: str, path: Path) -> pd.Series:
 def _getnext(config: Config) -> pd.DataFrame:
     """GETNext's three files: the split and the trajectories are theirs."""
     parts = []
-    for split, name in config.raw.items():
-        path = find(name, config.raw_from)
+    for split in SPLITS:        # check-ins of equal time: train's first, whatever the YAML's order
+        path = find(config.raw[split], config.raw_from)
         text = ("POI_id", "POI_catid", "POI_catname", "local_time", "trajectory_id")
         for frame in tables(path, keep=GETNEXT_COLUMNS, text=text, rows_needed=split != "validate"):
             parts.append(_check_ins(
