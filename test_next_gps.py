@@ -90,10 +90,10 @@ def load_model(args, mapping):
             injection.attach_frozen(model, args.geoencoder_path, mapping, token_ids)
         elif args.test_type == "projector":
             raise UserError("--test_type projector: no encoder; give --geoencoder_path or --use_random_projector True")
-    if args.test_type == "llm" and not full:
+    if args.test_type == "llm":
         checkpoints.check_agreement(args.output_dir, args.context_size, model.config.max_position_embeddings,
-                                    args.base_model)
-        model = checkpoints.load_adapter(model, args.output_dir)
+                                    None if full else base)
+        model = model if full else checkpoints.load_adapter(model, args.output_dir)
     return model.eval(), tokenizer
 
 

@@ -62,7 +62,8 @@ def load_tokenizer(path: str, cache_dir: str | None = None):
     """
     tokenizer = _from_hub(AutoTokenizer.from_pretrained, path, cache_dir=cache_dir)
     if not tokenizer.is_fast:
-        raise UserError(f"{path}: needs a fast tokenizer (tokenizer.json)")
+        raise UserError(f"{path}: no fast tokenizer (tokenizer.json); save it with "
+                        "AutoTokenizer.from_pretrained(…, use_fast=True), or give another model")
     if tokenizer.eos_token is None:
         raise UserError(f"{path}: the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
     if tokenizer.pad_token is None:
@@ -156,8 +157,16 @@ def add_lora(model, r: int, alpha: int, dropout: float):
 
 
 def train_by_name(model, parts: str) -> None:
-    """Make all parameters trainable whose name contains one of the comma-separated `parts` ("embed,norm")."""
+    """Make all parameters trainable whose name contains one of the comma-separated `parts` ("embed,norm").
+
+    Raises UserError for a part that no name contains.
+    """
     wanted = [part for part in parts.split(",") if part]
+    names = [name for name, _ in model.named_parameters() if "lora_" not in name]
+    for part in wanted:
+        if not any(part in name for name in names):
+            raise UserError(f"--trainable_params {part}: no parameter has that in its name; give parts of names such "
+                            f"as {names[0]}, or '' for LoRA alone")
     for name, parameter in model.named_parameters():
         if any(part in name for part in wanted) and "lora_" not in name:
             parameter.requires_grad_(True)

@@ -32,7 +32,16 @@ def read_json(path: Path) -> dict:
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a .safetensors file, or of one that torch.save wrote, by name; all of them finite."""
-    found = _read(path, lambda: load_file(path) if path.suffix == ".safetensors" else _load(path))
+    def tensors():
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if zipfile.is_zipfile(path):        # torch itself does not look at the checksums
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    raise ValueError(f"{archive.testzip()} is damaged")
+        return _load(path)
+
+    found = _read(path, tensors)
     if not isinstance(found, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
         raise UserError(f"{path}: holds something else than tensors by name; {WAY_OUT}")
     check_finite(found, path)

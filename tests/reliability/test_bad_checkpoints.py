@@ -236,6 +236,11 @@ def test_full_model_resumed(repo, full, tmp_path, change, message):
     assert snapshot(folder) == before
 
 
+def test_full_model_has_the_positions_of_its_training(repo, full, tmp_path):
+    folder = copy(full, tmp_path / "checkpoint-2", lambda folder: None)
+    refusal(evaluate(repo, folder, "--context_size", "8192"), str(folder), "--context_size 4096")
+
+
 # Resuming.
 
 RESUMED = {

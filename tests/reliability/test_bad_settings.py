@@ -191,7 +191,8 @@ FLAGS = [
         (["-dataset_name", "../x"], ["-dataset_name"]), (["-dataset_name", ""], ["-dataset_name"]),
         (["-dataset_name", "/etc"], ["-dataset_name"]), (["-dataset_name", "a/b"], ["-dataset_name"]),
         (["-overwrite", "perhaps"], ["-overwrite"]), (["-users", "2", "-out", "raw/mine.csv"], ["raw/mine.csv"]),
-        (["-users", "2", "-out", "raw/mine.csv/x"], ["raw/mine.csv"]), (["-usr", "5"], ["-usr"]))),
+        (["-users", "2", "-out", "raw/mine.csv/x"], ["raw/mine.csv"]), (["-usr", "5"], ["-usr"]),
+        (["-user", "5"], ["-user"]))),
 ]
 
 
