@@ -55,9 +55,9 @@ def run(main) -> None:
     So does what the system says of a file: the disk is full, the folder may not be written to.
     """
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:                          # started with it closed
+        if getattr(sys, name) is None:                              # started with it closed
             setattr(sys, name, open(os.devnull, "w"))
-        getattr(sys, name).reconfigure(errors="backslashreplace")     # a terminal that knows no "–" is no reason to fail
+        getattr(sys, name).reconfigure(errors="backslashreplace")   # a terminal that knows no "–" is no reason to fail
     sys.stdout.reconfigure(write_through=False)     # so that it is _flush that writes, whatever PYTHONUNBUFFERED says
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)

@@ -72,12 +72,17 @@ def together():
 
 @contextlib.contextmanager
 def _unstopped():
-    """Whoever asks this process to stop has it done a moment later."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    """Whoever asks this process to stop has it done a moment later. For the main thread, which gets the signals."""
+    came = []
+    before = {number: signal.signal(number, lambda number, frame: came.append(number))
+              for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def append(path: Path | str, text: str) -> None:

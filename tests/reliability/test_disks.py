@@ -62,7 +62,8 @@ def size_of(folder):
 def test_training_on_a_full_disk(stage, saved, disk, repo, tmp_path):
     """There is room for so many checkpoints; those that are whole stay, and with more room it goes on."""
     folder = disk.folder / "trained"
-    flags = ["--max_steps", 3, "--save_steps", 1, "--data_path", few_pairs(repo, stage, 6), "--resume_from_checkpoint", "auto"]
+    flags = ["--max_steps", 3, "--save_steps", 1, "--data_path", few_pairs(repo, stage, 6), "--resume_from_checkpoint",
+             "auto"]
     command, log = forked.training(stage, folder, *flags), tmp_path / "log"
     one = size_of(repo / TRAINED[stage] / "checkpoint-6") + size_of(repo / TRAINED[stage] / "6")
     with disk.room(saved * one):
@@ -234,8 +235,8 @@ def test_a_lock_dies_with_its_process(tmp_path):
 
 # Standard output.
 
-@pytest.mark.parametrize("redirected, code, says", [("| true", 1, ""), ("> /dev/full", 2, "error: standard output: no space"),
-                                                    (">&-", 0, ""), (">&- 2>&-", 0, "")])
+@pytest.mark.parametrize("redirected, code, says", [
+    ("| true", 1, ""), ("> /dev/full", 2, "error: standard output: no space"), (">&-", 0, ""), (">&- 2>&-", 0, "")])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_output_that_goes_nowhere(redirected, code, says, unbuffered, trial):
     trial = trial("samples")

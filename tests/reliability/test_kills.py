@@ -1,4 +1,4 @@
-"""Runs that are killed at any moment: nothing half-written takes a name, and the same command then ends as if undisturbed.
+"""Runs killed at any moment: nothing half-written takes a name, and the same command then ends as if undisturbed.
 
 Half of the kills come at a random time, half before a random change of a file. The soak part has more of them.
 """
@@ -15,7 +15,7 @@ import pytest
 import torch
 from commands import few_pairs, losses
 from safetensors.torch import load_file
-from trials import CASES, TRAININGS
+from trials import CASES, TRAININGS, contents, visible
 
 from ga_llm import run_log, staging
 from ga_llm.artifacts import FINAL_ENCODER, LOSS_PICTURE, MERGED_ENCODER, RUN, TRAINABLE_PARAMS, TRAINER_LOG
@@ -167,6 +167,20 @@ def test_training_stopped(name, number, code, trial, tmp_path):
     assert result.code == code and "Traceback" not in result.err and staging.steps(trial.folder) == [2]
     assert number == signal.SIGTERM or result.err.splitlines()[-1] == "interrupted"
     check_whole(trial.folder, int(name[-1]))
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_stopped_between_two_renames(number, code, trial):
+    """All files have their names before the process ends."""
+    trial = trial("questions 2")
+    trial.begin(earlier=True)
+    trial.succeed(functools.partial(forked.watch, str(trial.folder), str(trial.trace)))
+    renames = [at for at, line in enumerate(trial.trace.read_text().splitlines(), 1) if line.startswith("os.rename")]
+    assert len(renames) == len(trial.made) == 2
+    trial.begin(earlier=True)
+    result = trial.run(functools.partial(forked.watch, str(trial.folder), str(trial.trace), renames[1], number))
+    assert result.code == code
+    assert visible(contents(trial.folder)) == visible({**trial.inputs, **trial.made})
 
 
 def test_killed_between_the_last_checkpoint_and_the_picture(trial):

@@ -23,12 +23,12 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 OPERATIONS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.fsync"}
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["finetune_GCIM", "finetune_LLM_with_GCIM", "test_next_gps", "make_sample_raw", "deepspeed",
-                                "checkins.questions"])
+_server.set_forkserver_preload(["finetune_GCIM", "finetune_LLM_with_GCIM", "test_next_gps", "make_sample_raw",
+                                "deepspeed", "checkins.questions"])
 
 
 def launch(folder, command, log, *hooks, **environment):
-    """The started process of a script and its flags, in `folder`; stderr goes to the file `log`, stdout to <log>.out."""
+    """The started process of a script with its flags, in `folder`; stderr goes to `log`, stdout to <log>.out."""
     process = _server.Process(target=_run, args=(str(folder), [str(part) for part in command], str(log), hooks,
                                                  environment))
     process.start()
@@ -62,8 +62,9 @@ def training(stage, output, *flags):
 
 def ranks(rank=0, processes=1, port=None):
     """What torchrun tells its processes."""
-    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port()), "OMP_NUM_THREADS": "1"}
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port()),
+            "OMP_NUM_THREADS": "1"}
 
 
 def _run(folder, command, log, hooks, environment):
