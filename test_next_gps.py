@@ -13,7 +13,6 @@ stopped when it is started again.
 tells how B differs from A, pair by pair.
 """
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -138,11 +137,10 @@ def main():
     report = metrics.report(test_prompts, found, baselines.rankings(train, test_prompts), train, mapping, speed,
                             args.protocol, args.decoding)
     report["settings"] = {name: str(value) for name, value in vars(args).items()}
-    with writing.atomic_write(args.results / artifacts.METRICS) as file:
-        json.dump(report, file, indent=2)
-    written = store.finish(test_prompts, metrics.distances(found.tops, [p.target for p in test_prompts], mapping))
+    km = metrics.distances(found.tops, [prompt.target for prompt in test_prompts], mapping)
+    written = store.finish(test_prompts, km, report)
     print(metrics.text(report))
-    print(f"wrote {' and '.join(str(args.results / name) for name in [artifacts.METRICS, *written])}")
+    print(f"wrote {' and '.join(str(args.results / name) for name in written)}")
 
 
 if __name__ == "__main__":

@@ -501,10 +501,12 @@ def parts(order: np.ndarray) -> Iterator[np.ndarray]:
 def write_files(files: dict[Path, Callable[[], Iterator[bytes]]], overwrite: bool) -> None:
     """Write each file that is not there yet. One with other contents is an error, found before anything is written."""
     missing = {path: contents for path, contents in files.items() if overwrite or not holds(path, contents)}
-    for path, contents in missing.items():
-        with writing.atomic_write(path, "wb") as file:
-            for part in contents():
-                file.write(part)
+    with writing.together() as new_file:
+        for path, contents in missing.items():
+            with new_file(path, "wb") as file:
+                for part in contents():
+                    file.write(part)
+    for path in missing:
         log.info("wrote %s", path)
     for path in files.keys() - missing.keys():
         log.info("%s is already there, the same to the byte", path)

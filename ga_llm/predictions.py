@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ga_llm import artifacts, writing
+from ga_llm.cli import UserError
 from ga_llm.metrics import NO_POI, Ranking
 from ga_llm.ranking import Ranked
 from ga_llm.spelling import TestPrompt
@@ -37,9 +38,10 @@ class Store:
         self.done = {}
         if self.partial.exists() and (not len(self.candidates) or self.table.exists()):
             complete = self.partial.read_bytes().rpartition(b"\n")
-            for line in complete[0].splitlines():
-                record = json.loads(line)
-                self.done[record["pair"]] = record
+            try:
+                self.done = {record["pair"]: record for record in map(json.loads, complete[0].splitlines())}
+            except (ValueError, TypeError, KeyError):
+                raise UserError(f"{self.partial}: damaged; delete it, and the evaluation starts over") from None
             os.truncate(self.partial, len(complete[0]) + len(complete[1]))      # a line that was cut off
         if self.done:
             log.info("going on behind %d pairs that are already predicted", len(self.done))
@@ -86,16 +88,20 @@ class Store:
         return Ranking(np.array([record["rank"] or np.inf for record in records]),
                        np.array([record["top"][0][0] if record["top"] else NO_POI for record in records]))
 
-    def finish(self, test_prompts: Iterable[TestPrompt], km: Iterable[float]) -> list[str]:
-        """Write predictions.jsonl in the order of the pairs, with km, the top-1 place's distance to the true one.
+    def finish(self, test_prompts: Iterable[TestPrompt], km: Iterable[float], report: dict) -> list[str]:
+        """Write `report` to metrics.json and, in the order of the pairs, predictions.jsonl, which appear together.
 
-        Returns the names of the files written. Call it last: until here a killed evaluation can go on.
+        km: each top-1 place's distance to the true one. Returns the names of the files written. Call it last: until
+        here a killed evaluation can go on.
         """
-        written = [artifacts.PREDICTIONS]
-        with writing.atomic_write(self.folder / artifacts.PREDICTIONS) as file:
-            for prompt, distance in zip(test_prompts, km):
-                distance = None if np.isnan(distance) else round(float(distance), 3)
-                file.write(json.dumps({**self.done[prompt.pair], "km": distance}) + "\n")
+        written = [artifacts.METRICS, artifacts.PREDICTIONS]
+        with writing.together() as new_file:
+            with new_file(self.folder / artifacts.METRICS) as file:
+                json.dump(report, file, indent=2)
+            with new_file(self.folder / artifacts.PREDICTIONS) as file:
+                for prompt, distance in zip(test_prompts, km):
+                    distance = None if np.isnan(distance) else round(float(distance), 3)
+                    file.write(json.dumps({**self.done[prompt.pair], "km": distance}) + "\n")
         if len(self.candidates):
             os.replace(self.table, self.folder / artifacts.LOG_PROBABILITIES)
             written.append(artifacts.LOG_PROBABILITIES)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from ga_llm import predictions, prompts, spelling
+from ga_llm.cli import UserError
 from ga_llm.ranking import Ranked
 
 
@@ -30,18 +31,26 @@ def test_records(tmp_path):
     store.add(PROMPTS[:2], RESULTS[:2])
     found = store.ranking(PROMPTS)
     assert found.ranks.tolist() == [1, np.inf, 7, np.inf] and found.tops.tolist() == [3, 9, 5, -1]
-    assert store.finish(PROMPTS, [0.5, np.nan, 1.23456, np.nan]) == ["predictions.jsonl"]
+    assert store.finish(PROMPTS, [0.5, np.nan, 1.23456, np.nan], {"n": 4}) == ["metrics.json", "predictions.jsonl"]
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"n": 4}
     assert written(tmp_path)[0] == {"pair": 0, "user": 7, "time": "2012-04-04 09:00:00", "target": 3, "fits": True,
                                     "rank": 1, "top": [[3, -0.1235], [4, -2.0]], "km": 0.5}
     assert [r["km"] for r in written(tmp_path)] == [0.5, None, 1.235, None]
-    assert [p.name for p in tmp_path.iterdir()] == ["predictions.jsonl"]
+    assert {p.name for p in tmp_path.iterdir()} == {"metrics.json", "predictions.jsonl"}
+
+
+def test_a_damaged_beginning_is_refused(tmp_path):
+    store = predictions.Store(tmp_path, "k")
+    store.partial.write_text("{]\n")
+    with pytest.raises(UserError, match="partial: damaged; delete it"):
+        predictions.Store(tmp_path, "k")
 
 
 @pytest.mark.parametrize("cut", range(1, 60, 7))
 def test_goes_on_after_a_kill_in_the_middle_of_a_line(tmp_path, cut):
     whole = predictions.Store(tmp_path / "whole", "k", (3, 4), 4)
     whole.add(PROMPTS, RESULTS)
-    whole.finish(PROMPTS, [0.0] * 4)
+    whole.finish(PROMPTS, [0.0] * 4, {})
 
     killed = predictions.Store(tmp_path / "killed", "k", (3, 4), 4)
     killed.add(PROMPTS[:2], RESULTS[:2])
@@ -52,7 +61,7 @@ def test_goes_on_after_a_kill_in_the_middle_of_a_line(tmp_path, cut):
     assert set(again.done) == {0, 1}
     again.add(PROMPTS[:2], [None, None])            # a chunk may hold pairs that are done
     again.add(PROMPTS[2:], RESULTS[2:])
-    assert again.finish(PROMPTS, [0.0] * 4) == ["predictions.jsonl", "log_probabilities.npy"]
+    assert again.finish(PROMPTS, [0.0] * 4, {}) == ["metrics.json", "predictions.jsonl", "log_probabilities.npy"]
     for name in ("predictions.jsonl", "log_probabilities.npy"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
     np.testing.assert_array_equal(np.load(tmp_path / "killed/log_probabilities.npy"), np.arange(8).reshape(4, 2))
