@@ -1,4 +1,4 @@
-"""Wall time, CPU time and peak memory of each preprocessing step: on a data set, and on a city a hundred times as large.
+"""Time and peak memory of each preprocessing step: on a data set, and on a city a hundred times as large.
 
     python benchmarks/preprocessing.py -dataset_name nyc
     python benchmarks/preprocessing.py -dataset_name nyc -users 103000
@@ -55,7 +55,8 @@ def check_ins(name: str, folder: Path) -> int:
 
 def table(name: str, folder: Path) -> list[tuple[str, float, float, float]]:
     """Run all steps, print what each took, and return (step, wall s, CPU s, peak MB) of each and of all."""
-    print(f"{name}: {check_ins(name, folder):,} check-ins\n{'step':34}{'wall s':>8}{'CPU s':>8}{'peak MB':>9}", flush=True)
+    print(f"{name}: {check_ins(name, folder):,} check-ins")
+    print(f"{'step':34}{'wall s':>8}{'CPU s':>8}{'peak MB':>9}", flush=True)
     rows = []
     for step in steps(name):
         rows.append((step[0], *measure(step, folder)))

@@ -357,7 +357,7 @@ def check_states(checkpoint: Path, trainer: Trainer) -> None:
         latest = (checkpoint / "latest").read_text(encoding="utf-8", errors="replace").strip()
         folders.append(checkpoint / latest)
         if not re.fullmatch(r"global_step\d+", latest) or not folders[-1].is_dir():
-            raise UserError(f"{checkpoint / 'latest'}: names {latest[:100]!r}, which is no folder of DeepSpeed's there; "
+            raise UserError(f"{checkpoint / 'latest'}: names {latest[:100]!r}, no folder of DeepSpeed's there; "
                             f"{WAY_OUT}")
     torch.serialization.add_safe_globals(harmless)      # the classes that a genuine checkpoint is made of
     for file in sorted(file for folder in folders for file in folder.iterdir()):

@@ -188,7 +188,8 @@ def test_stage_1_keeps_merged_encoders_and_prunes_them(train, tmp_path):
     (lambda folder: (folder / "adapter_config.json").unlink(), "no adapter_config.json"),
     (lambda folder: (folder / checkpoints.TRAINABLE_PARAMS).unlink(), "run zero_to_fp32.py"),
     (lambda folder: (folder / checkpoints.CONVERTED).mkdir(), "an empty folder"),
-    (lambda folder: (folder / checkpoints.CONVERTED).write_bytes(b"cos\nsystem\n(S'touch x'\ntR."), "would call os.sys"),
+    (lambda folder: (folder / checkpoints.CONVERTED).write_bytes(b"cos\nsystem\n(S'touch x'\ntR."),
+     "would call os.system"),
     (lambda folder: save_file({"model.norm.weight": torch.ones(9)}, folder / checkpoints.TRAINABLE_PARAMS), "not fit"),
     (lambda folder: save_file({"other": torch.ones(1)}, folder / checkpoints.TRAINABLE_PARAMS), "no place for"),
 ])

@@ -60,7 +60,7 @@ def test_select_matches_user_time_and_target(sample, make_prompt, tmp_path):
 
 
 def test_mistakes(sample, make_prompt, foreign_prompt, tmp_path):
-    with pytest.raises(UserError, match="line 1 of the test file.*--protocol sthgcn needs; make the questions with process_"):
+    with pytest.raises(UserError, match="line 1 of the test file.*sthgcn needs; make the questions with process_"):
         protocols.select("sthgcn", [foreign_prompt], sample(TRAIN))
     with pytest.raises(UserError, match="nowhere.csv: not found; make it with `python data-preprocess/run.py -f best_"):
         protocols.select("sthgcn", [make_prompt(0, 1, [1], 2)], tmp_path / "nowhere.csv")

@@ -543,7 +543,8 @@ def flip(path):
         file.write(bytes([byte ^ 1]))
 
 
-BAD_ENCODERS.append(("a bit turned over", lambda weights, path: (torch.save(weights, path), flip(path)), ["is damaged"]))
+BAD_ENCODERS.append(("a bit turned over", lambda weights, path: (torch.save(weights, path), flip(path)),
+                     ["is damaged"]))
 
 
 @pytest.mark.parametrize("make, names", [row[1:] for row in BAD_ENCODERS], ids=[row[0] for row in BAD_ENCODERS])

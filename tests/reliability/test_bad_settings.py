@@ -326,7 +326,8 @@ def test_lists_that_are_right(city):
 
 LISTS = {
     "missing": None, "empty": "", "cut off": '{"9": [0, 1', "a list": "[1]", "text": '"x"', "null": "null",
-    "number": "7", "number for a list": '{"9": 5}', "text for a list": '{"9": "01"}', "map for a list": '{"9": {"0": 1}}',
+    "number": "7", "number for a list": '{"9": 5}', "text for a list": '{"9": "01"}',
+    "map for a list": '{"9": {"0": 1}}',
     "null for a list": '{"9": null}', "text in a list": '{"9": ["0"]}', "1.0": '{"9": [1.0]}', "true": '{"9": [true]}',
     "nested": '{"9": [[0]]}', "null in a list": '{"9": [null]}', "NaN": '{"9": [NaN]}', "nested deeply": "[" * 100_000,
     "nested maps": '{"9":' * 100_000, "unknown": '{"9": [12345]}', "huge": '{"9": [%d]}' % 10 ** 30,

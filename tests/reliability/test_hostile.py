@@ -450,7 +450,8 @@ def misuses(source: str, name: str = "ga_llm/x.py") -> list[str]:
     "torch.load(x)", "torch.load(x, weights_only=False)", "np.load(x, allow_pickle=True)", "yaml.load(x)",
     "yaml.load(x, Loader=yaml.Loader)", "yaml.unsafe_load(x)", "eval(x)", "exec(x)", "pickle.load(x)",
     "pickle.loads(x)", "pickle.Unpickler(x)", "os.system(x)", "subprocess.run(x, shell=True)",
-    "f(x, trust_remote_code=True)", "shutil.rmtree(x)", "pd.read_pickle(x)", "importlib.import_module(x)", "torch.hub.load(x)",
+    "f(x, trust_remote_code=True)", "shutil.rmtree(x)", "pd.read_pickle(x)", "importlib.import_module(x)",
+    "torch.hub.load(x)",
     "class L(yaml.FullLoader): pass\nyaml.load(x, L)"])
 def test_misuses_are_found(source):
     assert len(misuses(source)) == 1
