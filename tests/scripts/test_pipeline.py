@@ -166,8 +166,8 @@ def test_mistakes_are_one_line(repo, change, message):
 
 
 def test_stage_2_refuses_an_encoder_of_another_width(repo):
-    run(repo, sys.executable, "tools/make_tiny_llama.py", "--output_dir", "models/wide", "--hidden", "48")
-    result = stage_2(repo, "outputs/wide", "--model_name_or_path", "models/wide", check=False)
+    run(repo, sys.executable, "tools/make_tiny_llama.py", "--output_dir", "models/width48", "--hidden", "48")
+    result = stage_2(repo, "outputs/wide", "--model_name_or_path", "models/width48", check=False)
     assert result.returncode != 0
     assert "made for an LLM of width 32, this one has 48" in result.stderr
-    assert not (repo / "outputs/wide").exists() or not any((repo / "outputs/wide").iterdir())
+    assert not (repo / "outputs/wide").exists()
