@@ -67,18 +67,23 @@ def run(main) -> None:
         finally:
             _flush()
     except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)      # a name may hold a line end
+        _say(str(error))
         sys.exit(2)
     except BrokenPipeError:         # whoever read our output has stopped to
         sys.exit(1)
     except OSError as error:
         if error.errno not in WAYS_OUT or error.filename is None:
             raise
-        print(f"error: {error.filename}: {error.strerror.lower()}; {WAYS_OUT[error.errno]}", file=sys.stderr)
+        _say(f"{error.filename}: {error.strerror.lower()}; {WAYS_OUT[error.errno]}")
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _say(error: str) -> None:
+    """One line, although a name may hold a line's end; in one piece, for torchrun's processes write at once."""
+    sys.stderr.write("error: " + " ".join(error.split()) + "\n")
 
 
 def _flush() -> None:

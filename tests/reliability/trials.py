@@ -131,7 +131,9 @@ class Trial:
 
     def end(self, process) -> Result:
         process.join(300)
-        return Result(process.exitcode, Path(f"{self.log}.out").read_text(), self.log.read_text())
+        # Killed at once, it has not even opened them.
+        return Result(process.exitcode, *(path.read_text() if path.exists() else ""
+                                          for path in (Path(f"{self.log}.out"), self.log)))
 
     def succeed(self, *hooks):
         """Run the command to its end, and check that it leaves what it should."""
