@@ -236,7 +236,7 @@ def copies(repo, tmp_path_factory):
 
 
 @pytest.mark.soak
-def test_trained_weights_and_metrics(repo, copies, tmp_path, monkeypatch):
+def test_trained_weights_and_metrics(copies, tmp_path, monkeypatch):
     """Both stages and the evaluation, each in processes of their own: weights, losses and predictions to the bit."""
     environment, umask, _, _ = TOGETHER["hash seed 1, no UTF-8, Tokyo, umask, threads, folders reversed"]
     results = []
