@@ -20,8 +20,7 @@ import torch
 
 from ga_llm import (artifacts, baselines, checkpoints, comparison, decoding, llm, metrics, predictions, protocols,
                     ranking, sft_data, spelling, tree_attention, writing)
-from ga_llm.arguments import token_count, whole_number
-from ga_llm.cli import Parser, UserError, boolean, run
+from ga_llm.cli import Parser, UserError, boolean, run, token_count, whole_number
 from geo_encoder import gps_tokens, injection, weights
 
 TEST_TYPES = {"base": "neither adapter nor GPS embedding", "projector": "GPS embedding, no adapter", "llm": "both"}

@@ -22,7 +22,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from ga_llm import checkpoints
 from ga_llm.artifacts import require
-from ga_llm.cli import UserError, boolean
+from ga_llm.cli import LEAST_TOKENS, MOST_TOKENS, UserError, boolean
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,6 @@ RENAMED = {
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
 }
-LEAST_TOKENS, MOST_TOKENS = 16, 2**24     # of a question and its answer; of what any model takes
 AT_LEAST = {        # what transformers would divide by, or takes for another value than the one given
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
                      "lora_r", "lora_alpha", "save_total_limit"), 1),
@@ -109,22 +108,6 @@ def parse(arguments_class: type[SFTArguments], argv: list[str] | None = None) ->
         args.scratch = tempfile.TemporaryDirectory(prefix="dry-run-")
         args.planned_output_dir, args.output_dir = args.output_dir, args.scratch.name
     return args
-
-
-def whole_number(least: int, most: int = 2**63 - 1):
-    """A type for argparse: whole numbers from `least` to `most`."""
-    def parse_number(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = None
-        if number is None or not least <= number <= most:
-            raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most}, got {text!r}")
-        return number
-    return parse_number
-
-
-token_count = whole_number(LEAST_TOKENS, MOST_TOKENS)
 
 
 def _raise(message: str):

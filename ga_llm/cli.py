@@ -16,6 +16,8 @@ WAYS_OUT = {        # what the system may say of a file, and what to do about it
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }
 
+LEAST_TOKENS, MOST_TOKENS = 16, 2**24     # of a question and its answer; of what any model takes
+
 
 class UserError(Exception):
     """A mistake that the user can mend. Its text is one line: the file, the row or flag, and the way out."""
@@ -32,6 +34,22 @@ def boolean(text: str) -> bool:
     if value in {"false", "no", "n", "0", "f"}:
         return False
     raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
+
+
+def whole_number(least: int, most: int = 2**63 - 1):
+    """A type for argparse: whole numbers from `least` to `most`."""
+    def parse_number(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = None
+        if number is None or not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most}, got {text!r}")
+        return number
+    return parse_number
+
+
+token_count = whole_number(LEAST_TOKENS, MOST_TOKENS)
 
 
 class Parser(argparse.ArgumentParser):

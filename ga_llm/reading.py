@@ -37,8 +37,9 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         if zipfile.is_zipfile(path):        # torch itself does not look at the checksums
             with zipfile.ZipFile(path) as archive:
-                if archive.testzip() is not None:
-                    raise ValueError(f"{archive.testzip()} is damaged")
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise ValueError(f"{damaged} is damaged")
         return _load(path)
 
     found = _read(path, tensors)

@@ -5,7 +5,6 @@
 Prints the baselines' metrics, with 95 % intervals, on the pairs of each protocol. `test_next_gps.py` prints the same
 beside every model's.
 """
-
 from ga_llm import artifacts, baselines, metrics, protocols, sft_data, spelling
 from ga_llm.cli import Parser, run
 from geo_encoder.gps_tokens import read_gps_mapping

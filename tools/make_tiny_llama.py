@@ -17,8 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))   # runs without an installation, too
 
 from ga_llm import cli, prompts  # noqa: E402 (before transformers)
-from ga_llm.arguments import token_count, whole_number  # noqa: E402
-from ga_llm.cli import UserError  # noqa: E402
+from ga_llm.cli import UserError, token_count, whole_number  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402

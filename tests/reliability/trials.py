@@ -130,10 +130,7 @@ class Trial:
         return self.end(self.launch(*hooks))
 
     def end(self, process) -> Result:
-        process.join(300)
-        # Killed at once, it has not even opened them.
-        return Result(process.exitcode, *(path.read_text() if path.exists() else ""
-                                          for path in (Path(f"{self.log}.out"), self.log)))
+        return forked.end(process, self.log)
 
     def succeed(self, *hooks):
         """Run the command to its end, and check that it leaves what it should."""

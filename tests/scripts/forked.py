@@ -36,9 +36,14 @@ def launch(folder, command, log, *hooks, **environment):
 
 
 def run(folder, command, log, *hooks, **environment) -> Result:
-    process = launch(folder, command, log, *hooks, **environment)
+    return end(launch(folder, command, log, *hooks, **environment), log)
+
+
+def end(process, log) -> Result:
+    """Wait for a launched process. Killed at once, it has not even opened what it writes to."""
     process.join(300)
-    return Result(process.exitcode, Path(f"{log}.out").read_text(), Path(log).read_text())
+    return Result(process.exitcode, *(path.read_text() if path.exists() else ""
+                                      for path in (Path(f"{log}.out"), Path(log))))
 
 
 def start(repo, stage, output, *flags, processes=1, hooks=()):
