@@ -14,7 +14,9 @@ from ga_llm import cli, writing
 def main() -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("-f", required=True, metavar="FILE", help="the data set's YAML, e.g. best_conf/nyc.yml")
-    conf = config.load(parser.parse_args().f)
+    config.add_datasets_flag(parser)
+    args = parser.parse_args()
+    conf = config.load(args.f, args.datasets)
     with writing.alone(conf.folder):
         made = samples.make(conf)
         samples.write(conf, made)

@@ -6,13 +6,13 @@ Writes {train,test}_kq_pairs.json.
 """
 
 from checkins import config, questions
-from ga_llm import artifacts, cli
+from ga_llm import cli
 
 
 def main() -> None:
     parser = cli.Parser(__doc__)
-    parser.add_argument("-dataset_name", required=True, help="nyc, tky, ca, or any with a best_conf/<name>.yml")
-    questions.write_keys_and_queries(config.load(artifacts.config_file(parser.parse_args().dataset_name)))
+    config.add_flags(parser)
+    questions.write_keys_and_queries(config.from_flags(parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ GPS_COLUMNS = ["GPS_id", "Latitude", "Longitude"]    # of the GPS mapping; GPS_i
 
 MERGED_ENCODER = "geo_encoder_merged.pth"
 FINAL_ENCODER = "geo_encoder_final_merged.pth"
+PROJECTOR = "poi_projector.pth"
+FINAL_PROJECTOR = "poi_projector_final.pth"
 TRAINABLE_PARAMS = "trainable_params.safetensors"
 TRAINER_LOG = "trainer_log.jsonl"
 LOSS_PICTURE = "loss.png"
@@ -69,10 +71,25 @@ def similar_trajectories(split: str) -> str:
     return f"{split}_key_top200.json"
 
 
-def questions(split: str, dataset: str, stage: int, use_sim: bool) -> str:
-    """Question file of `split` ("train" or "test") for stage 1 (GCIM) or stage 2 (LLM)."""
+def poi_embeddings(dataset: str) -> str:
+    """POI-to-POI transitions as vectors: row n is POI n's."""
+    return f"{dataset}_poi_embeddings.npy"
+
+
+def alignment_questions(dataset: str) -> str:
+    """Questions of PAM's stage 1."""
+    return f"train_qa_pairs_{dataset}_pam.json"
+
+
+def question_settings(path: Path | str) -> Path:
+    """Beside a question file: what its prompts show, for whoever asks a trained model more of them."""
+    return Path(path).with_suffix(".settings.json")
+
+
+def questions(split: str, dataset: str, stage: int, use_sim: bool, use_pam: bool = False) -> str:
+    """Question file of `split` ("train" or "test") for stage 1 (GCIM) or stage 2 (LLM; `use_pam`: with `<POI n>`)."""
     sim = "with_sim" if use_sim else "without_sim"
-    tail = f"projector_gps_{sim}_stage1" if stage == 1 else f"llm_{sim}_gps"
+    tail = f"projector_gps_{sim}_stage1" if stage == 1 else f"llm_{sim}_gps" + "_pam" * use_pam
     return f"{split}_qa_pairs_kqt_200items_{dataset}_{tail}.{'json' if split == 'train' else 'txt'}"
 
 

@@ -5,8 +5,8 @@ A pair reads, on one line (paper, Section 4: prompt construction):
     <question>: [Similar trajectories: …] [History of user u: …] Current trajectory of user u: … the question
     <answer>: the answer
 
-Whoever reads it relies on `<question>:`, `<answer>:`, `POI id n` and `<GPS n>` alone, so files in another wording
-work too. (Evaluation also reads the user, the target's time and the current part, where they stand as here.) Where
+Whoever reads it relies on `<question>:`, `<answer>:`, `POI id n`, `<GPS n>` and `<POI n>` alone, so files in another
+wording work too. (Evaluation also reads the user, the target's time and the current part, where they stand as here.) Where
 there are several `<answer>:`, as behind examples of answers, the last one counts.
 """
 import re
@@ -16,6 +16,7 @@ QUESTION = "<question>:"
 ANSWER = "<answer>:"
 POI_ID = re.compile(r"POI id ([0-9]+)")
 GPS_TOKEN = re.compile(r"<GPS ([^<>]*)>")       # whatever looks like one: `<GPS 05>` must not pass for text
+PLACE_TOKEN = re.compile(r"<(?:GPS|POI) [^<>]*>")       # the same of both kinds of tokens that stand for a place
 CURRENT = "Current trajectory of user"
 USER = re.compile(r"user ([0-9]{1,18})(?![0-9])")       # a number of 64 bits
 TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2}")
@@ -25,6 +26,9 @@ LONGEST_ID = 18     # digits; more are no number of 64 bits
 FIELDS = ("time", "user", "poi", "coordinates", "gps", "category")
 # Instead of `time`, for short prompts: the time of day alone.
 CLOCK = "clock"
+# With the POI Alignment Module: `<POI n>`, behind `POI id n`.
+ALIGNED = "poi_token"
+ORDER = (CLOCK, "time", "user", "poi", ALIGNED, "coordinates", "gps", "category")
 STAGE_1_FIELDS = tuple(field for field in FIELDS if field != "category")
 
 
@@ -33,9 +37,14 @@ def gps_token(gps_id: int) -> str:
     return f"<GPS {gps_id}>"
 
 
+def poi_token(poi: int) -> str:
+    """The token whose embedding PAM replaces: `<POI n>`, n being the encoded POI id."""
+    return f"<POI {poi}>"
+
+
 def unknown_place(text: str, places: Container[str]) -> str | None:
-    """The first `<GPS …>` in `text` that is none of the tokens `places`: `<GPS 05>` is not `<GPS 5>`."""
-    return next((token[0] for token in GPS_TOKEN.finditer(text) if token[0] not in places), None)
+    """The first `<GPS …>` or `<POI …>` in `text` that is none of the tokens `places`: `<GPS 05>` is not `<GPS 5>`."""
+    return next((token[0] for token in PLACE_TOKEN.finditer(text) if token[0] not in places), None)
 
 
 def check_in(fields: Sequence[str], time: str, user: int, poi: int, latitude: float, longitude: float,
@@ -46,11 +55,12 @@ def check_in(fields: Sequence[str], time: str, user: int, poi: int, latitude: fl
         "time": lambda: time,
         "user": lambda: f"user {user}",
         "poi": lambda: f"POI id {poi}",
+        ALIGNED: lambda: poi_token(poi),
         "coordinates": lambda: f"({latitude:.6f}, {longitude:.6f})",
         "gps": lambda: gps_token(poi),
         "category": lambda: f"{category_name}, category id {category}",
     }
-    return " ".join(shown[field]() for field in (CLOCK, *FIELDS) if field in fields) + "."
+    return " ".join(shown[field]() for field in ORDER if field in fields) + "."
 
 
 def question(user: int, similar: Sequence[str], history: Sequence[str], current: Sequence[str], ask: str) -> str:
@@ -84,6 +94,32 @@ def ask_coordinates(poi: int) -> str:
 
 def answer_coordinates(latitude: float, longitude: float) -> str:
     return f"{ANSWER} Latitude {latitude:.6f}, longitude {longitude:.6f}."
+
+
+def ask_id(poi: int) -> str:
+    """PAM's stage 1: what does the projected embedding say of a POI? Here its id."""
+    return f"Which POI is {poi_token(poi)}?"
+
+
+def answer_id(poi: int) -> str:
+    return f"{ANSWER} POI id {poi}."
+
+
+def ask_category(poi: int) -> str:
+    return f"Of which category is {poi_token(poi)}?"
+
+
+def answer_category(category_name: str, category: int) -> str:
+    return f"{ANSWER} {category_name}, category id {category}."
+
+
+def ask_successors(poi: int) -> str:
+    return f"Where do people go most often after {poi_token(poi)}?"
+
+
+def answer_successors(pois: Sequence[int]) -> str:
+    """The POIs that follow most often, the most frequent first."""
+    return f"{ANSWER} {', '.join(f'POI id {poi}' for poi in pois)}."
 
 
 def join(question: str, answer: str) -> str:

@@ -174,7 +174,7 @@ class _Unlike(Exception):
 
 
 class UnknownPlace(Exception):
-    """`<GPS n>` that the tokenizer does not have; pair: which of the given texts holds it."""
+    """`<GPS n>` or `<POI n>` that the tokenizer does not have; pair: which of the given texts holds it."""
 
     def __init__(self, pair: int, token: str):
         super().__init__(token)
@@ -184,7 +184,7 @@ class UnknownPlace(Exception):
 class Pieces:
     """Encodes joined pairs as sft_data.encode does, but each distinct piece of text once.
 
-    A text is cut at `<GPS n>`, where every tokenizer cuts it too, and between "." and " " if no token of the vocabulary
+    A text is cut at `<GPS n>` and `<POI n>`, where every tokenizer cuts it too, and between "." and " " if no token of the vocabulary
     holds both, for then none can lie across. A piece is encoded behind what tells the tokenizer where it stands:
     nothing at the beginning of the text, a place's token, or that and the ".". Ids are bytes, which join fast.
     tokenized: how many tokens the tokenizer has really made.
@@ -197,9 +197,9 @@ class Pieces:
         self.prefix, self.suffix = self._bytes(whole[:first]), self._bytes(whole[first + len(alone):])
         self.eos = self._bytes([tokenizer.eos_token_id])
         self.places = {token: self._bytes([token_id]) for token, token_id in tokenizer.get_added_vocab().items()
-                       if prompts.GPS_TOKEN.fullmatch(token)}
+                       if prompts.PLACE_TOKEN.fullmatch(token)}
         self.in_pieces = in_pieces and bool(self.places)
-        cut = prompts.GPS_TOKEN.pattern.replace("(", "(?:")
+        cut = prompts.PLACE_TOKEN.pattern
         self.cut = re.compile(rf"({cut})|(?<=\.)(?= )" if self._never_joined() else f"({cut})")
         self.place = next(iter(self.places), "")
         self.lengths = {before: len(self.backend.encode(before, add_special_tokens=False).ids)

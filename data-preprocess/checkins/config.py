@@ -49,15 +49,21 @@ class Config:
     keep_states: list | None = None      # gowalla: names of GeoJSON features
     columns: dict | None = None          # csv: role -> column of the file
     history_step: int | None = None      # check-ins; process_llm_gps.py -history_step, in no YAML
+    datasets: Path = artifacts.DATASETS  # the root of what is written; every script's -datasets, in no YAML
 
     @property
     def folder(self) -> Path:
         """Where this data set's samples and questions lie."""
-        return artifacts.preprocessed(self.dataset_name)
+        return artifacts.preprocessed(self.dataset_name, self.datasets)
 
     @property
     def run_command(self) -> str:
-        return f"python data-preprocess/run.py -f {self.path}"
+        return self.command("run.py", f"-f {self.path}")
+
+    def command(self, script: str, flags: str = "") -> str:
+        """What the user runs to make this data set's files with `script`, whose first flags are given or name it."""
+        elsewhere = "" if self.datasets == artifacts.DATASETS else f" -datasets {self.datasets}"
+        return f"python data-preprocess/{script} {flags or f'-dataset_name {self.dataset_name}'}{elsewhere}"
 
 
 KEYS_EXPLAINED = "see best_conf/tky.yml"
@@ -110,8 +116,23 @@ def _values(path: Path) -> dict:
     return values
 
 
-def load(path: Path | str) -> Config:
-    """Read one data set's YAML. Raises UserError with file and key if a key is missing, unknown or senseless."""
+def add_datasets_flag(parser) -> None:
+    parser.add_argument("-datasets", type=Path, default=artifacts.DATASETS, metavar="FOLDER",
+                        help="the root of what is written and read again (default: %(default)s)")
+
+
+def add_flags(parser) -> None:
+    """The flags that name a data set, for `from_flags`."""
+    parser.add_argument("-dataset_name", required=True, help="nyc, tky, ca, or any with a best_conf/<name>.yml")
+    add_datasets_flag(parser)
+
+
+def from_flags(args) -> Config:
+    return load(artifacts.config_file(args.dataset_name), args.datasets)
+
+
+def load(path: Path | str, datasets: Path | str = artifacts.DATASETS) -> Config:
+    """Read one data set's YAML; its files lie below `datasets`. Raises UserError with file and key if a key is missing, unknown or senseless."""
     path = Path(path)
     values = _values(path)
 
@@ -122,7 +143,7 @@ def load(path: Path | str) -> Config:
     format_ = values.get("format")
     check(isinstance(format_, str) and format_ in RAW_FILES, "format", "one of " + ", ".join(RAW_FILES))
     optional = {field.name for field in dataclasses.fields(Config) if field.default is None}
-    needed = {field.name for field in dataclasses.fields(Config)} - optional - {"path"}
+    needed = {field.name for field in dataclasses.fields(Config)} - optional - {"path", "datasets"}
     needed |= set(OWN_KEYS.get(format_, ())) | (set() if format_ == "getnext" else set(SPLITTING))
     _same_keys(f"{path}", values, needed)
     check(values["dataset_name"] == path.stem, "dataset_name", f"{short(path.stem)}, the file's own name")
@@ -159,7 +180,7 @@ def load(path: Path | str) -> Config:
         states = values["keep_states"]
         check(isinstance(states, list) and states and all(map(_is_line, states)), "keep_states",
               "a list of names")
-    return Config(path=path, **values)
+    return Config(path=path, datasets=Path(datasets), **values)
 
 
 def _is_whole(value) -> bool:

@@ -109,7 +109,9 @@ def texts(rows: pd.DataFrame, fields: Iterable[str]) -> list[str]:
 
 
 def write(config: Config, stage: int, use_sim: bool, fields: tuple[str, ...]) -> None:
-    """Write the train and test question files of one stage."""
+    """Write the train and test question files of one stage, and beside each its settings."""
+    settings = {"dataset": config.dataset_name, "stage": stage, "fields": fields, "use_sim": use_sim,
+                "max_history": config.max_history, "history_step": config.history_step}
     with writing.alone(config.folder), writing.together() as new_file:
         split_rows = {split: samples.load(config, split) for split in SPLITS}
         places = samples.load_places(config)
@@ -121,7 +123,10 @@ def write(config: Config, stage: int, use_sim: bool, fields: tuple[str, ...]) ->
             found = pairs(config, split_rows["train"], rows, listed[split])
             made = tqdm(records(config, stage, rows, split_texts, train_texts, found, places), desc=split,
                         total=rows["TrajectoryId"].nunique(), unit="pair", disable=not cli.show_progress())
-            path = config.folder / artifacts.questions(split, config.dataset_name, stage, use_sim)
+            path = config.folder / artifacts.questions(split, config.dataset_name, stage, use_sim,
+                                                       prompts.ALIGNED in fields)
+            with new_file(artifacts.question_settings(path), "wb") as file:
+                file.write(orjson.dumps(settings) + b"\n")
             with new_file(path, "wb") as file:
                 count = write_json_array(file, made) if split == "train" else _write_lines(file, made)
             logger.info("%d %s pairs, %s: %s", count, split, ",".join(fields), path)
@@ -155,7 +160,7 @@ def load_similar(config: Config, split: str, split_rows: dict[str, pd.DataFrame]
 
     Raises UserError if the file is missing, is no such object, or was made from other samples.
     """
-    command = f"python data-preprocess/traj_sim.py -dataset_name {config.dataset_name}"
+    command = config.command("traj_sim.py")
     path = artifacts.require(config.folder / artifacts.similar_trajectories(split), command)
     try:
         listed = orjson.loads(path.read_bytes())
@@ -187,16 +192,19 @@ def command(stage: int, description: str) -> None:
     """The command line that both question scripts share: parse it, and write the files of `stage`."""
     default = prompts.STAGE_1_FIELDS if stage == 1 else prompts.FIELDS
     parser = cli.Parser(description)
-    parser.add_argument("-dataset_name", required=True, help="nyc, tky, ca, or any with a best_conf/<name>.yml")
+    configs.add_flags(parser)
     parser.add_argument("-use_sim", type=cli.boolean, default=False, metavar="True|False",
                         help="add check-ins of similar trajectories (needs traj_sim.py's files)")
+    if stage == 2:
+        parser.add_argument("-use_pam", type=cli.boolean, default=False, metavar="True|False",
+                            help="show <POI n> behind each POI id, for the POI Alignment Module")
     parser.add_argument("-fields", default=",".join(default), help="what a check-in shows, comma-separated; poi always")
     parser.add_argument("-max_history", type=int, help="check-ins of history at most (default: the YAML's)")
     parser.add_argument("-history_step", type=int, metavar="N",
                         help="a history longer than -max_history loses up to N-1 check-ins more, so that pairs in a "
                              "row begin alike (for --shared_prefix)")
     args = parser.parse_args()
-    config = configs.load(artifacts.config_file(args.dataset_name))
+    config = configs.from_flags(args)
     if args.max_history is not None:
         if not 0 <= args.max_history <= configs.MOST:
             raise cli.UserError(f"-max_history {short(args.max_history)}: too small or large; give 0 to {configs.MOST}")
@@ -206,11 +214,11 @@ def command(stage: int, description: str) -> None:
             raise cli.UserError(f"-history_step {short(args.history_step)}: too small or large; give 1 to -max_history "
                                 f"{config.max_history}")
         config = dataclasses.replace(config, history_step=args.history_step)
-    write(config, stage, args.use_sim, shown_fields(args.fields, default, stage))
+    write(config, stage, args.use_sim, shown_fields(args.fields, default, stage, stage == 2 and args.use_pam))
 
 
-def shown_fields(text: str, allowed: tuple[str, ...], stage: int) -> tuple[str, ...]:
-    """Parse `-fields`, in the prompt's order. Raises UserError for an unknown one, or stage 1 without `gps`."""
+def shown_fields(text: str, allowed: tuple[str, ...], stage: int, use_pam: bool = False) -> tuple[str, ...]:
+    """Parse `-fields`, in the prompt's order, with `<POI n>` if `use_pam`. Raises UserError for an unknown one, or stage 1 without `gps`."""
     asked = {field.strip() for field in text.split(",")}
     allowed = (prompts.CLOCK, *allowed)
     if asked - set(allowed):
@@ -218,7 +226,8 @@ def shown_fields(text: str, allowed: tuple[str, ...], stage: int) -> tuple[str, 
                             + ",".join(allowed))
     if stage == 1 and "gps" not in asked:
         raise cli.UserError("-fields: stage 1 trains the encoder behind the GPS tokens; add gps")
-    return tuple(field for field in allowed if field in asked or field == "poi")
+    asked |= {"poi", prompts.ALIGNED} if use_pam else {"poi"}
+    return tuple(field for field in prompts.ORDER if field in asked)
 
 
 def _check_places(config: Config, split_rows: dict[str, pd.DataFrame], places: pd.DataFrame) -> None:
