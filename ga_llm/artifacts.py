@@ -2,6 +2,7 @@
 
 No torch here: the preprocessing scripts use this module too.
 """
+import dataclasses
 import re
 from pathlib import Path
 
@@ -28,6 +29,19 @@ RUN = "run.json"
 METRICS = "metrics.json"
 PREDICTIONS = "predictions.jsonl"
 LOG_PROBABILITIES = "log_probabilities.npy"
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderFiles:
+    """What a stage 1 keeps: N/`merged` at checkpoint N, `final` at the end, `config` beside each; and what makes it."""
+    merged: str
+    final: str
+    config: str
+    made_by: str
+
+
+GCIM = EncoderFiles(MERGED_ENCODER, FINAL_ENCODER, "geo_encoder_config.json", "torchrun … finetune_GCIM.py (stage 1)")
+PAM = EncoderFiles(PROJECTOR, FINAL_PROJECTOR, "poi_projector_config.json", "torchrun … finetune_PAM.py (stage 1)")
 
 
 def dataset_name(text: str, where: str = "-dataset_name") -> str:
@@ -74,6 +88,11 @@ def similar_trajectories(split: str) -> str:
 def poi_embeddings(dataset: str) -> str:
     """POI-to-POI transitions as vectors: row n is POI n's."""
     return f"{dataset}_poi_embeddings.npy"
+
+
+def embedding_settings(path: Path | str) -> Path:
+    """Beside POI embeddings: what they were made of."""
+    return Path(path).with_suffix(".json")
 
 
 def alignment_questions(dataset: str) -> str:

@@ -115,7 +115,7 @@ def write(config: Config, stage: int, use_sim: bool, fields: tuple[str, ...]) ->
     with writing.alone(config.folder), writing.together() as new_file:
         split_rows = {split: samples.load(config, split) for split in SPLITS}
         places = samples.load_places(config)
-        _check_places(config, split_rows, places)
+        check_places(config, split_rows, places)
         listed = {split: load_similar(config, split, split_rows) if use_sim else None for split in SPLITS}
         train_texts = texts(split_rows["train"], fields)
         for split, rows in split_rows.items():
@@ -230,7 +230,8 @@ def shown_fields(text: str, allowed: tuple[str, ...], stage: int, use_pam: bool 
     return tuple(field for field in prompts.ORDER if field in asked)
 
 
-def _check_places(config: Config, split_rows: dict[str, pd.DataFrame], places: pd.DataFrame) -> None:
+def check_places(config: Config, split_rows: dict[str, pd.DataFrame], places: pd.DataFrame) -> None:
+    """Raises UserError if the GPS mapping `places` lacks a POI of one of the samples."""
     for split, rows in split_rows.items():
         missing = set(rows["PoiId"].tolist()).difference(places.index)
         if missing:
