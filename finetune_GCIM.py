@@ -52,9 +52,9 @@ def main():
     llm.trainable_to_fp32(model)
     log.info("training %s parameters on %d pairs", llm.describe_trainable(model), len(setup.dataset))
 
-    trainer = checkpoints.GCIMTrainer(model=model, args=args, train_dataset=setup.train_dataset,
-                                      data_collator=setup.collator, processing_class=setup.tokenizer,
-                                      encoder=geo_encoder, encoder_config=config)
+    trainer = checkpoints.EncoderTrainer(model=model, args=args, train_dataset=setup.train_dataset,
+                                         data_collator=setup.collator, processing_class=setup.tokenizer,
+                                         encoder=geo_encoder, encoder_config=config)
     if args.dry_run:
         dry_run.run(trainer, setup)
     else:

@@ -1,7 +1,8 @@
-"""Stage 2: fine-tune the LLM for next-POI prediction, with the frozen geo-encoder of stage 1 injected.
+"""Stage 2: fine-tune the LLM for next-POI prediction, with GCIM's encoder and PAM's projector of stage 1, both frozen.
 
     torchrun --nproc_per_node=1 finetune_LLM_with_GCIM.py --model_name_or_path M --data_path …_llm_….json \
-        --gps_mapping_path G.csv --geoencoder_path O1/N/geo_encoder_merged.pth --output_dir O …
+        --gps_mapping_path G.csv --geoencoder_path O1/N/geo_encoder_merged.pth --output_dir O … \
+        [--poi_embedding_path E.npy --projector_path P1/N/poi_projector.pth]
 
 LongLoRA: LoRA (r 8, alpha 16, dropout 0.1) on the attention's projections, embeddings and norms trained beside it,
 S²-Attn while training (paper, Section 4.2). Leaves O/checkpoint-N/ for test_next_gps.py.
@@ -9,9 +10,9 @@ S²-Attn while training (paper, Section 4.2). Leaves O/checkpoint-N/ for test_ne
 import dataclasses
 import logging
 
-from ga_llm import arguments, artifacts, checkpoints, dry_run, llm, sharding, training
+from ga_llm import arguments, checkpoints, dry_run, llm, sharding, training
 from ga_llm.cli import run
-from geo_encoder import injection, weights
+from geo_encoder import injection
 
 log = logging.getLogger("stage 2")
 
@@ -20,6 +21,10 @@ log = logging.getLogger("stage 2")
 class Stage2Arguments(arguments.SFTArguments):
     geoencoder_path: str | None = dataclasses.field(
         default=None, metadata={"help": "geo_encoder_merged.pth of stage 1; without it <GPS n> are plain tokens"})
+    poi_embedding_path: str | None = dataclasses.field(
+        default=None, metadata={"help": "POI embeddings for questions with <POI n>; needs --projector_path"})
+    projector_path: str | None = dataclasses.field(
+        default=None, metadata={"help": "poi_projector.pth of PAM's stage 1"})
     lora_r: int = 8
     lora_alpha: int = 16
     lora_dropout: float = 0.1
@@ -29,17 +34,16 @@ class Stage2Arguments(arguments.SFTArguments):
 
 def main():
     args = arguments.parse(Stage2Arguments)
-    if args.geoencoder_path:
-        artifacts.require(args.geoencoder_path, weights.MADE_BY)
+    injection.check_paths(args)
 
-    # The question-answer pairs, one <GPS n> token per place, the LLM.
+    # The question-answer pairs, one token per place, the LLM.
     setup = training.set_up(args)
     model = setup.model
 
-    # The frozen encoder becomes a table, looked up in the place of the <GPS n> embeddings.
-    if args.geoencoder_path:
-        injection.attach_frozen(model, args.geoencoder_path, setup.mapping, setup.token_ids)
-    else:
+    # The frozen encoders become tables, looked up in the place of the <GPS n> and <POI n> embeddings.
+    encoders = injection.attach_encoders(model, setup.mapping, setup.token_ids, args.geoencoder_path,
+                                         setup.poi_token_ids, setup.poi_embeddings, args.projector_path)
+    if not args.geoencoder_path:
         log.info("no --geoencoder_path: <GPS n> are tokens like any other")
 
     if args.low_rank_training:
@@ -49,7 +53,7 @@ def main():
     log.info("training %s parameters on %d pairs", llm.describe_trainable(model), len(setup.dataset))
 
     trainer = checkpoints.GATrainer(model=model, args=args, train_dataset=setup.train_dataset,
-                                    data_collator=setup.collator, processing_class=setup.tokenizer)
+                                    data_collator=setup.collator, processing_class=setup.tokenizer, encoders=encoders)
     if args.dry_run:
         dry_run.run(trainer, setup)
     else:

@@ -18,26 +18,19 @@ from pathlib import Path
 
 import torch
 
-from ga_llm import (artifacts, baselines, checkpoints, comparison, decoding, llm, metrics, predictions, protocols,
-                    ranking, sft_data, spelling, tree_attention, writing)
+from ga_llm import (artifacts, baselines, comparison, decoding, llm, metrics, predictions, protocols, ranking, run_log,
+                    sft_data, spelling, trained, tree_attention, writing)
 from ga_llm.cli import Parser, UserError, boolean, run, token_count, whole_number
-from geo_encoder import gps_tokens, injection, weights
-
-TEST_TYPES = {"base": "neither adapter nor GPS embedding", "projector": "GPS embedding, no adapter", "llm": "both"}
+from geo_encoder import gps_tokens, injection
 
 
 def arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--base_model", help="folder of the base LLM (default: --model_path)")
-    parser.add_argument("--model_path", help="the same")
-    parser.add_argument("--output_dir", help="stage 2's checkpoint-N; results of other test types in folders there")
-    parser.add_argument("--cache_dir")
+    trained.add_flags(parser)
     parser.add_argument("--data_path", default=str(artifacts.DATASETS))
     parser.add_argument("--dataset_name")
     parser.add_argument("--test_file", help="a file in <data_path>/<dataset_name>/preprocessed")
-    parser.add_argument("--test_type", choices=TEST_TYPES, default="llm", help=str(TEST_TYPES))
-    parser.add_argument("--gps_mapping_path", help="default: that of the data set")
-    parser.add_argument("--geoencoder_path", help="stage 1's geo_encoder_merged.pth; without it no GPS embedding")
+    parser.add_argument("--test_type", choices=trained.TEST_TYPES, default="llm", help=str(trained.TEST_TYPES))
     parser.add_argument("--use_random_projector", type=boolean, default=False, help="an untrained encoder instead")
     parser.add_argument("--protocol", choices=protocols.PROTOCOLS, default="ga-llm", help=str(protocols.PROTOCOLS))
     parser.add_argument("--decoding", choices=decoding.DECODINGS, default="rank")
@@ -45,10 +38,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--full_table", type=boolean, default=False, help="write log P of every POI, too")
     parser.add_argument("--batch_size", type=whole_number(1), default=8)
     parser.add_argument("--seq_len", type=token_count, default=32768, help="longer prompts are cut from the left")
-    parser.add_argument("--context_size", type=token_count, default=32768, help="--model_max_length of the training")
     parser.add_argument("--flash_attn", type=boolean, default=True)
-    parser.add_argument("--load_in_4bit", type=boolean, default=True)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--limit", type=whole_number(1), help="only the first so many pairs")
     parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=42)
     parser.add_argument("--compare", nargs=2, metavar="PREDICTIONS", help="compare two predictions.jsonl, and no more")
@@ -70,35 +60,9 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def load_model(args, mapping):
-    """The LLM as `--test_type` asks for it, and its tokenizer with the <GPS n> tokens."""
-    full = args.test_type == "llm" and checkpoints.holds_full_model(args.output_dir)
-    base = args.output_dir if full else args.base_model
-    tokenizer = llm.load_tokenizer(base, args.cache_dir)
-    dtype = getattr(torch, args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32"))
-    # Ranking hands the model a mask of the trie, which flash-attn does not take.
-    attention = tree_attention.TREE if args.decoding == "rank" else llm.training_attention(args.flash_attn, full=True)
-    four_bit = args.load_in_4bit and torch.cuda.is_available() and not full
-    model = llm.load_llm(base, args.context_size, attention, dtype, four_bit, args.cache_dir)
-    token_ids = gps_tokens.add_gps_tokens(tokenizer, mapping, model)
-    if args.test_type != "base":
-        if args.use_random_projector:
-            injection.attach_untrained(model, mapping, token_ids)
-        elif args.geoencoder_path:
-            injection.attach_frozen(model, args.geoencoder_path, mapping, token_ids)
-        elif args.test_type == "projector":
-            raise UserError("--test_type projector: no encoder; give --geoencoder_path or --use_random_projector True")
-    if args.test_type == "llm":
-        checkpoints.check_agreement(args.output_dir, args.context_size, model.config.max_position_embeddings,
-                                    None if full else base)
-        model = model if full else checkpoints.load_adapter(model, args.output_dir)
-    return model.eval(), tokenizer
-
-
 def predict(args, model, tokenizer, test_prompts, trie) -> tuple[predictions.Store, float | None]:
     """Rank the POIs for every prompt, and count the prompts per second; what an interrupted run left is kept."""
-    models = [path for path in (args.base_model, args.output_dir, args.geoencoder_path) if path]
-    key = predictions.key(vars(args), [args.test_file, args.gps_mapping_path], models)
+    key = predictions.key(vars(args), [args.test_file, args.gps_mapping_path], trained.files(args))
     store = predictions.Store(args.results, key, trie.candidates if args.full_table else (),
                               1 + max(prompt.pair for prompt in test_prompts))
     started, first = time.perf_counter(), len(store.done)
@@ -116,14 +80,15 @@ def main():
     torch.manual_seed(args.seed)
     mapping = gps_tokens.read_gps_mapping(args.gps_mapping_path)
     pairs = sft_data.read_test_pairs(args.test_file, artifacts.questions_command(args.dataset_name))[:args.limit]
-    sft_data.check_gps_ids(pairs, mapping.ids, args.test_file, args.gps_mapping_path)
+    sft_data.check_places(pairs, trained.known_places(args, mapping), args.test_file, args.gps_mapping_path)
     end = spelling.read_answers(pairs, args.test_file)
     train = baselines.read_train(args.folder / artifacts.split_sample("train"))
-    if args.geoencoder_path and args.test_type != "base":
-        artifacts.require(args.geoencoder_path, weights.MADE_BY)
+    injection.check_paths(args)
 
     writing.hold(args.results)
-    model, tokenizer = load_model(args, mapping)
+    # Ranking hands the model a mask of the trie, which flash-attn does not take.
+    attention = tree_attention.TREE if args.decoding == "rank" else llm.training_attention(args.flash_attn, full=True)
+    model, tokenizer = trained.load(args, mapping, attention, args.test_type, args.use_random_projector)
     ends = args.always_end or args.decoding == "beam"
     spelled = spelling.Spelling(tokenizer, sorted(mapping.ids.tolist()), end, ends)
     test_prompts = spelled.prompts(pairs, min(args.seq_len, args.context_size), args.test_file)
@@ -135,6 +100,7 @@ def main():
     found = store.ranking(test_prompts)
     report = metrics.report(test_prompts, found, baselines.rankings(train, test_prompts), train, mapping, speed,
                             args.protocol, args.decoding)
+    report |= run_log.describe_evaluation()
     report["settings"] = {name: str(value) for name, value in vars(args).items()}
     km = metrics.distances(found.tops, [prompt.target for prompt in test_prompts], mapping)
     written = store.finish(test_prompts, km, report)

@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -87,8 +88,12 @@ class SFTArguments(TrainingArguments):
             deepspeed.init_distributed()
 
 
-def parse(arguments_class: type[SFTArguments], argv: list[str] | None = None) -> SFTArguments:
-    """Parse a training command line. Raises UserError for a flag that is unknown or cannot be honoured."""
+def parse(arguments_class: type[SFTArguments], argv: list[str] | None = None, required: Sequence[str] = ()
+          ) -> SFTArguments:
+    """Parse a training command line; `required`: flags that this script needs beside those that all do.
+
+    Raises UserError for a flag that is unknown or cannot be honoured.
+    """
     flags = _pairs(sys.argv[1:] if argv is None else argv)
     flags = _fit_to_machine(_modernise(flags))
     parser = HfArgumentParser(arguments_class)
@@ -102,7 +107,7 @@ def parse(arguments_class: type[SFTArguments], argv: list[str] | None = None) ->
         args, = parser.parse_args_into_dataclasses([part for flag, values in flags for part in (f"--{flag}", *values)])
     except (ValueError, ImportError) as error:
         _raise(" ".join(str(error).split()))
-    _check(args)
+    _check(args, required)
     if args.dry_run:
         # Trainer makes its folder; the planned one stays as it is.
         args.scratch = tempfile.TemporaryDirectory(prefix="dry-run-")
@@ -208,9 +213,9 @@ def _deepspeed_lacks() -> str | None:
     return None
 
 
-def _check(args: SFTArguments) -> None:
+def _check(args: SFTArguments, required: Sequence[str]) -> None:
     """Everything that can be known to be wrong before the model is loaded."""
-    for flag in ("model_name_or_path", "data_path", "gps_mapping_path", "output_dir"):
+    for flag in ("model_name_or_path", "data_path", "gps_mapping_path", "output_dir", *required):
         if not getattr(args, flag):
             _raise(f"--{flag} is required")
     _check_numbers(args)

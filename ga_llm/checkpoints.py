@@ -4,8 +4,8 @@
     O/checkpoint-N/trainable_params.safetensors     what is trained beside LoRA: embeddings, norms
     O/checkpoint-N/ga_llm.json                      what evaluation must agree with
     O/checkpoint-N/model.safetensors, config.json   instead of the first two, with --low_rank_training False
-    O/N/geo_encoder_merged.pth                      stage 1: the encoder, LoRA merged in
-    O/geo_encoder_final_merged.pth                  stage 1: that of the last step
+    O/N/geo_encoder_merged.pth                      stage 1: the encoder, LoRA merged in (PAM: poi_projector.pth)
+    O/geo_encoder_final_merged.pth                  stage 1: that of the last step (PAM: poi_projector_final.pth)
 
 Beside these stands what a run needs to go on: optimizer, schedule, random states, DeepSpeed's or FSDP's files.
 """
@@ -28,7 +28,7 @@ from transformers import Trainer, TrainerState
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from ga_llm import staging
-from ga_llm.artifacts import FINAL_ENCODER, MERGED_ENCODER, TRAINABLE_PARAMS, require
+from ga_llm.artifacts import GCIM, TRAINABLE_PARAMS, EncoderFiles, question_settings, require
 from ga_llm.cli import UserError
 from ga_llm.llm import rope_factor
 from ga_llm.reading import (WAY_OUT, check_finite, check_pickle, fingerprint, listed, read_json, read_shapes,
@@ -37,8 +37,7 @@ from ga_llm.run_log import LoggedTrainer, draw_log
 from ga_llm.sampling import EpochSampler
 from ga_llm.sharding import set_up_fsdp
 from ga_llm.writing import atomic_write, saving
-from geo_encoder.encoder import GeoEncoderConfig
-from geo_encoder.weights import CONFIG, MADE_BY, merged_state_dict, save_encoder
+from geo_encoder.weights import merged_state_dict, save_encoder
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +55,12 @@ class GATrainer(LoggedTrainer):
     """Trainer whose checkpoints are whole or not there, hold what is trained beside LoRA, and are gone on from exactly.
 
     Its checkpoints are kept by their step: transformers' --load_best_model_at_end has no evaluation to choose by here.
+    encoders: of stage 2, what tells the frozen encoders apart (`injection.attach_encoders`).
     """
+
+    def __init__(self, *args, encoders: dict[str, str] | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.encoders = encoders
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
@@ -117,8 +121,14 @@ class GATrainer(LoggedTrainer):
         """What those who go on from a checkpoint must agree with."""
         found = {"model_max_length": self.args.model_max_length,
                  "base_model": fingerprint(self.args.model_name_or_path),
+                 "encoders": self.encoders, "questions": self._questions(),
                  "trained": [name.removeprefix(PEFT_PREFIX) for name in self._beside_lora()]}
         return {name: value for name, value in found.items() if value is not None}
+
+    def _questions(self) -> dict | None:
+        """What the questions show, for whoever asks the trained model more of them."""
+        settings = question_settings(self.args.data_path)
+        return read_json(settings) if settings.exists() else None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
         """FSDP's own file holds all that is trained, and a model folder all of the model.
@@ -154,12 +164,15 @@ def _restoring(checkpoint: str | None):
                         "the flags that it was trained with, or from another checkpoint") from None
 
 
-class GCIMTrainer(GATrainer):
-    """Stage 1: beside every checkpoint-N stands N/, the encoder with its LoRA merged in."""
+class EncoderTrainer(GATrainer):
+    """Stage 1: beside every checkpoint-N stands N/, the encoder with its LoRA merged in, or PAM's projector.
 
-    def __init__(self, *args, encoder: torch.nn.Module, encoder_config: GeoEncoderConfig, **kwargs):
+    encoder_config: a dataclass; files: what they are called.
+    """
+
+    def __init__(self, *args, encoder: torch.nn.Module, encoder_config, files: EncoderFiles = GCIM, **kwargs):
         super().__init__(*args, **kwargs)
-        self.encoder, self.encoder_config = encoder, encoder_config
+        self.encoder, self.encoder_config, self.files = encoder, encoder_config, files
 
     @functools.cached_property
     def agreement(self) -> dict:
@@ -170,12 +183,12 @@ class GCIMTrainer(GATrainer):
         """Every rank must call it, for ZeRO-3 and FSDP gather the weights; rank 0 writes."""
         merged = merged_state_dict(self.encoder)
         if self.args.should_save:
-            save_encoder(merged, self.encoder_config, path)
+            save_encoder(merged, self.encoder_config, path, self.files)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         super().save_model(output_dir, _internal_call)
         if output_dir and Path(output_dir).parent == staging.staging(self.args.output_dir):
-            self.save_encoder(Path(output_dir).parent / str(self.state.global_step) / MERGED_ENCODER)
+            self.save_encoder(Path(output_dir).parent / str(self.state.global_step) / self.files.merged)
 
     def save_final_encoder(self, trained: bool) -> None:
         """Every rank must call it at the end; the file appears whole. Not `trained` now: it is the last checkpoint's.
@@ -185,16 +198,16 @@ class GCIMTrainer(GATrainer):
         output_dir, hidden = Path(self.args.output_dir), staging.staging(self.args.output_dir) / "final"
         if trained:
             with saving(output_dir):
-                self.save_encoder(hidden / FINAL_ENCODER)
+                self.save_encoder(hidden / self.files.final)
         elif self.args.should_save:
             hidden.mkdir(parents=True)
-            last = output_dir / str(self.state.global_step)
-            shutil.copyfile(require(last / CONFIG, MADE_BY), hidden / CONFIG)
-            shutil.copyfile(require(last / MERGED_ENCODER, MADE_BY), hidden / FINAL_ENCODER)
+            last, files = output_dir / str(self.state.global_step), self.files
+            shutil.copyfile(require(last / files.config, files.made_by), hidden / files.config)
+            shutil.copyfile(require(last / files.merged, files.made_by), hidden / files.final)
         if self.args.should_save:
             staging.move_files(hidden, output_dir)
             staging.sweep(output_dir)
-            log.info("saved: %s", output_dir / FINAL_ENCODER)
+            log.info("saved: %s", output_dir / self.files.final)
 
 
 def check_output(args) -> None:
@@ -297,7 +310,7 @@ def check_resumable(checkpoint: Path, trainer: Trainer) -> None:
     check_agreement(checkpoint, trainer.args.model_max_length, trainer.model.config.max_position_embeddings,
                     trainer.args.model_name_or_path)
     before = read_agreement(checkpoint)
-    for name in {"seed", "encoder"} & before.keys() & trainer.agreement.keys():
+    for name in {"seed", "encoder", "encoders"} & before.keys() & trainer.agreement.keys():
         if before[name] != trainer.agreement[name]:
             raise UserError(f"{checkpoint / AGREEMENT}: trained with {name} {before[name]}, not "
                             f"{trainer.agreement[name]}; resume with the flags that it was trained with")
@@ -483,7 +496,7 @@ def read_agreement(folder: Path) -> dict:
     """What the training wrote down for those who go on from its checkpoint; nothing in the released code's."""
     path = folder / AGREEMENT
     found = read_json(path) if path.exists() else {}
-    kinds = {"model_max_length": int, "base_model": str, "trained": list}
+    kinds = {"model_max_length": int, "base_model": str, "trained": list, "encoders": dict, "questions": dict}
     for name, value in found.items():
         if not isinstance(value, kinds.get(name, object)) or value == 0:
             raise UserError(f"{path}: {name} is {str(value)[:100]!r}; {WAY_OUT}")
@@ -492,10 +505,12 @@ def read_agreement(folder: Path) -> dict:
     return found
 
 
-def check_agreement(folder: Path | str, context_size: int, native_context: int, base_model: str | None = None) -> None:
+def check_agreement(folder: Path | str, context_size: int, native_context: int, base_model: str | None = None,
+                    encoders: dict[str, str] | None = None) -> None:
     """The model must be the one that was trained, its positions scaled as they were. Raises UserError if not.
 
-    A base model by its name on the hub is not looked at.
+    A base model by its name on the hub is not looked at. encoders: as of `injection.attach_encoders`, must be those of
+    the training; None: whatever they are.
     """
     path, found = Path(folder) / AGREEMENT, read_agreement(Path(folder))
     trained = found.get("model_max_length", context_size)
@@ -506,3 +521,11 @@ def check_agreement(folder: Path | str, context_size: int, native_context: int, 
     if present is not None and present != found["base_model"]:
         raise UserError(f"{path}: trained on other weights than {base_model} holds; give the base model of the training"
                         f", or if it is that in other files, delete base_model from {path.name}")
+    if encoders is None or "encoders" not in found:
+        return
+    for name, flag in (("GCIM", "--geoencoder_path"), ("PAM", "--projector_path and --poi_embedding_path")):
+        was, now = found["encoders"].get(name), encoders.get(name)
+        if was != now:
+            how = (f"without {name}; leave out {flag}" if was is None else f"with {name}; give {flag}" if now is None
+                   else f"with other weights of {name}'s; give the {flag} of the training")
+            raise UserError(f"{path}: trained {how}")

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from ga_llm import llm, plan, prompts, sft_data
 from ga_llm.cli import UserError
-from ga_llm.run_log import RunLog
+from ga_llm.run_log import INPUT_FILES, RunLog
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def run(trainer, setup) -> None:
 
 def describe_inputs(args, setup) -> list[str]:
     """The files, the lengths, what truncation costs, the places."""
-    dataset, names = setup.dataset, ("data_path", "gps_mapping_path", "geoencoder_path", "model_name_or_path")
+    dataset, names = setup.dataset, (*INPUT_FILES, "model_name_or_path")
     lines = [f"{'files' if name == names[0] else '':10} --{name} {getattr(args, name)}"
              for name in names if getattr(args, name, None)]
     tokens = dataset.tokens
@@ -62,7 +62,7 @@ def describe_inputs(args, setup) -> list[str]:
     cut = tokens > dataset.lengths
     named, lost, places = 0, 0, set()
     for i, pair in enumerate(sft_data.iterate_pairs(args.data_path)):
-        places.update(prompts.GPS_TOKEN.findall(pair))
+        places.update(prompts.GPS_TOKEN.findall(pair), prompts.POI_TOKEN.findall(pair))
         if cut[i]:
             prompt, answer = prompts.split(pair)
             if names_target(prompt, answer):
@@ -93,16 +93,17 @@ def describe_run(trainer, setup) -> plan.Run:
     """The run that the flags ask for, at the length of its longest sequence, on as many GPUs as there are processes."""
     args, own, beside = trainer.args, 0, 0
     hidden = setup.model.get_input_embeddings().embedding_dim
-    # Stage 2's encoder is a table of its vectors.
-    frozen = len(setup.token_ids) * hidden * 2 if getattr(args, "geoencoder_path", None) else 0
+    # Stage 2's encoders are tables of their vectors.
+    tables = sum(bool(getattr(args, name, None)) for name in ("geoencoder_path", "projector_path"))
+    frozen = tables * len(setup.token_ids) * hidden * 2
     norms = False
     for name, parameter in trainer.model.named_parameters():
         count = getattr(parameter, "ds_numel", parameter.numel())
-        is_own = "lora_" not in name and "gps_injection" not in name
+        is_own = "lora_" not in name and "_injection" not in name
         if parameter.requires_grad:
             own, beside = own + count * is_own, beside + count * (not is_own)
             norms |= is_own and "norm" in name
-        elif "gps_injection" in name:
+        elif "_injection" in name:
             frozen += count * parameter.element_size()
     stage = args.hf_deepspeed_config.get_value("zero_optimization", {}).get("stage", 0) if args.deepspeed else 0
     if trainer.is_fsdp_enabled:

@@ -79,12 +79,18 @@ def rope_factor(length: int, native_context: int) -> int:
 
 
 def extend_context(config, length: int) -> None:
-    """Linear RoPE scaling by ceil(length / the model's own context), where the context must grow."""
+    """Linear RoPE scaling by ceil(length / the model's own context), where the context must grow.
+
+    Raises UserError where it must and positions are scaled otherwise already (llama3, yarn, longrope, dynamic).
+    """
     limit = config.max_position_embeddings
     rope = dict(getattr(config, "rope_parameters", None) or {})
-    kind = rope.get("rope_type", "default")
+    kind = "another way in each kind of layer" if any(isinstance(part, dict) for part in rope.values()) else (
+        rope.get("rope_type", "default"))
     if kind == "linear":
         limit = int(limit * rope["factor"])
+    if kind == "yarn":      # Qwen's way to write it leaves max_position_embeddings at what it was before
+        limit = max(limit, int(rope["factor"] * (rope.get("original_max_position_embeddings") or limit)))
     if length <= limit:
         return
     if not rope or kind not in ("default", "linear"):
@@ -128,6 +134,9 @@ def load_llm(path: str, length: int, attention: str, dtype: torch.dtype, four_bi
     config = _from_hub(AutoConfig.from_pretrained, path, cache_dir=cache_dir)
     _check_folder(path, config)
     extend_context(config, length)
+    window = getattr(config, "sliding_window", None)
+    if window and window < length:
+        log.info("attention: a token sees no more than the %d last ones, as %s was made", window, path)
     device_map = None
     if torch.cuda.is_available() and not is_deepspeed_zero3_enabled():
         device_map = {"": int(os.environ.get("LOCAL_RANK", 0))}
@@ -184,7 +193,7 @@ def describe_trainable(model) -> str:
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            part = "GPS encoder" if "gps_injection" in name else "LLM"
+            part = "GPS encoder" if "gps_injection" in name else "projector" if "poi_injection" in name else "LLM"
             kinds = {"lora_": "LoRA", "embed": "embeddings", "norm": "norms", "": "rest"}
             kind = next(kind for key, kind in kinds.items() if key in name)
             count = getattr(parameter, "ds_numel", parameter.numel())

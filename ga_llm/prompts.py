@@ -6,8 +6,8 @@ A pair reads, on one line (paper, Section 4: prompt construction):
     <answer>: the answer
 
 Whoever reads it relies on `<question>:`, `<answer>:`, `POI id n`, `<GPS n>` and `<POI n>` alone, so files in another
-wording work too. (Evaluation also reads the user, the target's time and the current part, where they stand as here.) Where
-there are several `<answer>:`, as behind examples of answers, the last one counts.
+wording work too. (Evaluation also reads the user, the target's time and the current part, where they stand as here.)
+Where there are several `<answer>:`, as behind examples of answers, the last one counts.
 """
 import re
 from collections.abc import Container, Sequence
@@ -16,7 +16,8 @@ QUESTION = "<question>:"
 ANSWER = "<answer>:"
 POI_ID = re.compile(r"POI id ([0-9]+)")
 GPS_TOKEN = re.compile(r"<GPS ([^<>]*)>")       # whatever looks like one: `<GPS 05>` must not pass for text
-PLACE_TOKEN = re.compile(r"<(?:GPS|POI) [^<>]*>")       # the same of both kinds of tokens that stand for a place
+POI_TOKEN = re.compile(r"<POI ([^<>]*)>")
+PLACE_TOKEN = re.compile(r"<(?:GPS|POI) [^<>]*>")       # either
 CURRENT = "Current trajectory of user"
 USER = re.compile(r"user ([0-9]{1,18})(?![0-9])")       # a number of 64 bits
 TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2}")

@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import logging
 import math
+import os
 import platform
 import shlex
 import subprocess
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "flash-attn")
-INPUT_FILES = ("data_path", "gps_mapping_path", "geoencoder_path")
+INPUT_FILES = ("data_path", "gps_mapping_path", "geoencoder_path", "projector_path", "poi_embedding_path")
 
 
 class LoggedTrainer(Trainer):
@@ -222,12 +223,19 @@ def describe_start(trainer: Trainer, step: int) -> dict:
         "files": {name: {"path": str(path), "sha256": hashes.get(name) or sha256(path)}
                   for name, path in files.items()},
         "base_model": describe_model_folder(args.model_name_or_path, trainer.model.config),
-        "machine": {
-            "cpu": cpu_name(),
-            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-            "world_size": args.world_size,
-        },
+        "machine": {**machine(), "world_size": args.world_size},
     }
+
+
+def describe_evaluation() -> dict:
+    """What a figure must be given with: when it was measured, by which command and code, and on what."""
+    return {"date": datetime.date.today().isoformat(), "command": shlex.join(sys.argv), "git": git_state(ROOT),
+            "machine": machine()}
+
+
+def machine() -> dict:
+    return {"cpu": cpu_name(), "cores": os.cpu_count(),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]}
 
 
 def versions() -> dict[str, str]:

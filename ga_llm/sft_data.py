@@ -1,10 +1,9 @@
 """Question-answer pairs as training batches: reading, tokens, loss on the answer alone, padding on the right."""
 import codecs
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
 import ijson
-import numpy as np
 import torch
 
 from ga_llm import prompts
@@ -81,14 +80,20 @@ def read_test_pairs(path: Path | str, made_by: str) -> list[str]:
     return lines
 
 
-def check_gps_ids(pairs: list[str], known: np.ndarray, source: Path | str, mapping: Path | str) -> None:
-    """Every `<GPS n>` must have a row in the mapping. Raises UserError naming the first pair where one has none."""
-    places = {prompts.gps_token(gps_id) for gps_id in known.tolist()}
+def check_places(pairs: list[str], known: Container[str], source: Path | str, mapping: Path | str) -> None:
+    """Every `<GPS n>` and `<POI n>` must be `known`. Raises UserError naming the first pair where one is not."""
     for i, pair in enumerate(pairs):
-        unknown = prompts.unknown_place(pair, places)
-        if unknown:
-            raise UserError(f"{source}, pair {i}: {unknown} has no row in {mapping}; give the mapping that run.py "
-                            "wrote for this data set")
+        token = prompts.unknown_place(pair, known)
+        if token:
+            raise unknown(token, f"{source}, pair {i}", mapping)
+
+
+def unknown(token: str, where: str, mapping: Path | str) -> UserError:
+    """What to do about a place's token that stands for nothing."""
+    if prompts.POI_TOKEN.fullmatch(token):
+        return UserError(f"{where}: {token} stands for nothing; give --poi_embedding_path (and a mapping that has this "
+                         "POI), or make the questions without -use_pam")
+    return UserError(f"{where}: {token} has no row in {mapping}; give the mapping that run.py wrote for this data set")
 
 
 def encode(tokenizer, pair: str) -> tuple[list[int], int]:

@@ -2,7 +2,7 @@
 
     O/.incomplete/      what is being written, and what is being deleted
     O/checkpoint-N/     whole
-    O/N/                stage 1's encoder of that checkpoint: there before checkpoint-N appears, and gone after it
+    O/N/                stage 1's encoder (PAM's projector) of it: there before checkpoint-N appears, gone after it
 
 Departure from transformers, which writes checkpoint-N file by file and deletes it file by file: a run that is killed
 meanwhile leaves a folder that --resume_from_checkpoint auto would take for a checkpoint.
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ga_llm.artifacts import FINAL_ENCODER, MERGED_ENCODER
+from ga_llm.artifacts import GCIM, PAM
 from ga_llm.cli import UserError
 from ga_llm.writing import to_disk
 
@@ -84,7 +84,7 @@ def sweep(output_dir: Path | str) -> None:
         raise UserError(f"{folder}: a link; remove it, checkpoints are written there before they appear")
     for step in _hidden(output_dir):
         encoder = Path(output_dir) / str(step)
-        if (encoder / MERGED_ENCODER).exists() and not encoder.is_symlink():
+        if any((encoder / files.merged).exists() for files in (GCIM, PAM)) and not encoder.is_symlink():
             _hide(encoder)
     if folder.exists():
         shutil.rmtree(folder)       # does not follow links
@@ -95,9 +95,10 @@ def left_alone(output_dir: Path | str) -> list[Path]:
     if steps(output_dir):
         return []
     hidden = {str(step) for step in _hidden(output_dir)}
-    encoders = [path for path in Path(output_dir).glob(f"*/{MERGED_ENCODER}")
+    folder = Path(output_dir)
+    encoders = [path for files in (GCIM, PAM) for path in folder.glob(f"*/{files.merged}")
                 if path.parent.name.isdecimal() and path.parent.name not in hidden]
-    return [*sorted(encoders), *Path(output_dir).glob(FINAL_ENCODER)]
+    return [*sorted(encoders), *(path for files in (GCIM, PAM) for path in folder.glob(files.final))]
 
 
 def _hidden(output_dir: Path | str) -> set[int]:

@@ -151,8 +151,7 @@ def _write(path: Path, pieces: "Pieces", max_length: int, mapping, ids_file: Pat
             try:
                 encoded = pieces.encode(block)
             except UnknownPlace as error:
-                raise UserError(f"{path}, pair {len(index) + error.pair}: {error.token} has no row in {mapping}; give "
-                                "the mapping that run.py wrote for this data set") from None
+                raise sft_data.unknown(error.token, f"{path}, pair {len(index) + error.pair}", mapping) from None
             for text, (ids, start) in zip(block, encoded):
                 if len(index) % CHECKED_EVERY == 0 and (ids.tolist(), start) != sft_data.encode(tokenizer, text):
                     raise _Unlike(len(index))
@@ -184,9 +183,9 @@ class UnknownPlace(Exception):
 class Pieces:
     """Encodes joined pairs as sft_data.encode does, but each distinct piece of text once.
 
-    A text is cut at `<GPS n>` and `<POI n>`, where every tokenizer cuts it too, and between "." and " " if no token of the vocabulary
-    holds both, for then none can lie across. A piece is encoded behind what tells the tokenizer where it stands:
-    nothing at the beginning of the text, a place's token, or that and the ".". Ids are bytes, which join fast.
+    A text is cut at `<GPS n>` and `<POI n>`, where every tokenizer cuts it too, and between "." and " " if no token of
+    the vocabulary holds both, for then none can lie across. A piece is encoded behind what tells the tokenizer where it
+    stands: nothing at the beginning of the text, a place's token, or that and the ".". Ids are bytes, which join fast.
     tokenized: how many tokens the tokenizer has really made.
     """
 

@@ -8,7 +8,8 @@ from transformers import set_seed
 
 from ga_llm import llm, sft_data, shared_prefix, token_cache, writing
 from ga_llm.arguments import SFTArguments
-from geo_encoder.gps_tokens import GPSMapping, add_gps_tokens, add_rows, read_gps_mapping
+from geo_encoder.alignment import POIEmbeddings, read_poi_embeddings
+from geo_encoder.gps_tokens import GPSMapping, add_gps_tokens, add_poi_tokens, add_rows, read_gps_mapping
 
 log = logging.getLogger(__name__)
 
@@ -16,12 +17,14 @@ log = logging.getLogger(__name__)
 @dataclasses.dataclass
 class Setup:
     mapping: GPSMapping
-    token_ids: np.ndarray       # (places,), the token of each place of the mapping
+    token_ids: np.ndarray       # (places,), the <GPS n> of each place of the mapping
+    poi_embeddings: POIEmbeddings | None    # of the places, where --poi_embedding_path is given
+    poi_token_ids: np.ndarray | None        # (places,), their <POI n>
     tokenizer: object
     dataset: token_cache.TokenDataset       # the pairs
     train_dataset: object                   # what a batch is drawn from: the pairs, or trees of them
     collator: object
-    model: torch.nn.Module      # the base LLM, with a row for every <GPS n>
+    model: torch.nn.Module      # the base LLM, with a row for every token of a place
 
 
 def set_up(args: SFTArguments) -> Setup:
@@ -33,9 +36,12 @@ def set_up(args: SFTArguments) -> Setup:
         writing.hold(args.output_dir)
     set_seed(args.seed)
     mapping = read_gps_mapping(args.gps_mapping_path)
+    poi_path = getattr(args, "poi_embedding_path", None)
+    poi_embeddings = read_poi_embeddings(poi_path, mapping) if poi_path else None
     tokenizer = llm.load_tokenizer(args.model_name_or_path, args.cache_dir)
     known = len(tokenizer)
     token_ids = add_gps_tokens(tokenizer, mapping)
+    poi_token_ids = add_poi_tokens(tokenizer, mapping) if poi_path else None
     dataset = token_cache.load(args.data_path, tokenizer, args.model_max_length, args.gps_mapping_path, args.cache_dir)
     if args.shared_prefix:
         train_dataset = shared_prefix.TreeDataset(dataset, args.tree_tokens or 2 * args.model_max_length)
@@ -49,5 +55,6 @@ def set_up(args: SFTArguments) -> Setup:
                          llm.training_attention(args.use_flash_attn, args.use_full_attn, args.shared_prefix),
                          dtype=torch.bfloat16 if args.bf16 and frozen else torch.float32,
                          four_bit=args.load_in_4bit and frozen, cache_dir=args.cache_dir)
-    add_rows(model, len(tokenizer), token_ids[token_ids >= known])
-    return Setup(mapping, token_ids, tokenizer, dataset, train_dataset, collator, model)
+    added = np.concatenate([token_ids, poi_token_ids]) if poi_path else token_ids
+    add_rows(model, len(tokenizer), added[added >= known])
+    return Setup(mapping, token_ids, poi_embeddings, poi_token_ids, tokenizer, dataset, train_dataset, collator, model)

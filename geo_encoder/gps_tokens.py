@@ -1,6 +1,7 @@
-"""`<GPS n>`: one token per place of the mapping, found by id, the same in training and in evaluation."""
+"""`<GPS n>` and `<POI n>`: one token per place of the mapping, found by id, the same in training and in evaluation."""
 import dataclasses
 import gzip
+import re
 import warnings
 import zlib
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from ga_llm.artifacts import GPS_COLUMNS, require
 from ga_llm.cli import UserError
-from ga_llm.prompts import GPS_TOKEN, gps_token
+from ga_llm.prompts import GPS_TOKEN, POI_TOKEN, gps_token, poi_token
 from ga_llm.sharding import gathered
 
 MADE_BY = "python data-preprocess/run.py -f best_conf/<name>.yml"
@@ -28,6 +29,10 @@ class GPSMapping:
     @property
     def tokens(self) -> list[str]:
         return [gps_token(gps_id) for gps_id in self.ids]
+
+    @property
+    def poi_tokens(self) -> list[str]:
+        return [poi_token(gps_id) for gps_id in self.ids]
 
 
 def read_gps_mapping(path: Path | str) -> GPSMapping:
@@ -72,19 +77,28 @@ def read_gps_mapping(path: Path | str) -> GPSMapping:
 
 
 def add_gps_tokens(tokenizer, mapping: GPSMapping, model=None) -> np.ndarray:
-    """Add one special token per place to the tokenizer, and a row to the model's embeddings, unless they are there.
+    """Add one `<GPS n>` per place to the tokenizer, and a row to the model's embeddings, unless they are there.
 
     Returns the tokens' ids, (N,), in the mapping's order. Raises UserError if the tokenizer has been trained with
     other places: their tokens would pass for text that has a place.
     """
+    return _add(tokenizer, mapping.tokens, GPS_TOKEN, model)
+
+
+def add_poi_tokens(tokenizer, mapping: GPSMapping, model=None) -> np.ndarray:
+    """The same with `<POI n>`, behind those of the places."""
+    return _add(tokenizer, mapping.poi_tokens, POI_TOKEN, model)
+
+
+def _add(tokenizer, tokens: list[str], kind: re.Pattern, model) -> np.ndarray:
     known = len(tokenizer)
-    foreign = [token for token in tokenizer.get_added_vocab() if GPS_TOKEN.fullmatch(token)]
-    foreign = sorted(set(foreign).difference(mapping.tokens))
+    foreign = [token for token in tokenizer.get_added_vocab() if kind.fullmatch(token)]
+    foreign = sorted(set(foreign).difference(tokens))
     if foreign:
         raise UserError(f"the tokenizer already has {foreign[0]}, which has no row in the GPS mapping; give the "
                         "mapping that the model was trained with, or another model")
-    tokenizer.add_special_tokens({"extra_special_tokens": mapping.tokens}, replace_extra_special_tokens=False)
-    token_ids = np.asarray(tokenizer.convert_tokens_to_ids(mapping.tokens))
+    tokenizer.add_special_tokens({"extra_special_tokens": tokens}, replace_extra_special_tokens=False)
+    token_ids = np.asarray(tokenizer.convert_tokens_to_ids(tokens))
     if model is not None:
         add_rows(model, len(tokenizer), token_ids[token_ids >= known])
     return token_ids

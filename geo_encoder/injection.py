@@ -1,4 +1,4 @@
-"""Injection: the LLM sees the encoder's vector in place of the embedding of every `<GPS n>`.
+"""Injection: the LLM sees an encoder's vector in place of the embedding of every `<GPS n>`, a projector's of `<POI n>`.
 
 A forward hook on the input embedding does it, so any Hugging Face causal LM works, in training, in `generate` and
 below PEFT, DDP or DeepSpeed, without a patched forward.
@@ -9,10 +9,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from ga_llm.artifacts import GCIM, PAM, require
+from ga_llm.cli import UserError
+from geo_encoder import alignment
+from geo_encoder.alignment import POIEmbeddings
 from geo_encoder.encoder import GeoEncoderConfig, build_encoder
 from geo_encoder.gps_tokens import GPSMapping, keep_rows
 from geo_encoder.quadkey import quadkeys
-from geo_encoder.weights import load_encoder
+from geo_encoder.weights import digest, load_encoder
 
 
 class Injection(nn.Module):
@@ -60,35 +64,79 @@ def gps_injection(encoder: nn.Module, level: int, mapping: GPSMapping, token_ids
     return Injection(encoder, torch.from_numpy(quadkeys(mapping.latitude, mapping.longitude, level)), token_ids)
 
 
-def attach_frozen(model, encoder_path: Path | str, mapping: GPSMapping, token_ids: np.ndarray):
-    """Load stage 1's encoder and let it act, frozen, on `model`; the same in stage 2 and in evaluation."""
+def poi_injection(projector: nn.Module, embeddings: POIEmbeddings, token_ids: np.ndarray) -> Injection:
+    """Injection of `<POI n>` tokens by a projector of `embeddings`."""
+    return Injection(projector, torch.from_numpy(embeddings.vectors), token_ids)
+
+
+def check_paths(args) -> None:
+    """The files of the encoders that --geoencoder_path, --projector_path and --poi_embedding_path name.
+
+    Raises UserError if one is missing, or PAM's two are not given together.
+    """
+    for path, files in ((args.geoencoder_path, GCIM), (args.projector_path, PAM)):
+        if path:
+            require(path, files.made_by)
+    if bool(args.projector_path) != bool(args.poi_embedding_path):
+        given, other = (("projector_path", "poi_embedding_path") if args.projector_path else
+                        ("poi_embedding_path", "projector_path"))
+        raise UserError(f"--{given} goes with --{other}: <POI n> is the embedding, projected; give both or neither")
+
+
+def attach_encoders(model, mapping: GPSMapping, token_ids: np.ndarray, geoencoder_path: Path | str | None = None,
+                    poi_token_ids: np.ndarray | None = None, embeddings: POIEmbeddings | None = None,
+                    projector_path: Path | str | None = None) -> dict[str, str]:
+    """Let GCIM's encoder and PAM's projector, of those that are given, act frozen on `model`.
+
+    Returns {"GCIM" or "PAM": what tells it from others}, which stage 2 and evaluation must agree in.
+    """
+    found = {}
+    if geoencoder_path:
+        found["GCIM"] = attach_frozen(model, geoencoder_path, mapping, token_ids)
+    if projector_path:
+        found["PAM"] = attach_aligned(model, projector_path, embeddings, poi_token_ids)
+    return found
+
+
+def attach_frozen(model, encoder_path: Path | str, mapping: GPSMapping, token_ids: np.ndarray) -> str:
+    """Load stage 1's encoder and let it act, frozen, on `model`; the same in stage 2 and in evaluation.
+
+    Returns what tells it from other encoders.
+    """
     encoder, config = load_encoder(encoder_path, model.get_input_embeddings().embedding_dim)
-    return attach_table(model, encoder, config.level, mapping, token_ids)
+    attach_table(model, gps_injection(encoder, config.level, mapping, token_ids), token_ids)
+    return digest(encoder)
 
 
 def attach_untrained(model, mapping: GPSMapping, token_ids: np.ndarray):
     """The same with an encoder that has learned nothing: torch's random numbers, the default kind."""
     config = GeoEncoderConfig(model.get_input_embeddings().embedding_dim)
-    return attach_table(model, build_encoder(config), config.level, mapping, token_ids)
+    return attach_table(model, gps_injection(build_encoder(config), config.level, mapping, token_ids), token_ids)
 
 
-def attach_table(model, encoder: nn.Module, level: int, mapping: GPSMapping, token_ids: np.ndarray):
-    """Let `encoder`, evaluated once for every place, act on `model`."""
+def attach_aligned(model, projector_path: Path | str, embeddings: POIEmbeddings, token_ids: np.ndarray) -> str:
+    """Load PAM's projector and let the `embeddings` that it aligns with the LLM stand for `<POI n>`, frozen."""
+    projector = alignment.load_projector(projector_path, embeddings, model.get_input_embeddings().embedding_dim)
+    attach_table(model, poi_injection(projector, embeddings, token_ids), token_ids)
+    return digest(projector)
+
+
+def attach_table(model, injection: Injection, token_ids: np.ndarray):
+    """Let `injection`'s encoder, evaluated once for every place, act on `model`."""
     embedding = model.get_input_embeddings()
-    injection = gps_injection(encoder, level, mapping, token_ids)
     injection.to(embedding.weight.device).freeze(embedding.weight.dtype)
     keep_rows(embedding.weight, token_ids)
     return attach(model, injection)
 
 
-def attach(model, injection: Injection):
+def attach(model, injection: Injection, name: str = "gps_injection"):
     """Let `injection` act on `model`'s input embeddings; returns the hook's handle (`.remove()` undoes it).
 
-    An unfrozen injection becomes a submodule, so that Trainer, DDP and DeepSpeed find its parameters. Attach it after
-    the LLM's LoRA, which would freeze it.
+    An unfrozen injection becomes a submodule of that `name`, so that Trainer, DDP and DeepSpeed find its parameters.
+    Attach it after the LLM's LoRA, which would freeze it.
     """
     embedding = model.get_input_embeddings()
     injection.to(embedding.weight.device)
     if injection.encoder is not None:
-        model.gps_injection = injection
+        setattr(model, name, injection)
     return embedding.register_forward_hook(lambda module, inputs, output: injection(inputs[0], output))

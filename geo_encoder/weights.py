@@ -1,5 +1,6 @@
 """LoRA on the encoder, and the encoder's files: `geo_encoder_merged.pth` with its configuration beside it."""
 import dataclasses
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -9,15 +10,12 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from ga_llm.artifacts import require
+from ga_llm.artifacts import GCIM, EncoderFiles, require
 from ga_llm.cli import UserError
 from ga_llm.reading import read_json, read_tensors
 from ga_llm.sharding import unsharded
 from ga_llm.writing import atomic_write
 from geo_encoder.encoder import LEVEL, LORA_TARGETS, GeoEncoderConfig, build_encoder
-
-CONFIG = "geo_encoder_config.json"
-MADE_BY = "torchrun … finetune_GCIM.py (stage 1)"
 
 
 def add_lora(encoder: nn.Module, r: int, alpha: int) -> nn.Module:
@@ -41,13 +39,21 @@ def merged_state_dict(encoder: nn.Module) -> dict[str, torch.Tensor]:
     return merged
 
 
-def save_encoder(state_dict: dict[str, torch.Tensor], config: GeoEncoderConfig, path: Path | str) -> None:
-    """Write the weights to `path` and the configuration beside them."""
+def save_encoder(state_dict: dict[str, torch.Tensor], config, path: Path | str, files: EncoderFiles = GCIM) -> None:
+    """Write the weights to `path` and the configuration, a dataclass, beside them."""
     path = Path(path)
-    with atomic_write(path.with_name(CONFIG)) as file:
+    with atomic_write(path.with_name(files.config)) as file:
         json.dump(dataclasses.asdict(config), file, indent=2)
     with atomic_write(path, "wb") as file:
         torch.save(state_dict, file)
+
+
+def digest(module: nn.Module) -> str:
+    """What tells an encoder's weights from others, whatever their file is called."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        found.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def load_encoder(path: Path | str, hidden_size: int) -> tuple[nn.Module, GeoEncoderConfig]:
@@ -55,17 +61,19 @@ def load_encoder(path: Path | str, hidden_size: int) -> tuple[nn.Module, GeoEnco
 
     Raises UserError if the file is missing, damaged, or of another width.
     """
-    path = require(path, MADE_BY)
+    path = require(path, GCIM.made_by)
     state_dict = read_tensors(path)
     config = read_config(path, state_dict)
     if config.hidden_size != hidden_size:
         raise UserError(f"{path}: made for an LLM of width {config.hidden_size}, this one has {hidden_size}; give the "
                         "encoder that stage 1 trained with the same --model_name_or_path")
-    mismatch = _first_mismatch(config, state_dict)
+    with torch.device("meta"):      # which could be large
+        expected = build_encoder(config).state_dict()
+    mismatch = first_mismatch(expected, state_dict)
     if mismatch:
         raise UserError(f"{path}: weights do not match a {config.kind} encoder of n-gram {config.ngram} and level "
-                        f"{config.level} ({mismatch}); give a geo_encoder_merged.pth, with the {CONFIG} that was "
-                        "written beside it")
+                        f"{config.level} ({mismatch}); give a geo_encoder_merged.pth, with the {GCIM.config} that "
+                        "was written beside it")
     encoder = build_encoder(config)
     encoder.load_state_dict(state_dict)
     return encoder, config
@@ -73,7 +81,7 @@ def load_encoder(path: Path | str, hidden_size: int) -> tuple[nn.Module, GeoEnco
 
 def read_config(path: Path, state_dict: dict[str, torch.Tensor]) -> GeoEncoderConfig:
     """From the JSON beside the weights, else (the released code's files) from the weights' shapes."""
-    beside = path.with_name(CONFIG)
+    beside = path.with_name(GCIM.config)
     if beside.exists():
         try:
             return GeoEncoderConfig(**read_json(beside))
@@ -101,10 +109,9 @@ def _base4(rows: int) -> int:
     return round(math.log(rows, 4))
 
 
-def _first_mismatch(config: GeoEncoderConfig, state_dict: dict[str, torch.Tensor]) -> str | None:
-    """What is wrong with the weights of an encoder of `config`, which is not built: it could be large."""
-    with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in build_encoder(config).state_dict().items()}
+def first_mismatch(expected: dict[str, torch.Tensor], state_dict: dict[str, torch.Tensor]) -> str | None:
+    """What is wrong with the weights of a file, by the names and shapes that are expected."""
+    expected = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     for name in expected | state_dict:
         if name not in state_dict:
             return f"no {name}"

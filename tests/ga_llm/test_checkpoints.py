@@ -40,7 +40,7 @@ def train(tiny_llama, mapping_csv, tmp_path):
             weights.add_lora(geo, 4, 8)
             model = llm.add_lora(model, 4, 8, 0.0)
             injection.attach(base, injection.gps_injection(geo, 25, mapping, token_ids))
-            trainer = checkpoints.GCIMTrainer(model=model, encoder=geo, encoder_config=config, **common)
+            trainer = checkpoints.EncoderTrainer(model=model, encoder=geo, encoder_config=config, **common)
         else:
             file = tmp_path / "e" / "geo_encoder_merged.pth"
             weights.save_encoder(geo.state_dict(), config, file)

@@ -1,7 +1,6 @@
 """Left truncation, label masking, padding; the loss that results, for two tokenizers."""
 import json
 
-import numpy as np
 import pytest
 import torch
 
@@ -92,5 +91,5 @@ def test_pairs_are_read_whole(tmp_path):
 
 def test_gps_id_without_a_row():
     with pytest.raises(UserError, match="pair 0: <GPS 31> has no row in m.csv"):
-        sft_data.check_gps_ids([PAIR], np.array([1, 2, 3]), "t.json", "m.csv")
-    sft_data.check_gps_ids([PAIR], np.array([31]), "t.json", "m.csv")
+        sft_data.check_places([PAIR], {"<GPS 1>", "<GPS 2>"}, "t.json", "m.csv")
+    sft_data.check_places([PAIR], {"<GPS 31>"}, "t.json", "m.csv")

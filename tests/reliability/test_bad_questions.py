@@ -17,15 +17,14 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ga_llm import artifacts, llm, prompts, ranking, sft_data, spelling, token_cache, training, writing
-from ga_llm.artifacts import METRICS, PREDICTIONS
+from ga_llm.artifacts import GCIM, METRICS, PREDICTIONS
 from ga_llm.cli import UserError
 from geo_encoder import gps_tokens, injection
-from geo_encoder.weights import CONFIG
 
 TEST = f"{DATA}/{artifacts.questions('test', 'sample', 2, False)}"
 TRAIN = PAIRS[2]
 ENCODER = "outputs/gcim/6/geo_encoder_merged.pth"
-BESIDE = f"outputs/gcim/6/{CONFIG}"
+BESIDE = f"outputs/gcim/6/{GCIM.config}"
 CHECKPOINT = "outputs/llm/checkpoint-6"
 LENGTH = ["--model_max_length", "4096"]
 
@@ -302,7 +301,7 @@ def test_the_same_place_is_refused_by_training_and_evaluation(place):
     gps_tokens.add_gps_tokens(tokenizer, mapping)
     pair = "<question>: POI id 7 <GPS 07>. <answer>: POI id 7."
     with pytest.raises(UserError, match="pair 0: <GPS 07> has no row"):
-        sft_data.check_gps_ids([pair], mapping.ids, "t.txt", "m.csv")
+        sft_data.check_places([pair], set(mapping.tokens), "t.txt", "m.csv")
     with pytest.raises(token_cache.UnknownPlace, match="<GPS 07>"):
         token_cache.Pieces(tokenizer, "uint32").encode([pair])
 

@@ -1,0 +1,56 @@
+"""Stage 1 of PAM: train the projector of POI embeddings, against an LLM that is frozen but for its own LoRA.
+
+    torchrun --nproc_per_node=1 finetune_PAM.py --model_name_or_path M --data_path train_qa_pairs_<ds>_pam.json \
+        --gps_mapping_path G.csv --poi_embedding_path <ds>_poi_embeddings.npy --output_dir O --lora_r 256 …
+
+The LLM is asked for the id, the category and the successors of a `<POI n>`, so the projector learns to say in the LLM's
+own space what the embedding knows (paper, Section 3.3 and 4.2). What is kept is the projector: O/N/poi_projector.pth at
+every checkpoint N and O/poi_projector_final.pth at the end.
+"""
+import dataclasses
+import logging
+
+from ga_llm import arguments, artifacts, checkpoints, dry_run, llm, sharding, training
+from ga_llm.cli import run
+from geo_encoder import alignment, injection
+
+log = logging.getLogger("PAM")
+
+
+@dataclasses.dataclass
+class PAMArguments(arguments.SFTArguments):
+    poi_embedding_path: str = dataclasses.field(
+        default=None, metadata={"help": "<ds>_poi_embeddings.npy: row n is POI n's"})
+    lora_r: int = dataclasses.field(default=256, metadata={"help": "rank of the LLM's LoRA; the projector has none"})
+    lora_alpha: int = 512
+
+
+def main():
+    args = arguments.parse(PAMArguments, required=("poi_embedding_path",))
+
+    # The questions, one <POI n> token per place, the LLM.
+    setup = training.set_up(args)
+    model = setup.model
+
+    # The projector, in the place of the <POI n> embeddings.
+    config = alignment.ProjectorConfig(model.get_input_embeddings().embedding_dim, setup.poi_embeddings.sha256)
+    projector = alignment.build_projector(config.hidden_size)
+    if args.low_rank_training:
+        model = llm.add_lora(model, args.lora_r, args.lora_alpha, dropout=0.0)
+    injection.attach(setup.model, injection.poi_injection(projector, setup.poi_embeddings, setup.poi_token_ids),
+                     "poi_injection")
+    llm.trainable_to_fp32(model)
+    log.info("training %s parameters on %d pairs", llm.describe_trainable(model), len(setup.dataset))
+
+    trainer = checkpoints.EncoderTrainer(model=model, args=args, train_dataset=setup.train_dataset,
+                                         data_collator=setup.collator, processing_class=setup.tokenizer,
+                                         encoder=projector, encoder_config=config, files=artifacts.PAM)
+    if args.dry_run:
+        dry_run.run(trainer, setup)
+    else:
+        trainer.save_final_encoder(checkpoints.train(trainer))
+    sharding.leave(trainer.accelerator)
+
+
+if __name__ == "__main__":
+    run(main)
