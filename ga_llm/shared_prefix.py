@@ -150,6 +150,8 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling=N
         if kwargs.get(name) is not None:
             raise UserError(f"--shared_prefix: this model's attention has a {name}, which it does not know; train "
                             "without")
+    # Under autocast an fp32 model's RoPE leaves float32, and the causal bias below is checked before autocast sees it.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     layout = layout or Layout([query.shape[2]], [query.shape[2]], [[0]])
     dropout = dropout if module.training else 0.0
     keys, values = key.split(layout.parts, dim=2), value.split(layout.parts, dim=2)

@@ -136,3 +136,14 @@ def test_attention_of_a_model_that_needs_more_is_refused():
     module, x = torch.nn.Module(), torch.zeros(1, 2, 3, 8)
     with pytest.raises(UserError, match="sliding_window"):
         shared_prefix.shared_prefix_attention(module, x, x, x, None, sliding_window=4)
+
+
+def test_queries_and_keys_that_autocast_leaves_in_float32():
+    """RoPE multiplies by a float32 cosine, where all of an fp32 model is trained in bf16; values come as bf16."""
+    query, key, value = (torch.randn(1, 2, 8, 4, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    layout = shared_prefix.Layout([5, 3], [5, 3], [[0], [0, 1]])
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = shared_prefix.shared_prefix_attention(torch.nn.Module(), query, key, value.bfloat16(), None,
+                                                       layout=layout)
+    exact, _ = shared_prefix.shared_prefix_attention(torch.nn.Module(), query, key, value, None, layout=layout)
+    assert out.dtype == torch.bfloat16 and (out - exact).abs().max() < 0.03
