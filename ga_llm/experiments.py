@@ -7,6 +7,7 @@ one for each kind of step, of `flag: value`; the row's flags count, and `gcim: f
 import dataclasses
 import datetime
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -187,10 +188,12 @@ def write_link(experiment: Experiment, scale: Scale, test: Step, work_dir: Path 
         raise UserError(f"{test.out}: holds {len(found)} {artifacts.METRICS}, not one; move {test.folder} away, and "
                         "the test runs again")
     path = Path(work_dir) / scale.name / f"{experiment.name}.json"
+    command = ["python", "run_experiment.py", str(experiment.path), "--scale", scale.name,
+               *(["--model", model] if model else [])]
     written = {"experiment": experiment.name, "scale": scale.name, "table": experiment.table, "row": experiment.row,
                "dataset": experiment.dataset, "reference": experiment.reference, "group": experiment.group,
                "model": model or scale.backbone, "published": experiment.published, "source": experiment.source,
-               "metrics": str(found[0].relative_to(work_dir)), "step": test.id,
+               "metrics": str(found[0].relative_to(work_dir)), "step": test.id, "command": shlex.join(command),
                "written": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
     with writing.atomic_write(path) as file:
         json.dump(written, file, indent=1)
