@@ -3,8 +3,9 @@
     python data-preprocess/poi_embeddings.py -dataset_name nyc
     python data-preprocess/poi_embeddings.py -dataset_name nyc -from sthgcn.npy     # another model's
 
-Made of train's transitions alone and, by flags, of which places lie near each other. Writes <data set>_poi_embeddings.npy
-(float32, highest id + 1 × 128; row n is POI n's) and, beside it, <data set>_poi_embeddings.json: what it was made of.
+Made of train's transitions alone and, as the flags say, of which places lie near each other. Writes
+<data set>_poi_embeddings.npy (float32, highest id + 1 × 128; row n is POI n's) and, beside it,
+<data set>_poi_embeddings.json: what it was made of.
 """
 from pathlib import Path
 

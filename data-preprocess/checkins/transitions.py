@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def count(train: pd.DataFrame) -> pd.DataFrame:
-    """PoiId, NextId, Count of each transition, in order of the ids. train: as `samples.load` gives it, in time order."""
+    """PoiId, NextId, Count of each transition, in order of the ids. train: as `samples.load` gives it."""
     following = train.groupby("TrajectoryId")["PoiId"].shift(-1)
     steps = pd.DataFrame({"PoiId": train["PoiId"], "NextId": following})[following.notna()].astype("int64")
     return steps.groupby(["PoiId", "NextId"]).size().rename("Count").reset_index()
@@ -41,9 +41,9 @@ def categories(train: pd.DataFrame) -> pd.DataFrame:
 
     Where that category has several names there, the first in time.
     """
-    found = train.groupby(["PoiId", "PoiCategoryId"]).agg(Count=("PoiId", "size"), PoiCategoryName=("PoiCategoryName",
-                                                                                                   "first"))
-    found = found.reset_index().sort_values(["PoiId", "Count", "PoiCategoryId"], ascending=[True, False, True])
+    found = train.groupby(["PoiId", "PoiCategoryId"], as_index=False).agg(
+        Count=("PoiId", "size"), PoiCategoryName=("PoiCategoryName", "first"))
+    found = found.sort_values(["PoiId", "Count", "PoiCategoryId"], ascending=[True, False, True])
     return found.drop_duplicates("PoiId").set_index("PoiId")[["PoiCategoryId", "PoiCategoryName"]]
 
 
@@ -110,12 +110,14 @@ def factors(matrix: sparse.csr_array, rank: int) -> tuple[np.ndarray, np.ndarray
 
 
 def embed(weights: sparse.csr_array) -> np.ndarray:
-    """Vectors (POIs, 128) float32 of a graph: "goes from" beside "comes to", both of the same length, together 1.
+    """Vectors (POIs, 128) float32 of a graph, of length 1: "goes from" beside "comes to", the one as long as the other.
 
     The dot product of one place's first half with another's second half says whether people go there. As in HOPE (Ou
     et al., KDD 2016) the halves are a truncated SVD's; scaling them to one length takes out what is left of popularity.
+    A half of zeros stays zeros, and the other one no longer than elsewhere.
     """
-    return _unit(np.hstack([_unit(half) for half in factors(scaled(weights), WIDTH // 2)])).astype(np.float32)
+    halves = factors(scaled(weights), WIDTH // 2)
+    return (np.hstack([_unit(half) for half in halves]) / np.sqrt(2)).astype(np.float32)
 
 
 def read_external(path: Path, places: pd.DataFrame) -> np.ndarray:
@@ -129,19 +131,21 @@ def read_external(path: Path, places: pd.DataFrame) -> np.ndarray:
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except Exception as error:      # of what a broken file makes numpy raise, there is no list
-        raise UserError(f"{path}: not a .npy file of numbers ({' '.join(str(error).split())[:200]}); {way_out}") from None
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: not a .npy file of numbers ({reason}); {way_out}") from None
     last = int(places.index.max())
     if rows.dtype.kind not in "iuf" or rows.ndim != 2 or rows.shape[1] != WIDTH:
         shape = " × ".join(map(str, rows.shape)) or "no"
         raise UserError(f"{path}: {shape} values of type {str(rows.dtype)[:50]}; {way_out}")
     if len(rows) == last and places.index.min() == 1:
-        raise UserError(f"{path}: {last} rows, but ids begin at 1, and row n must be POI n's; put a row of zeros in front")
+        raise UserError(f"{path}: {last} rows, but ids begin at 1, and row n must be POI n's; put a row of zeros in "
+                        "front")
     if len(rows) <= last:
         raise UserError(f"{path}: {len(rows)} rows, and none for POI {last}; {way_out}")
     if len(rows) > last + 1:
         logger.warning("%s: %d rows; those beyond POI %d are left out", path, len(rows), last)
     with np.errstate(over="ignore"):
-        vectors = rows[:last + 1].astype(np.float32)
+        vectors = rows[:last + 1].astype(np.float32, order="C")
     broken = ~np.isfinite(vectors).all(axis=1)
     if broken.any():
         raise UserError(f"{path}, row {broken.argmax()}: a value that is not finite in float32; mend the file")
@@ -153,7 +157,6 @@ def write_embeddings(config: Config, geo: int, category: int, source: Path | Non
     with writing.alone(config.folder), writing.together() as new_file:
         train, places = _load(config)
         transitions = count(train)
-        # What `places` does not name has no vector: the ids between 0 and the highest are all POIs but, perhaps, 0.
         made_of = {"dataset": config.dataset_name, "pois": len(places)}
         if source is None:
             vectors = embed(graph(transitions, places, categories(train)["PoiCategoryId"], geo, category))
@@ -171,9 +174,9 @@ def write_embeddings(config: Config, geo: int, category: int, source: Path | Non
             np.save(file, vectors, allow_pickle=False)
         with new_file(artifacts.embedding_settings(path), "wb") as file:
             file.write(orjson.dumps(made_of, option=orjson.OPT_INDENT_2) + b"\n")
-        logger.info("%d transitions, %d distinct; of %d POIs %d are followed by none, %d follow none", *(made_of[name] for
-                    name in ("transitions", "distinct_transitions", "pois", "pois_without_successor",
-                             "pois_without_predecessor")))
+        logger.info("%d transitions, %d distinct; of %d POIs %d are followed by none, %d follow none",
+                    *(made_of[name] for name in ("transitions", "distinct_transitions", "pois",
+                                                 "pois_without_successor", "pois_without_predecessor")))
         logger.info("%d × %d, %d POIs have a row of zeros: %s", *vectors.shape, made_of["pois_without_vector"], path)
 
 
@@ -190,7 +193,7 @@ def write_questions(config: Config) -> None:
 
 
 def records(train: pd.DataFrame) -> Iterator[dict]:
-    """{"question", "answer"}: of each POI of train, in order of id, its id, its category and, if any, its successors."""
+    """{"question", "answer"} of each POI of train, in order of id: its id, its category and, if any, its successors."""
     following = successors(count(train))
     of = categories(train)
     for poi, category, name in zip(of.index.tolist(), of["PoiCategoryId"].tolist(), of["PoiCategoryName"]):
@@ -213,8 +216,8 @@ def _load(config: Config) -> tuple[pd.DataFrame, pd.DataFrame]:
     train, places = samples.load(config, "train"), samples.load_places(config)
     questions.check_places(config, {"train": train}, places)
     if places.index.max() > 2 * len(places):        # a table by id would be of any size
-        raise UserError(f"{config.folder / artifacts.gps_mapping(config.dataset_name)}: {len(places)} rows, but a GPS_id "
-                        f"of {places.index.max()}; make it again with `{config.run_command}`")
+        raise UserError(f"{config.folder / artifacts.gps_mapping(config.dataset_name)}: {len(places)} rows, but a "
+                        f"GPS_id of {places.index.max()}; make it again with `{config.run_command}`")
     return train, places
 
 
