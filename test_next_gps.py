@@ -78,12 +78,12 @@ def main():
     if args.compare:
         return print(comparison.compare(*map(Path, args.compare)))
     torch.manual_seed(args.seed)
+    injection.check_paths(args)
     mapping = gps_tokens.read_gps_mapping(args.gps_mapping_path)
     pairs = sft_data.read_test_pairs(args.test_file, artifacts.questions_command(args.dataset_name))[:args.limit]
     sft_data.check_places(pairs, trained.known_places(args, mapping), args.test_file, args.gps_mapping_path)
     end = spelling.read_answers(pairs, args.test_file)
     train = baselines.read_train(args.folder / artifacts.split_sample("train"))
-    injection.check_paths(args)
 
     writing.hold(args.results)
     # Ranking hands the model a mask of the trie, which flash-attn does not take.

@@ -41,10 +41,13 @@ def torchrun(repo, script, *flags, processes=1, check=True):
 
 
 PAIRS = {1: f"{DATA}/train_qa_pairs_kqt_200items_sample_projector_gps_without_sim_stage1.json",
-         2: f"{DATA}/train_qa_pairs_kqt_200items_sample_llm_without_sim_gps.json"}
+         2: f"{DATA}/train_qa_pairs_kqt_200items_sample_llm_without_sim_gps.json",
+         "pam": f"{DATA}/train_qa_pairs_sample_pam.json"}
+EMBEDDINGS = f"{DATA}/sample_poi_embeddings.npy"
 FLAGS = {1: ["--data_path", PAIRS[1], "--lora_r", "8", "--lora_alpha", "16"],
-         2: ["--data_path", PAIRS[2], "--geoencoder_path", "outputs/gcim/6/geo_encoder_merged.pth"]}
-SCRIPTS = {1: "finetune_GCIM.py", 2: "finetune_LLM_with_GCIM.py"}
+         2: ["--data_path", PAIRS[2], "--geoencoder_path", "outputs/gcim/6/geo_encoder_merged.pth"],
+         "pam": ["--data_path", PAIRS["pam"], "--poi_embedding_path", EMBEDDINGS, "--lora_r", "8", "--lora_alpha", "16"]}
+SCRIPTS = {1: "finetune_GCIM.py", 2: "finetune_LLM_with_GCIM.py", "pam": "finetune_PAM.py"}
 
 
 def stage(repo, number, output, *flags, **options):
