@@ -2,7 +2,7 @@
 
 Bytes are those of a GPU: one process, PyTorch's own kernels, no fragmentation and no CUDA context (about 1 GiB more).
 FLOPs are those of matrix products, two for a multiplication and an addition; what is elementwise is not counted, nor
-the geo-encoder (in stage 2 it is a table; in stage 1 under one per cent).
+the geo-encoder (in stage 2 it is a table; in stage 1 under one per cent). Sliding windows are counted as full attention.
 
 Sources: the count of saved tensors is transformers' Llama read line by line, as Korthikanti et al. (arXiv 2205.05198,
 Section 4) do it for GPT; ZeRO's shares: Rajbhandari et al. (arXiv 1910.02054, Section 3 and 5); NF4 with double
@@ -26,7 +26,10 @@ LIVE_PARAMETERS = 1_000_000_000
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """The shape of a Llama-like LLM; vocab with its `<GPS n>`."""
+    """The shape of a Llama-like LLM; vocab with its `<GPS n>`.
+
+    layer_vectors: a layer's parameters that are no matrices, beside its two norms: biases, norms of queries and keys.
+    """
     hidden: int
     layers: int
     heads: int
@@ -35,14 +38,25 @@ class Model:
     vocab: int
     head_dim: int
     tied: bool = False
+    layer_vectors: int = 0
 
     @classmethod
     def of(cls, config) -> "Model":
-        """From a transformers configuration."""
+        """From a transformers configuration of the Llama, Mistral, Qwen2 or Qwen3 family."""
         heads = config.num_attention_heads
-        return cls(config.hidden_size, config.num_hidden_layers, heads, getattr(config, "num_key_value_heads", heads),
-                   config.intermediate_size, config.vocab_size,
-                   getattr(config, "head_dim", None) or config.hidden_size // heads, config.tie_word_embeddings)
+        model = cls(config.hidden_size, config.num_hidden_layers, heads, getattr(config, "num_key_value_heads", heads),
+                    config.intermediate_size, config.vocab_size,
+                    getattr(config, "head_dim", None) or config.hidden_size // heads, config.tie_word_embeddings)
+        vectors = 0
+        if config.model_type == "qwen2" or getattr(config, "attention_bias", False):    # Qwen2's are not in its config
+            vectors += model.query + 2 * model.key
+        if getattr(config, "attention_bias", False):
+            vectors += model.hidden
+        if getattr(config, "mlp_bias", False):
+            vectors += 2 * model.intermediate + model.hidden
+        if config.model_type == "qwen3":
+            vectors += 2 * model.head_dim
+        return dataclasses.replace(model, layer_vectors=vectors)
 
     @property
     def query(self) -> int:
@@ -67,7 +81,8 @@ class Model:
 
     @property
     def parameters(self) -> int:
-        return self.linear + (2 * self.layers + 1) * self.hidden + self.embedding * (1 if self.tied else 2)
+        vectors = self.layers * (2 * self.hidden + self.layer_vectors) + self.hidden
+        return self.linear + vectors + self.embedding * (1 if self.tied else 2)
 
 
 @dataclasses.dataclass(frozen=True)

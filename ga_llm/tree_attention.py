@@ -3,6 +3,7 @@
 On a CPU the kernel behind SDPA is made for many queries; for few, two matrix products and a softmax take about two
 thirds of its time. Everywhere else, and for many queries, it is SDPA.
 """
+import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -14,10 +15,12 @@ FEW = 512           # queries
 def tree_attention(module, query, key, value, attention_mask, scaling=None, **options):
     """query (B, H, M, D); key, value (B, H_kv, S, D), after RoPE; attention_mask (B, 1, M, S), additive; None: causal.
 
-    Returns (B, M, H, D) and None, as transformers expects. Grouped queries share their key's product.
+    A mask of True and False is one that transformers has made, for a sliding window. Returns (B, M, H, D) and None, as
+    transformers expects. Grouped queries share their key's product.
     """
     batch, heads, length, size = query.shape
-    if attention_mask is None or length > FEW or query.device.type != "cpu":
+    additive = attention_mask is not None and attention_mask.dtype != torch.bool
+    if not additive or length > FEW or query.device.type != "cpu":
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     grouped = (query * (size ** -0.5 if scaling is None else scaling)).reshape(batch, key.shape[1], -1, size)
     scores = (grouped @ key.transpose(2, 3)).view(batch, key.shape[1], -1, length, key.shape[2])

@@ -110,13 +110,16 @@ def flash(monkeypatch):
     it serves as it would on a GPU. Returns the list of its calls' (sequences, heads)."""
     calls = []
 
-    def varlen(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p, softmax_scale, causal):
-        assert causal and cu_q.dtype == torch.int32 and torch.equal(cu_q, cu_k) and cu_q[-1] == len(q)
+    def varlen(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p, softmax_scale, causal, window_size):
+        left, right = window_size       # how many tokens before and behind it one sees; -1: all
+        assert causal and (left == right == -1 or left >= right == 0)
+        assert cu_q.dtype == torch.int32 and torch.equal(cu_q, cu_k) and cu_q[-1] == len(q)
         assert max_q == max_k == (cu_q[1:] - cu_q[:-1]).max() and (cu_q[1:] > cu_q[:-1]).all()
         assert q.shape == k.shape == v.shape and dropout_p == 0
         calls.append((len(cu_q) - 1, q.shape[1]))
-        pieces = [F.scaled_dot_product_attention(*(x[a:b].transpose(0, 1) for x in (q, k, v)), is_causal=True,
-                                                 scale=softmax_scale).transpose(0, 1)
+        seen = torch.ones(max_q, max_q, dtype=torch.bool).tril().triu(-left if left >= 0 else -max_q)
+        pieces = [F.scaled_dot_product_attention(*(x[a:b].transpose(0, 1) for x in (q, k, v)), scale=softmax_scale,
+                                                 attn_mask=seen[:b - a, :b - a]).transpose(0, 1)
                   for a, b in zip(cu_q.tolist(), cu_q[1:].tolist())]
         return torch.cat(pieces)
 
@@ -126,9 +129,11 @@ def flash(monkeypatch):
 
 
 @pytest.mark.parametrize("length, shift", [(37, 0), (37, 4), (5, 4), (16, 4)])
-def test_flash_groups_equal_sdpa(flash, length, shift):
+@pytest.mark.parametrize("window", [None, 1, 3, 50])
+def test_flash_groups_equal_sdpa(flash, length, shift, window):
     q, k, v = (x.requires_grad_() for x in qkv(3, 4, 4, length))
-    bounds, options = s2.group_bounds(length, 8, shift), {"mask": None, "scale": 0.3, "dropout": 0.0}
+    bounds = s2.group_bounds(length, 8, shift)
+    options = {"mask": None, "scale": 0.3, "dropout": 0.0, "window": window}
     mine, theirs = (attend(q, k, v, bounds, **options) for attend in (s2._attend_flash, s2._attend_sdpa))
     assert flash == [(3 * (len(bounds) - 1), 4)]
     torch.testing.assert_close(mine, theirs)
