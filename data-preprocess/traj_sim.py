@@ -21,7 +21,7 @@ def main() -> None:
                         help="how many trajectories at most (default: %(default)s)")
     llm = parser.add_argument_group("with -encoder llm")
     llm.add_argument("-model_name_or_path", metavar="M", help="the LLM's folder")
-    llm.add_argument("-max_tokens", type=cli.token_count, default=4096, metavar="N",
+    llm.add_argument("-max_tokens", type=cli.token_count, default=2048, metavar="N",
                      help="of longer texts the end is read (default: %(default)s)")
     llm.add_argument("-batch_size", type=cli.whole_number(1, 4096), default=8, metavar="N",
                      help="texts at once (default: %(default)s)")

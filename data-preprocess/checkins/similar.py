@@ -19,7 +19,6 @@ import pandas as pd
 from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 from sklearn.metrics.pairwise import linear_kernel
 from sklearn.preprocessing import normalize
-from sklearn.utils import gen_batches
 from tqdm import tqdm
 
 from checkins.config import Config
@@ -168,14 +167,18 @@ def search(queries: Sequence, starts: np.ndarray, keys: Sequence, ends: np.ndarr
     in_time, by_end = np.argsort(starts, kind="stable"), np.argsort(ends, kind="stable")
     ids, ended = ids[by_end], np.searchsorted(ends[by_end], starts[in_time], side="left")      # strictly before
     block = max(1, scores_at_once // max(1, len(ids)))
-    for rows in gen_batches(len(in_time), block):
+    for rows in _slices(len(in_time), block):
         # Sorted by time, a block meets only what ended before its last query.
         scores = np.empty((rows.stop - rows.start, ended[rows][-1]))
         vectors = _unit(queries[in_time[rows]])
-        for some in gen_batches(scores.shape[1], KEYS_AT_ONCE):
+        for some in _slices(scores.shape[1], KEYS_AT_ONCE):
             scores[:, some] = linear_kernel(vectors, _unit(keys[by_end[some]]), dense_output=True)
         for query, count, own in zip(in_time[rows].tolist(), ended[rows], scores):
             yield query, ids[:count][_best(own[:count], ids[:count], top)]
+
+
+def _slices(count: int, size: int) -> Iterator[slice]:
+    return (slice(first, min(count, first + size)) for first in range(0, count, size))
 
 
 def _unit(vectors):
