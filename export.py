@@ -1,0 +1,90 @@
+"""Export a trained model as a plain Hugging Face folder, which transformers and vLLM serve without this project.
+
+    python export.py --base_model M --output_dir O/checkpoint-N --dataset_name nyc --context_size 32768 \
+        --gps_mapping_path G.csv --geoencoder_path O1/N/geo_encoder_merged.pth --export_dir exported \
+        [--poi_embedding_path E.npy --projector_path P1/N/poi_projector.pth]
+
+LoRA is merged in fp32 into the unquantized base, and the embedding rows of <GPS n> (and <POI n>) become the vectors that
+the encoders gave for them; then all is cast to --dtype. Beside the model stand its tokenizer, a card (README.md) and what
+recommend.py needs to ask it (ga_llm.json). The folder appears whole or not at all.
+
+Takes 4 bytes of memory for each weight, of the GPU if there is one; `CUDA_VISIBLE_DEVICES= python export.py …` takes the
+machine's.
+"""
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "data-preprocess"))    # as for the scripts there
+
+import torch  # noqa: E402
+
+from checkins import config  # noqa: E402
+from ga_llm import artifacts, checkpoints, export, model_card, trained  # noqa: E402
+from ga_llm.cli import Parser, UserError, run  # noqa: E402
+from geo_encoder import gps_tokens, injection  # noqa: E402
+
+log = logging.getLogger("export")
+
+
+def arguments() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    trained.add_flags(parser)
+    parser.add_argument("--dataset_name", help="that of the training")
+    parser.add_argument("--data_path", default=str(artifacts.DATASETS), help="the root of the data sets' files")
+    parser.add_argument("--questions", type=Path, metavar="FILE.settings.json",
+                        help="what the training's questions showed, where the checkpoint does not say it")
+    parser.add_argument("--export_dir", type=Path, help="the folder to make; it must not be there")
+    args = parser.parse_args()
+    args.base_model = args.base_model or args.model_path
+    for name in ("base_model", "output_dir", "dataset_name", "export_dir"):
+        if not getattr(args, name):
+            raise UserError(f"--{name} is required; see python export.py --help")
+    folder = artifacts.preprocessed(args.dataset_name, args.data_path)
+    args.gps_mapping_path = args.gps_mapping_path or folder / artifacts.gps_mapping(args.dataset_name)
+    return args
+
+
+def main():
+    args = arguments()
+    export.check_new(args.export_dir)
+    injection.check_paths(args)
+    checkpoint = Path(args.output_dir)
+    dataset = config.load(artifacts.config_file(args.dataset_name), args.data_path)
+    mapping = gps_tokens.read_gps_mapping(args.gps_mapping_path)
+    questions = export.question_settings(checkpoint, args.questions)
+    agreement = checkpoints.read_agreement(checkpoint)
+    run_, metrics = export.read_run(checkpoint), export.read_metrics(checkpoint)
+
+    dtype = args.dtype or export.default_dtype()
+    whole = argparse.Namespace(**{**vars(args), "dtype": "float32", "load_in_4bit": False})
+    model, tokenizer = trained.load(whole, mapping, "sdpa")
+    model = export.plain(model, getattr(torch, dtype))
+
+    context = agreement.get("model_max_length", args.context_size)
+    asked = {"model_max_length": context, "dataset": args.dataset_name, "places": export.digest_places(mapping),
+             "questions": questions,
+             "trajectories": {"session_time_interval": dataset.session_time_interval or export.DAY,
+                              "max_current": dataset.max_current,
+                              "max_current_with_history": dataset.max_current_with_history}}
+    first = mapping.ids.argmin()
+    about = model_card.Model(
+        folder=args.export_dir, base=export.base_name(args.base_model), dataset=args.dataset_name,
+        raw_from=dataset.raw_from, questions=questions, context=context, dtype=dtype,
+        full=checkpoints.holds_full_model(checkpoint), trained=agreement.get("trained", []), run=run_, metrics=metrics,
+        encoders=["GCIM"] * bool(args.geoencoder_path) + ["PAM"] * bool(args.projector_path), places=len(mapping.ids),
+        first=int(mapping.ids[first]), last=int(mapping.ids.max()), latitude=float(mapping.latitude[first]),
+        longitude=float(mapping.longitude[first]))
+    with export.new_folder(args.export_dir) as folder:
+        export.save(model, tokenizer, context, folder)
+        (folder / checkpoints.AGREEMENT).write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
+        (folder / model_card.README).write_text(model_card.card(about), encoding="utf-8")
+    size = sum(file.stat().st_size for file in args.export_dir.iterdir())
+    log.info("%.2f M weights in %s, %.1f MB", model.num_parameters() / 1e6, dtype, size / 1e6)
+    print(f"wrote {args.export_dir}; serve it with (not tried here)\n\n    {model_card.serve_command(about, args.export_dir)}\n")
+
+
+if __name__ == "__main__":
+    run(main)
