@@ -52,6 +52,7 @@ def main():
     export.check_new(args.export_dir)
     injection.check_paths(args)
     checkpoint = Path(args.output_dir)
+    checkpoints.require_checkpoint(checkpoint)
     dataset = config.load(artifacts.config_file(args.dataset_name), args.data_path)
     mapping = gps_tokens.read_gps_mapping(args.gps_mapping_path)
     questions = export.question_settings(checkpoint, args.questions)

@@ -383,6 +383,14 @@ def holds_full_model(folder: Path | str) -> bool:
     return any((Path(folder) / name).exists() for name in FULL_MODEL)
 
 
+def require_checkpoint(folder: Path) -> None:
+    """Raises UserError unless `folder` holds what stage 2 writes."""
+    for name in () if holds_full_model(folder) else (ADAPTER_CONFIG, ADAPTER):
+        if not (folder / name).exists():
+            raise UserError(f"{folder}: no {name}; --output_dir takes the checkpoint-N folder that "
+                            "finetune_LLM_with_GCIM.py wrote")
+
+
 def load_adapter(llm, folder: Path | str):
     """Put on `llm` what stage 2 learned: the adapter and the trainable parameters of `folder` (checkpoint-N).
 
@@ -390,10 +398,7 @@ def load_adapter(llm, folder: Path | str):
     Raises UserError if something is missing, broken, or belongs to another base model.
     """
     folder = Path(folder)
-    for name in (ADAPTER_CONFIG, ADAPTER):
-        if not (folder / name).exists():
-            raise UserError(f"{folder}: no {name}; --output_dir takes the checkpoint-N folder that "
-                            "finetune_LLM_with_GCIM.py wrote")
+    require_checkpoint(folder)
     lora = read_tensors(folder / ADAPTER)
     config = adapter_config(folder, {name: tuple(tensor.shape) for name, tensor in lora.items()})
     try:

@@ -124,8 +124,8 @@ are people's whereabouts. The base model's licence holds for this one, too. See 
 
 
 def _vectors(model: Model) -> str:
-    what = {"GCIM": "of `<GPS n>` GCIM's encoding of the place's coordinates",
-            "PAM": "of `<POI n>` PAM's projection of the POI's transitions"}
+    what = {"GCIM": "for `<GPS n>` GCIM's encoding of the place's coordinates",
+            "PAM": "for `<POI n>` PAM's projection of the POI's transitions"}
     found = [what[name] for name in model.encoders]
     return f"The embedding holds {' and '.join(found)}." if found else "No encoder's vectors stand in its embedding."
 
