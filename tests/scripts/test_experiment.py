@@ -1,0 +1,128 @@
+"""run_experiment.py: every row can be planned, its flags exist, and a chain runs from raw check-ins to the table."""
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from commands import ROOT, run
+from harness import call, refusal
+
+from ga_llm import experiments
+
+ROWS = sorted(path.name for path in (ROOT / "experiments").glob("*.yml"))
+SCRIPTS = ("run.py", "traj_qk.py", "traj_sim.py", "poi_embeddings.py", "process_llm_gps.py", "process_pam_stage1.py",
+           "process_projector_gps_stage1.py")
+ROW = """table: a table
+row: {row}
+dataset: sample
+pam: false
+"""
+SCALE = {"model": ["tools/make_tiny_llama.py", "--hidden", "32", "--kv_heads", "2"], "backbone": "a tiny Llama",
+         "processes": 1, "questions": {"max_history": 4}, "stage_1_questions": {"max_history": 1},
+         "training": {"bf16": False, "load_in_4bit": False, "model_max_length": 2048, "max_steps": 2, "save_steps": 2,
+                      "save_strategy": "steps", "per_device_train_batch_size": 2},
+         "gcim": {"lora_r": 4, "lora_alpha": 8}, "test": {"limit": 8, "seq_len": 2048, "context_size": 2048}}
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A copy of what a plan reads, with stand-ins for raw files and models, which a plan does not open."""
+    for name in ("experiments", "best_conf"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for conf in (tmp_path / "best_conf").glob("*.yml"):
+        for raw in re.findall(r"data-preprocess/data/\S+", conf.read_text()):
+            (tmp_path / raw).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / raw).write_text("raw")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    for row in (tmp_path / "experiments").glob("embeddings_*.yml"):
+        named = (yaml.safe_load(row.read_text()).get("embeddings") or {}).get("from")
+        if named:
+            (tmp_path / named).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / named).write_text("vectors")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def known_flags():
+    """{script: the flags it takes}, as it says itself."""
+    import finetune_GCIM
+    import finetune_LLM_with_GCIM
+    import finetune_PAM
+    found = {module.__name__ + ".py": {f"--{field.name}" for field in dataclasses.fields(arguments)}
+             for module, arguments in ((finetune_GCIM, finetune_GCIM.Stage1Arguments),
+                                       (finetune_LLM_with_GCIM, finetune_LLM_with_GCIM.Stage2Arguments),
+                                       (finetune_PAM, finetune_PAM.PAMArguments))}
+    for script in (*(f"data-preprocess/{name}" for name in SCRIPTS), "test_next_gps.py", "tools/make_tiny_llama.py",
+                   "tools/get_smollm2.py"):
+        found[script] = set(re.findall(r"--?[a-z]\w*", call(ROOT, script, "--help").out))
+    return found
+
+
+@pytest.mark.parametrize("scale", ["cpu", "cpu_pretrained", "gpu"])
+def test_every_row_can_be_planned(place, known_flags, scale):
+    """All rows at once, by one command; each command names a script and flags that there are."""
+    result = call(place, "run_experiment.py", *(f"experiments/{name}" for name in ROWS), "--scale", scale, "--plan",
+                  "--model", "model")
+    assert result.code == 0, result.err
+    commands = [line for line in result.out.splitlines() if re.match(r"(python|torchrun) ", line)]
+    assert len(commands) > len(ROWS) / 2
+    for command in commands:
+        script = next(part for part in command.split() if part.endswith(".py"))
+        flags = {part for part in command.split() if re.fullmatch(r"--?[a-z]\w*", part)}
+        if script in known_flags:
+            assert flags <= known_flags[script] | {"--standalone", "--nproc_per_node"}, command
+    assert not (place / "runs").exists()
+
+
+def test_rows_of_one_table_share_what_they_can(place):
+    """Quadkey levels change GCIM and what builds on it, not samples, questions, model and PAM."""
+    def ids(name):
+        out = call(place, "run_experiment.py", f"experiments/{name}.yml", "--scale", "cpu", "--plan").out
+        return set(re.findall(r"\b(\w+-[0-9a-f]{12})\b", out))
+
+    main, level = ids("main_nyc"), ids("level_24_nyc")
+    changed = {name.rpartition("-")[0] for name in level - main}
+    assert changed == {"gcim", "stage2", "test"} and len(main & level) >= 6
+
+
+@pytest.mark.parametrize("change, flags, names", [
+    (None, ["--scale", "mainframe"], ["--scale mainframe", "cpu_pretrained"]),
+    ("table: [1]\nrow: x\ndataset: nyc\n", [], ["bad.yml", "table"]), ("row: x\n", [], ["bad.yml", "table"]),
+    ("table: t\nrow: x\ndataset: ../nyc\n", [], ["bad.yml", "dataset"]), ("table: t\nrow: x\n", [], ["dataset"]),
+    ("table: t\nrow: x\ndataset: nyc\nstage_3: {}\n", [], ["stage_3"]), ("a: [", [], ["bad.yml", "not YAML"]),
+    ("table: t\nrow: x\ndataset: nyc\npublished: {Acc@1: 39.88}\nsource: s\n", [], ["published"]),
+    ("table: t\nrow: x\ndataset: nyc\nstage_2: false\n", [], ["stage_2"]),
+    ("table: t\nrow: x\ndataset: nyc\nbackbone: GPT-9\n", [], ["GPT-9", "--model"]),
+    ("table: t\nrow: x\ndataset: nyc\n", ["--model", "nowhere"], ["nowhere", "--model"]),
+    ("table: t\nrow: x\ndataset: nyc\nembeddings: {from: data/none.npy}\n", [], ["data/none.npy", "128"])],
+    ids=["scale", "kind", "no table", "path", "no data set", "section", "YAML", "percent", "left out", "backbone",
+         "model", "vectors"])
+def test_refusals(place, change, flags, names):
+    (place / "experiments/bad.yml").write_text(change or "table: t\nrow: x\ndataset: nyc\n")
+    refusal(call(place, "run_experiment.py", "experiments/bad.yml", "--plan", *(flags if "--scale" in flags else
+                                                                              ["--scale", "cpu", *flags])), *names)
+
+
+@pytest.mark.slow
+def test_from_raw_check_ins_to_the_table(repo):
+    """A row by one command, a second row that shares all but GCIM, and both in the table; again, nothing runs."""
+    (repo / "experiments/scales/tiny.yml").write_text(yaml.safe_dump(SCALE))
+    (repo / "experiments/with.yml").write_text(ROW.format(row="with") + "published: {Acc@1: 0.5}\nsource: nobody\n")
+    (repo / "experiments/without.yml").write_text(ROW.format(row="without") + "gcim: false\nreference: with\n")
+    command = [sys.executable, "run_experiment.py", "experiments/with.yml", "experiments/without.yml", "--scale", "tiny"]
+    first, again = (run(repo, *command) for _ in range(2))
+    assert first.stderr.count("done in") == 7 + 3 and first.stderr.count("done before") == 2, first.stderr
+    assert "done in" not in again.stderr and again.stderr.count("done before") == 7 + 5
+    told = json.loads((repo / "runs/experiments/tiny/with.json").read_text())
+    metrics = json.loads((repo / "runs/experiments" / told["metrics"]).read_text())
+    assert metrics["n"] == 8 and told["published"] == {"Acc@1": 0.5}
+    table = run(repo, sys.executable, "results.py", "--others", "nowhere", "--out", "runs/table")
+    assert "| with | 8 | .5000 |" in table.stdout and "user-history frequency" in table.stdout
+    assert Path(repo / "runs/table.csv").read_text().count("\n") == 3
+    subprocess.run(["rm", "-r", str(repo / "runs/experiments")], check=True)
