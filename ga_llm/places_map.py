@@ -33,7 +33,7 @@ def draw(found: Sequence[dict], past: Sequence[dict], title: str) -> str:
     points = [(row["latitude"], row["longitude"]) for row in (*found, *past)]
     page.fit_bounds([[min(axis) for axis in zip(*points)], [max(axis) for axis in zip(*points)]], padding=(40, 40),
                     max_zoom=16)
-    page.get_root().title = title
+    page.get_root().title = _safe(title)
     page.get_root().header.add_child(folium.Element(STYLE))
     page.get_root().html.add_child(folium.Element(_legend(found, title)))
     return page.get_root().render()

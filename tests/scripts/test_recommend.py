@@ -1,0 +1,172 @@
+"""recommend.py: asks in the words of the training, answers as the evaluation does, refuses what is no check-in."""
+import datetime
+import io
+import json
+import re
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from commands import DATA, evaluation
+from harness import call, refusal
+from test_export import CHECKPOINT, EXPORT
+
+from ga_llm import places_map, recommendation
+
+MODEL = "outputs/for_recommend"
+
+
+@pytest.fixture(scope="module")
+def exported(repo):
+    result = call(repo, *EXPORT, "--dtype", "float32", "--export_dir", MODEL)
+    assert result.code == 0, result.err
+    return repo
+
+
+def histories(repo):
+    """(encoded user, time of the target, train check-ins and those of the test trajectory) of each test pair."""
+    train, test = (pd.read_csv(repo / DATA / f"{split}_sample.csv") for split in ("train", "test"))
+    for (user, _), own in test.groupby(["UserId", "TrajectoryId"]):
+        yield user, own["LocalTime"].max(), pd.concat([train[train["UserId"] == user], own])
+
+
+def raw_ids(repo, field):
+    encoding = json.loads((repo / DATA / "label_encoding.json").read_text())[field]
+    return dict(enumerate(encoding["values"], start=encoding["first_id"]))
+
+
+def test_the_prompt_is_that_of_the_test_file(exported, tmp_path, monkeypatch):
+    """Each test pair's own check-ins make the line that process_llm_gps.py wrote of them."""
+    monkeypatch.chdir(exported)
+    asking = recommendation.read_asking(exported / MODEL)
+    places = recommendation.read_places("sample", "datasets", asking)
+    lines = (exported / DATA / "test_qa_pairs_kqt_200items_sample_llm_without_sim_gps.txt").read_text().splitlines()
+    made, file = [], tmp_path / "mine.csv"
+    for user, time, rows in histories(exported):
+        rows.rename(columns={"PoiId": "GPS_id"})[["LocalTime", "GPS_id"]].to_csv(file, index=False)
+        at = recommendation.read_time(time)
+        past = recommendation.before(recommendation.read_check_ins(str(file), places, None), at, "it")
+        made.append(recommendation.pair(past, at, user, places, asking).partition(" <answer>:")[0])
+    assert made == [line.partition(" <answer>:")[0] for line in lines] and len(made) > 20
+
+
+@pytest.mark.parametrize("hours, gap, most, step, with_history, history, current", [
+    ([80, 50, 20, 10], 24, 9, None, 200, [80, 50], [20, 10]),      # 50 to 20: 30 hours
+    ([74, 50, 26, 2], 24, 9, None, 200, [], [74, 50, 26, 2]),      # a gap of just 24 hours belongs
+    ([80, 50, 30], 24, 9, None, 200, [80, 50, 30], []),            # the target begins a trajectory of its own
+    ([200, 150, 100, 50, 10], 24, 2, None, 200, [100, 50], [10]),
+    ([200, 150, 100, 50, 10], 24, 3, 2, 200, [100, 50], [10]),     # of 4, the first at a multiple of 2
+    ([200, 150, 100, 50, 10], 24, 0, None, 200, [], [10]),
+    ([80, 20, 10], 24, 9, None, 1, [], [20, 10])],
+    ids=["a gap", "just no gap", "no current", "the latest", "a step", "no history", "a long current"])
+def test_history_and_current(hours, gap, most, step, with_history, history, current):
+    now = datetime.datetime(2013, 1, 20)
+    rows = [recommendation.CheckIn(now - datetime.timedelta(hours=h), h) for h in hours]
+    asking = recommendation.Asking(64, "", "", {"max_history": most, "history_step": step}, 60 * gap, 500, with_history)
+    found = recommendation.split(rows, now, asking)
+    assert [[row.poi for row in part] for part in found] == [history, current]
+
+
+def test_what_one_user_is_told(exported, tmp_path, caplog):
+    """The places in the order and with the odds of the evaluation, from raw ids; a table; a map."""
+    checkpoint = shutil.copytree(exported / CHECKPOINT, tmp_path / "checkpoint-6")
+    command = evaluation(checkpoint, "--dtype", "float32", "--limit", "4")
+    assert call(exported, *command).code == 0
+    expected = [json.loads(line) for line in (checkpoint / "limit4/predictions.jsonl").open()][0]
+    user, time, rows = next(histories(exported))
+    assert (user, time) == (expected["user"], expected["time"])
+    poi, file = raw_ids(exported, "poi"), tmp_path / "mine.csv"
+    pd.DataFrame({"Local time": rows["LocalTime"], "POI_id": rows["PoiId"].map(poi)}).to_csv(file, index=False, sep=";")
+    flags = ["--model", MODEL, "--check_ins", file, "--time", time, "--user", raw_ids(exported, "user")[user], "-k", "20"]
+    result = call(exported, "recommend.py", *flags, "--json", "--map", tmp_path / "map.html", "--dtype", "float32")
+    assert result.code == 0, result.err
+    told = json.loads(result.out)
+    places = told["places"]
+    assert [place["poi"] for place in places] == [poi for poi, _ in expected["top"]]
+    log_p = np.log([place["probability"] * told["probability_of_all_pois"] for place in places])
+    np.testing.assert_allclose(log_p, [value for _, value in expected["top"]], atol=2e-4)
+    assert places[0]["id"] == poi[places[0]["poi"]] and told["user"] == user
+
+    page = (tmp_path / "map.html").read_text()
+    assert page.count("L.marker(") == 20 and f"{places[0]['latitude']}, {places[0]['longitude']}" in page
+
+    text = call(exported, "recommend.py", *flags[:6], "-k", "9999", "--dtype", "float32")
+    lines = text.out.splitlines()
+    assert text.code == 0 and max(map(len, lines)) <= 80 and "no --user" in caplog.text
+    shares = [float(share) for share in re.findall(r"(\d+\.\d\d) %", text.out)]
+    assert len(shares) == len(pd.read_csv(exported / DATA / "sample_gps_mapping.csv"))
+    assert sum(shares) == pytest.approx(100, abs=0.005 * len(shares)) and shares == sorted(shares, reverse=True)
+
+
+def test_stdin_and_odd_files(exported, monkeypatch):
+    monkeypatch.chdir(exported)
+    places = recommendation.read_places("sample", "datasets", recommendation.read_asking(exported / MODEL))
+    raw = raw_ids(exported, "poi")
+    text = ("\ufeffWhen,Venue ID,note\r\n2012-05-02T10:00:30Z," + raw[5] + ",b\r\n\r\n2012-05-02 10:00:30," + raw[7] +
+            ',"two\nlines"\r\n2012-05-01 09:15,' + raw[6] + ",a\r\n2012-05-01 09:15,nowhere,a\r\n")
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(text.encode())))
+    found = recommendation.read_check_ins("-", places, None)
+    second = datetime.datetime(2012, 5, 2, 10, 0, 30)
+    assert found == [recommendation.CheckIn(datetime.datetime(2012, 5, 1, 9, 15), 6), recommendation.CheckIn(second, 5),
+                     recommendation.CheckIn(second, 7)]
+    assert recommendation.before(found, second, "it") == found[:1]
+
+
+def test_categories_and_hostile_names(tmp_path):
+    file = tmp_path / "train.csv"
+    file.write_text("PoiId,PoiCategoryId,PoiCategoryName\n1,2,Bar\n1,3,None\n1,3,None\n2,4,Zoo\n2,5,Park\n")
+    assert recommendation.read_categories(file, [1, 2, 3], 0) == {1: ("None", 3), 2: ("Zoo", 4), 3: ("unknown", 0)}
+    evil = "`${alert(1)}</script><b>\\"
+    place = {"rank": 1, "id": evil, "category": evil, "probability": 0.5, "km": 1.0, "latitude": 1.0, "longitude": 2.0,
+             "time": "2012"}
+    page = places_map.draw([place], [place], evil)
+    harmless = places_map.draw([place | {"id": "1", "category": "Bar"}], [place | {"id": "1", "category": "Bar"}], "Where?")
+    assert [page.count(part) for part in ("alert(", "${", "</script>", "<b>")] == [
+        harmless.count(part) for part in ("alert(", "${", "</script>", "<b>")] and "alert(" not in harmless
+
+
+HEAD = "time,poi\n2012-05-01 10:00,"
+ENCODED = ["--ids", "encoded"]
+
+
+@pytest.mark.parametrize("text, flags, names", [
+    (HEAD + "nowhere\n", [], ["user.csv", "'nowhere' of line 2", "--ids encoded"]),
+    (HEAD + "999999\n", ENCODED, ["'999999' of line 2", "--ids raw"]),
+    (HEAD + "1\n2012-05-01 25:00,1\n", ENCODED, ["user.csv, line 3", "25:00"]),
+    (HEAD + "x\n", ENCODED, ["user.csv, line 2", "'x'"]),
+    (HEAD + "1,2\n", ENCODED, ["user.csv, line 2", "3 cells"]),
+    ("hour,poi\n2012-05-01 10:00,1\n", [], ["no column of the time", "local"]),
+    ("time,shop\n2012-05-01 10:00,1\n", [], ["no column of the POI"]),
+    ("time,poi,venue_id\n2012-05-01 10:00,1,1\n", ENCODED, ["poi and venue_id"]),
+    ("time,poi,user\n2012-05-01 10:00,1,1\n2012-05-01 11:00,1,2\n", ENCODED, ["2 users"]),
+    ("time,poi\n", [], ["it has none"]), ("", [], ["user.csv: empty"]), (b"time,poi\n\xff\n", [], ["UTF-8"]),
+    ("time,poi\n2013-05-01 10:00,1\n", ENCODED, ["--time", "no check-in before it"]),
+    (None, [], ["user.csv", "no such file"]),
+    (HEAD + "1\n", ["--model", "models/tiny"], ["ga_llm.json", "export.py"]),
+    (HEAD + "1\n", ["--model", "nowhere"], ["nowhere", "export.py"]),
+    (HEAD + "1\n", ["--dataset_name", "atlantis"], ["atlantis"]),
+    (HEAD + "1\n", ["--time", "soon"], ["--time", "'soon'"]), (HEAD + "1\n", ["-k", "0"], ["-k"])],
+    ids=["no place", "no encoded place", "no time", "no id", "three cells", "no time column", "no POI column", "twice",
+         "two users", "no rows", "empty", "no text", "too early", "no file", "no export", "no model", "no data set",
+         "when?", "none asked"])
+def test_check_ins_that_are_refused(exported, tmp_path, text, flags, names):
+    file = tmp_path / "user.csv"
+    if text is not None:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    refusal(call(exported, "recommend.py", "--model", MODEL, "--check_ins", file, "--time", "2012-06-01 10:00", *flags,
+                 "--map", tmp_path / "map.html"), *names)
+    assert not (tmp_path / "map.html").exists()
+
+
+def test_other_places_than_the_models(exported, tmp_path):
+    """The same ids elsewhere would be other places."""
+    folder = shutil.copytree(exported / "datasets", tmp_path / "datasets") / "sample/preprocessed/sample_gps_mapping.csv"
+    table = pd.read_csv(folder)
+    table.loc[0, "Latitude"] += 0.001
+    table.to_csv(folder, index=False)
+    file = tmp_path / "user.csv"
+    file.write_text(HEAD + "1\n")
+    refusal(call(exported, "recommend.py", "--model", MODEL, "--check_ins", file, "--time", "2012-06-01 10:00",
+                 "--data_path", tmp_path / "datasets", *ENCODED), "sample_gps_mapping.csv", "other places")
