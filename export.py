@@ -4,12 +4,12 @@
         --gps_mapping_path G.csv --geoencoder_path O1/N/geo_encoder_merged.pth --export_dir exported \
         [--poi_embedding_path E.npy --projector_path P1/N/poi_projector.pth]
 
-LoRA is merged in fp32 into the unquantized base, and the embedding rows of <GPS n> (and <POI n>) become the vectors that
-the encoders gave for them; then all is cast to --dtype. Beside the model stand its tokenizer, a card (README.md) and what
-recommend.py needs to ask it (ga_llm.json). The folder appears whole or not at all.
+LoRA is merged in fp32 into the unquantized base, and the embedding rows of <GPS n> (and <POI n>) become the vectors
+that the encoders gave for them; then all is cast to --dtype. Beside the model stand its tokenizer, a card (README.md)
+and what recommend.py needs to ask it (ga_llm.json). The folder appears whole or not at all.
 
-Takes 4 bytes of memory for each weight, of the GPU if there is one; `CUDA_VISIBLE_DEVICES= python export.py …` takes the
-machine's.
+Takes 4 bytes of memory for each weight, of the GPU if there is one; `CUDA_VISIBLE_DEVICES= python export.py …` takes
+the machine's.
 """
 import argparse
 import json
@@ -84,7 +84,8 @@ def main():
         (folder / model_card.README).write_text(model_card.card(about), encoding="utf-8")
     size = sum(file.stat().st_size for file in args.export_dir.iterdir())
     log.info("%.2f M weights in %s, %.1f MB", model.num_parameters() / 1e6, dtype, size / 1e6)
-    print(f"wrote {args.export_dir}; serve it with (not tried here)\n\n    {model_card.serve_command(about, args.export_dir)}\n")
+    command = model_card.serve_command(about, args.export_dir)
+    print(f"wrote {args.export_dir}; serve it with (not tried here)\n\n    {command}\n")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
     python recommend.py --model exported --dataset_name nyc --check_ins my.csv --time "2013-01-05 18:00" -k 5 \
         [--user U] [--map map.html] [--json]
 
-Works on a folder that export.py made and the data set's preprocessed folder. The CSV (`-`: stdin) has a header with a time
-(time, local_time, datetime, …: local, as 2013-01-05 18:00:00) and a POI (poi, poi_id, venue_id, place_id, …: the data set's
-raw ids; gps_id, encoded_id, …: encoded ones). Only check-ins before --time count. All POIs are ranked exactly;
-probabilities are normalised over them, km are from the last check-in. The page that --map writes loads its tiles and its
-JavaScript from the internet, which thereby learns the region.
+Works on a folder that export.py made and the data set's preprocessed folder. The CSV (`-`: stdin) has a header with a
+time (time, local_time, datetime, …: local, as 2013-01-05 18:00:00) and a POI (poi, poi_id, venue_id, place_id, …: the
+data set's raw ids; gps_id, encoded_id, …: encoded ones). Only check-ins before --time count. All POIs are ranked
+exactly; probabilities are normalised over them, km are from the last check-in. The page that --map writes loads its
+tiles and its JavaScript from the internet, which thereby learns the region.
 """
 import argparse
 import json
@@ -74,8 +74,8 @@ def main():
                           "probability_of_all_pois": total, "places": found}, indent=1, ensure_ascii=False))
     else:
         print(f"User {user} at {at}: {len(found)} of {len(pois):,} places, after {len(history)} check-ins of history\n"
-              f"and {len(current)} of the current trajectory. Probabilities are normalised over all\nplaces; km are from "
-              f"the last check-in.\n\n{recommendation.table(found)}")
+              f"and {len(current)} of the current trajectory. Probabilities are normalised over all\n"
+              f"places; km are from the last check-in.\n\n{recommendation.table(found)}")
     if args.map:
         shown = recommendation.visits(history + current or past[-1:], places)
         with writing.atomic_write(args.map) as file:

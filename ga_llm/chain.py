@@ -223,7 +223,7 @@ def _stopping():
 def _last_words(log_file: Path) -> str:
     """What a log says of the failure: our error, else Python's, else its last line. torchrun adds a report of its own."""
     lines = [re.sub(r"^\[rank\d+\]:", "", line).strip() for line in
-             log_file.read_text(encoding="utf-8", errors="replace").rpartition("\n$ ")[2].splitlines()]
+             log_file.read_text(encoding="utf-8", errors="replace").rpartition("$ ")[2].splitlines()[1:]]
     lines = [line for line in lines if line.strip("=-")] or ["it said nothing"]
     for pattern in (r"error: ", r"(?!torch\.distributed\.)[\w.]+(Error|Exception|Interrupt)\b"):
         found = [line for line in lines if re.match(pattern, line)]

@@ -27,7 +27,7 @@ from geo_encoder.gps_tokens import GPSMapping
 DAY = 24 * 60           # minutes; what begins a trajectory where the data set's YAML does not say it
 ANSWER_TOKENS = 64      # more than an answer takes, one token a digit
 DAY = 24 * 60           # minutes: what ends a trajectory where the data set's YAML does not say it
-QUESTION_KINDS = {"fields": list, "use_sim": bool, "max_history": int}     # what recommend.py needs; history_step beside
+QUESTION_KINDS = {"fields": list, "use_sim": bool, "max_history": int}      # for recommend.py; history_step beside
 
 
 @torch.no_grad()

@@ -69,23 +69,23 @@ tags: [next-poi-recommendation, geography, ga-llm]
 ---
 # {name}
 
-{model.base}, fine-tuned to predict the next point of interest (POI) of a user from check-ins, by GA-LLM ("Geography-Aware
-Large Language Models for Next POI Recommendation", arXiv 2505.13526). Data set: `{model.dataset}`, {model.places:,} POIs.
+{model.base}, fine-tuned to predict the next point of interest (POI) of a user from check-ins, by GA-LLM
+("Geography-Aware Large Language Models for Next POI Recommendation", arXiv 2505.13526). Data set: `{model.dataset}`, {model.places:,} POIs.
 It is a plain Hugging Face model: `AutoModelForCausalLM` and vLLM read it without GA-LLM's code. {_vectors(model)}
 
 ## How to ask it
 
 The prompt is one line, up to and with `{prompts.ANSWER}`; the answer reads `At {now}, user {model.first} will visit POI
-id n.` Check-ins stand in order of time. Users, POIs and categories are the data set's encoded ids (`label_encoding.json`);
-of a user that is not in it, the unseen id. An example with one made-up check-in:
+id n.` Check-ins stand in order of time. Users, POIs and categories are the data set's encoded ids
+(`label_encoding.json`); of a user that is not in it, the unseen id. An example with one made-up check-in:
 
 ```
 {question(model)}
 ```
 
 A question shows at most {model.questions["max_history"]} check-ins of the user's history and {model.context:,} tokens.
-{_similar(model)}There is no chat template: it was not trained on chats. `recommend.py` of GA-LLM's code writes the question
-from a user's check-ins, and ranks all POIs exactly, which one answer does not:
+{_similar(model)}There is no chat template: it was not trained on chats. `recommend.py` of GA-LLM's code writes the
+question from a user's check-ins, and ranks all POIs exactly, which one answer does not:
 
 ```bash
 python recommend.py --model {shlex.quote(str(model.folder))} --check_ins my.csv --time "{now[:-3]}" -k 5
@@ -110,15 +110,15 @@ curl http://localhost:8000/v1/completions -H "Content-Type: application/json" -d
 ## Limits
 
 - {_quantization(model)}
-- It knows the POIs of its training alone, and predicts for the time that it is asked about; a place without check-ins in
-  the training data has no token.
+- It knows the POIs of its training alone, and predicts for the time that it is asked about; a place without check-ins
+  in the training data has no token.
 - Among several likely places, greedy decoding gives one; a sampled answer may be an id that no place has.
 - What a check-in shows was fixed in training ({", ".join(model.questions["fields"])}); other wordings were not trained.
 
 ## Data and licences
 
-The check-ins are those of `{model.dataset}` ({model.raw_from}). They keep their own terms; those of Foursquare and Gowalla
-may not be redistributed. The weights hold a vector of each place and may hold more of the training's check-ins, which
+The check-ins are those of `{model.dataset}` ({model.raw_from}). They keep their own terms; those of Foursquare and
+Gowalla may not be redistributed. The weights hold a vector of each place and may hold more of the training's check-ins, which
 are people's whereabouts. The base model's licence holds for this one, too. See to all of them before you share it.
 """
 
@@ -131,8 +131,8 @@ def _vectors(model: Model) -> str:
 
 
 def _similar(model: Model) -> str:
-    return ("It was trained with check-ins of similar trajectories in front, where there were some; `recommend.py` shows "
-            "none. " if model.questions["use_sim"] else "")
+    return ("It was trained with check-ins of similar trajectories in front, where there were some; `recommend.py` "
+            "shows none. " if model.questions["use_sim"] else "")
 
 
 def _training(model: Model) -> str:
@@ -143,8 +143,8 @@ def _training(model: Model) -> str:
     lines.append(f"- Loss on the answers alone, questions of at most {model.context:,} tokens.")
     if model.run:
         given = model.run["arguments"]
-        shown = ("lora_r", "lora_alpha", "learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size",
-                 "gradient_accumulation_steps", "seed")
+        shown = ("lora_r", "lora_alpha", "learning_rate", "max_steps", "num_train_epochs",
+                 "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
         lines.append("- " + ", ".join(f"{name} {given[name]}" for name in shown if given.get(name) is not None) + ".")
     else:
         lines.append("- The run.json of the training was not at hand: its settings are not known.")

@@ -24,12 +24,13 @@ def draw(found: Sequence[dict], past: Sequence[dict], title: str) -> str:
         folium.CircleMarker(place, radius=7 if is_last else 5, color=LAST if is_last else PAST, weight=2, fill=True,
                             fill_opacity=0.9 if is_last else 0.5,
                             tooltip=_safe(f"{row['category']} ({row['id']}): {times} {row['time']}")).add_to(page)
-    for row in reversed(found):     # the best on top
+    for row in found:
         size = round(max(LEAST, MOST * math.sqrt(row["probability"] / found[0]["probability"])))
         text = f"{row['rank']}. {row['category']} ({row['id']}): {100 * row['probability']:.2f} %, {row['km']:.2f} km"
-        folium.Marker((row["latitude"], row["longitude"]), tooltip=_safe(text), icon=folium.DivIcon(
-            icon_size=(size, size), icon_anchor=(size // 2, size // 2), class_name="place", html=str(row["rank"])
-        )).add_to(page)
+        icon = folium.DivIcon(icon_size=(size, size), icon_anchor=(size // 2, size // 2), class_name="place",
+                              html=str(row["rank"]))
+        folium.Marker((row["latitude"], row["longitude"]), icon=icon, tooltip=_safe(text),
+                      z_index_offset=1000 * row["rank"]).add_to(page)       # the small ones on top
     points = [(row["latitude"], row["longitude"]) for row in (*found, *past)]
     page.fit_bounds([[min(axis) for axis in zip(*points)], [max(axis) for axis in zip(*points)]], padding=(40, 40),
                     max_zoom=16)
@@ -41,13 +42,13 @@ def draw(found: Sequence[dict], past: Sequence[dict], title: str) -> str:
 
 STYLE = f"""<meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
-.place {{ display: flex; align-items: center; justify-content: center; border-radius: 50%; background: {PLACE}d0;
-  border: 2px solid white; color: white; font: bold 13px sans-serif; box-sizing: border-box; }}
+div.leaflet-marker-icon.place {{ display: flex; align-items: center; justify-content: center; border-radius: 50%;
+  background: {PLACE}d0; border: 2px solid white; color: white; font: bold 13px sans-serif; box-sizing: border-box; }}
 #legend {{ position: fixed; right: 10px; top: 10px; z-index: 1000; max-width: 340px; max-height: 45%; overflow: auto;
   background: white; padding: 8px 12px; border-radius: 6px; box-shadow: 0 1px 4px #0006; font: 13px/1.4 sans-serif; }}
 #legend ol {{ margin: 4px 0; padding-left: 22px; }}
 #legend i {{ display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 4px; }}
-@media (max-width: 600px) {{ #legend {{ left: 10px; top: auto; bottom: 30px; max-width: none; max-height: 32%; }} }}
+@media (max-width: 600px) {{ #legend {{ left: 10px; top: auto; bottom: 66px; max-width: none; max-height: 32%; }} }}
 </style>"""
 
 

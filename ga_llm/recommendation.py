@@ -1,9 +1,9 @@
 """One user's check-ins and a time in, the most likely places out: reading them, asking as in training, answering.
 
 The question is the one that process_llm_gps.py would write for these check-ins: those that no gap of more than
-`session_time_interval` separates from each other and from the time asked about are the current trajectory, the earlier
-ones the history. (It drops lone check-ins beforehand; here they stay.) Coordinates are the GPS mapping's, a POI's category
-is its most frequent one in train.
+`session_time_interval` separates from each other and from the time asked about are the current trajectory, the
+earlier ones the history. (It drops lone check-ins beforehand; here they stay.) Coordinates are the GPS mapping's, a
+POI's category is its most frequent one in train.
 """
 import csv
 import dataclasses
@@ -100,8 +100,8 @@ def read_places(dataset: str, root: Path | str, asking: Asking) -> Places:
     path = folder / artifacts.gps_mapping(dataset)
     mapping = read_gps_mapping(path)
     if digest_places(mapping) != asking.places:
-        raise UserError(f"{path}: other places than those that the model was exported with (data set {asking.dataset}); "
-                        "give --dataset_name and --data_path of the training")
+        raise UserError(f"{path}: other places than those that the model was exported with (data set {asking.dataset})"
+                        "; give --dataset_name and --data_path of the training")
     labels = read_labels(folder / artifacts.LABEL_ENCODING)
     raw = {poi: text for text, poi in labels["poi"]["of"].items()}
     of_poi = dict(zip(mapping.ids.tolist(), zip(mapping.latitude.tolist(), mapping.longitude.tolist())))
@@ -151,8 +151,8 @@ def read_time(text: str) -> datetime.datetime | None:
 def read_check_ins(source: str, places: Places, ids: str | None) -> list[CheckIn]:
     """The check-ins of a CSV (or of stdin: "-") that are at places of train, in order of time.
 
-    ids: "raw" or "encoded"; None: by the column's name. Others are counted in a log line. Raises UserError with file and
-    line for what is no check-in, or if no place is known.
+    ids: "raw" or "encoded"; None: by the column's name. Others are counted in a log line. Raises UserError with file
+    and line for what is no check-in, or if no place is known.
     """
     name = "stdin" if source == "-" else source
     content = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
@@ -197,13 +197,13 @@ def read_check_ins(source: str, places: Places, ids: str | None) -> list[CheckIn
     if not found:
         what = f"POI {unknown[0][1][:60]!r} of line {unknown[0][0]} is none" if unknown else "it has none"
         other = "--ids " + ("raw" if ids == "encoded" else "encoded")
-        raise UserError(f"{name}: no check-in at a place that the model knows ({what}); give the data set's {ids} ids, or "
-                        f"{other}")
+        raise UserError(f"{name}: no check-in at a place that the model knows ({what}); give the data set's {ids} ids, "
+                        f"or {other}")
     if zones:
         log.warning("%s: times are taken as local; what follows %d of them (Z, +09:00) is ignored", name, zones)
     if unknown:
-        log.warning("%s: %d of %d check-ins are at places that the model does not know, such as %s on line %d, and left "
-                    "out", name, len(unknown), len(unknown) + len(found), unknown[0][1][:60], unknown[0][0])
+        log.warning("%s: %d of %d check-ins are at places that the model does not know, such as %s on line %d, and "
+                    "left out", name, len(unknown), len(unknown) + len(found), unknown[0][1][:60], unknown[0][0])
     return sorted(found, key=lambda check_in: check_in.time)       # stable: equal times as in the file
 
 
@@ -214,8 +214,8 @@ def _columns(name: str, header: list[str], ids: str | None) -> tuple[int, int, i
     def find(what: str, allowed: tuple[str, ...]) -> int | None:
         hits = [i for i, column in enumerate(plain) if column in allowed]
         if len(hits) > 1:
-            raise UserError(f"{name}, line 1: columns {header[hits[0]]} and {header[hits[1]]} both look like the {what}; "
-                            "rename or remove one")
+            raise UserError(f"{name}, line 1: columns {header[hits[0]]} and {header[hits[1]]} both look like the {what}"
+                            "; rename or remove one")
         return hits[0] if hits else None
 
     at, poi_at = find("time", TIME_COLUMNS), find("POI", RAW_COLUMNS + ENCODED_COLUMNS)
@@ -230,8 +230,8 @@ def before(check_ins: Sequence[CheckIn], time: datetime.datetime, name: str) -> 
     """Those before `time`; in its own second nobody knows it yet. Raises UserError if there are none."""
     found = [check_in for check_in in check_ins if check_in.time < time]
     if not found:
-        raise UserError(f"--time {time}: {name} has no check-in before it (the first is at {check_ins[0].time}); give a "
-                        "later time, or earlier check-ins")
+        raise UserError(f"--time {time}: {name} has no check-in before it (the first is at {check_ins[0].time}); give "
+                        "a later time, or earlier check-ins")
     return found
 
 

@@ -128,7 +128,7 @@ def read_external(path: Path, places: pd.DataFrame) -> np.ndarray:
     way_out = f"-from takes an array of numbers with a row for each encoded POI id and {WIDTH} columns"
     try:
         rows = np.lib.format.open_memmap(path, mode="r")     # mapped: checked before memory is taken; never a pickle
-    except (FileNotFoundError, PermissionError, IsADirectoryError):
+    except OSError:
         raise
     except Exception as error:      # of what a broken file makes numpy raise, there is no list
         reason = " ".join(str(error).split())[:200]

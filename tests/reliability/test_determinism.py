@@ -92,6 +92,8 @@ for name in ("sample", "nyc", "ca"):
         ids, listed = (sorted(pair["trajectory_id"] for pair in json.loads((folder / f"{of}_kq_pairs.json").read_text(
             encoding="utf-8"))) for of in (split, "train"))
         (folder / f"{split}_key_top200.json").write_text(json.dumps({str(i): listed[-i % 7::3] for i in ids}))
+    run("data-preprocess/poi_embeddings.py", "-dataset_name", name, "-category_neighbours", 3)
+    run("data-preprocess/process_pam_stage1.py", "-dataset_name", name)
     for use_sim in (False, True):
         run("data-preprocess/process_projector_gps_stage1.py", "-dataset_name", name, "-use_sim", use_sim)
         run("data-preprocess/process_llm_gps.py", "-dataset_name", name, "-use_sim", use_sim)
@@ -106,7 +108,7 @@ for style in ("llama3", "sentencepiece"):
     tokenizer = llm.load_tokenizer(str(base / "models" / style))
     folder = base / "datasets/ca/preprocessed"
     gps_tokens.add_gps_tokens(tokenizer, gps_tokens.read_gps_mapping(folder / "ca_gps_mapping.csv"))
-    for path in sorted(folder.glob("train_qa_pairs*_without_*.json")):
+    for path in sorted(set(folder.glob("train_qa_pairs*_without_*.json")) - set(folder.glob("*.settings.json"))):
         token_cache.load(path, tokenizer, 500, "mapping")
 """
 
@@ -218,6 +220,8 @@ def test_order_of_the_raw_rows_does_not_matter_where_times_differ(tmp_path):
         for name in ("sample", "mine"):
             for script, *flags in (("run.py", "-f", f"best_conf/{name}.yml"), ("traj_qk.py", "-dataset_name", name),
                                    ("process_llm_gps.py", "-dataset_name", name),
+                                   ("poi_embeddings.py", "-dataset_name", name),
+                                   ("process_pam_stage1.py", "-dataset_name", name),
                                    ("process_projector_gps_stage1.py", "-dataset_name", name)):
                 result = call(root, f"data-preprocess/{script}", *flags)
                 assert result.code == 0, result.err
@@ -290,5 +294,6 @@ def test_one_evaluation_after_another(repo, tmp_path):
 def evaluated_anywhere(folder: Path) -> dict:
     path, = folder.rglob(METRICS)
     found = evaluated(path.parent)
-    found["metrics"].pop("settings")
+    for where in ("settings", "command"):       # they name the folder
+        found["metrics"].pop(where)
     return found

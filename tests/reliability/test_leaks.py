@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from checkins import transitions
 from harness import ROOT, call
 
 from ga_llm import artifacts, llm, prompts, token_cache
@@ -25,6 +26,7 @@ from geo_encoder.injection import gps_injection
 
 NYC = Path(os.environ.get("GA_LLM_DATA", ROOT.parent / "shared/data")) / "nyc/raw"
 SCRIPTS = {1: "data-preprocess/process_projector_gps_stage1.py", 2: "data-preprocess/process_llm_gps.py"}
+PAM = ("data-preprocess/poi_embeddings.py", "data-preprocess/process_pam_stage1.py")
 # Row 12345 of the raw data lies at 40.700345, -74.000012: all within 120 m, so no place is torn apart.
 MARK = re.compile(r"\(40\.700(\d{3}), -74\.000(\d{3})\)")
 SIMILAR, HISTORY, CURRENT = range(3)
@@ -47,7 +49,7 @@ class City:
         self.time = pd.to_datetime(self.raw["time"]).to_numpy()
 
     def run(self, *stages: tuple[int, bool], listed: int | None = None) -> "City":
-        """Write the raw files, and run run.py, traj_qk.py and for each (stage, use_sim) the question script.
+        """Write the raw files, and run run.py, traj_qk.py, PAM's two and for each (stage, use_sim) the question script.
 
         listed: how many trajectories the hostile search lists (`search`); None: all.
         """
@@ -56,7 +58,8 @@ class City:
         (self.root / "best_conf").symlink_to(ROOT / "best_conf")
         {"sample": write_sample, "nyc": write_nyc}[self.name](self.raw, raw)
         self.script("data-preprocess/run.py", "-f", f"best_conf/{self.name}.yml")
-        self.script("data-preprocess/traj_qk.py", "-dataset_name", self.name)
+        for script in ("data-preprocess/traj_qk.py", *PAM):
+            self.script(script, "-dataset_name", self.name)
         self.samples = {split: pd.read_csv(self.folder / artifacts.split_sample(split)) for split in naive.SPLITS}
         if any(use_sim for _, use_sim in stages):
             self.search(listed)
@@ -279,6 +282,9 @@ def train_side(city: City) -> dict[str, bytes]:
     """What is made of train alone."""
     names = [artifacts.split_sample("train"), artifacts.gps_mapping(city.name), artifacts.LABEL_ENCODING]
     names += sorted(path.name for path in city.folder.glob("train_*.json"))
+    embeddings = city.folder / artifacts.poi_embeddings(city.name)
+    names += [embeddings.name, artifacts.embedding_settings(embeddings).name]
+    assert artifacts.alignment_questions(city.name) in names
     return {name: (city.folder / name).read_bytes() for name in names}
 
 
@@ -312,6 +318,29 @@ def test_validation_and_test_reach_nothing_of_train(city, tmp_path, tiny_llama):
         assert [without_current(question) for question, _ in pairs] == [
             without_current(question) for question, _ in before]
         assert not any(mark.decode() in without_current(question) for question, _ in pairs for mark in marks)
+
+
+def elsewhere(raw: pd.DataFrame, split: str) -> pd.DataFrame:
+    """The check-ins of a split deal out their places anew: the same users, times and number of visits of each place."""
+    raw, rows = raw.copy(), np.flatnonzero(raw["split"] == split)
+    columns = ["poi", "category", "name", "latitude", "longitude"]
+    raw.loc[rows, columns] = raw.loc[np.random.default_rng(0).permutation(rows), columns].to_numpy()
+    return raw
+
+
+@pytest.mark.parametrize("name", ["sample", pytest.param("nyc", marks=pytest.mark.soak)])
+def test_where_people_go_in_validation_and_test_reaches_nothing_of_train(cities, tmp_path, name):
+    """Other steps from place to place there: POI embeddings, PAM's questions and all else of train keep their bytes."""
+    city = cities(name)
+    other = City(city.name, tmp_path / "late", elsewhere(elsewhere(city.raw, "validate"), "test")).run()
+    expected, found = train_side(city), train_side(other)
+    assert found == {name: expected[name] for name in found}
+    for split in ("validate", "test"):
+        assert transitions.count(other.samples[split]).ne(transitions.count(city.samples[split])).any(axis=None)
+    if name == "sample":        # the check of the check: train's own steps do reach them
+        found = train_side(City(name, tmp_path / "train", elsewhere(city.raw, "train")).run())
+        for file in (artifacts.poi_embeddings(name), artifacts.alignment_questions(name)):
+            assert found[file] != expected[file]
 
 
 @pytest.fixture(scope="module", params=["sample", pytest.param("nyc", marks=pytest.mark.soak)])

@@ -105,7 +105,8 @@ def test_the_card_tells_the_metrics_beside_the_baseline(repo, tmp_path):
         return {"n": 40} | dict.fromkeys(("Acc@1", "Acc@5", "MRR"), {"value": value, "low": value - 0.1,
                                                                      "high": value + 0.1})
     (checkpoint / "metrics.json").write_text(json.dumps(
-        {"protocol": "ga-llm", "decoding": "rank", "all": {"model": summary(.2), "user-history frequency": summary(.5)}}))
+        {"protocol": "ga-llm", "decoding": "rank", "all": {"model": summary(.2),
+                                                                "user-history frequency": summary(.5)}}))
     result = call(repo, *EXPORT, "--output_dir", checkpoint, "--export_dir", tmp_path / "exported")
     assert result.code == 0, result.err
     card = (tmp_path / "exported/README.md").read_text()
@@ -165,8 +166,8 @@ NEW = ["--export_dir", "outputs/refused_export"]
     ([*NEW, "--dataset_name", "atlantis"], ["atlantis"]),
     ([*NEW, "--questions", "none.json"], ["none.json"]),
     ([*NEW, "--questions", f"{CHECKPOINT}/trainer_state.json"], ["trainer_state.json", "--questions"])],
-    ids=["no folder", "there already", "no encoder", "no projector", "a projector alone", "half of PAM", "no checkpoint",
-         "another length", "no base", "no data set", "no settings", "other settings"])
+    ids=["no folder", "there already", "no encoder", "no projector", "a projector alone", "half of PAM",
+         "no checkpoint", "another length", "no base", "no data set", "no settings", "other settings"])
 def test_exports_that_are_refused(repo, flags, names):
     refusal(call(repo, *EXPORT, *flags), *names)
     assert not list((repo / "outputs").glob("*refused_export*"))

@@ -79,7 +79,8 @@ def test_what_one_user_is_told(exported, tmp_path, caplog):
     assert (user, time) == (expected["user"], expected["time"])
     poi, file = raw_ids(exported, "poi"), tmp_path / "mine.csv"
     pd.DataFrame({"Local time": rows["LocalTime"], "POI_id": rows["PoiId"].map(poi)}).to_csv(file, index=False, sep=";")
-    flags = ["--model", MODEL, "--check_ins", file, "--time", time, "--user", raw_ids(exported, "user")[user], "-k", "20"]
+    flags = ["--model", MODEL, "--check_ins", file, "--time", time, "-k", "20", "--user",
+             raw_ids(exported, "user")[user]]
     result = call(exported, "recommend.py", *flags, "--json", "--map", tmp_path / "map.html", "--dtype", "float32")
     assert result.code == 0, result.err
     told = json.loads(result.out)
@@ -122,7 +123,8 @@ def test_categories_and_hostile_names(tmp_path):
     place = {"rank": 1, "id": evil, "category": evil, "probability": 0.5, "km": 1.0, "latitude": 1.0, "longitude": 2.0,
              "time": "2012"}
     page = places_map.draw([place], [place], evil)
-    harmless = places_map.draw([place | {"id": "1", "category": "Bar"}], [place | {"id": "1", "category": "Bar"}], "Where?")
+    tame = place | {"id": "1", "category": "Bar"}
+    harmless = places_map.draw([tame], [tame], "Where?")
     assert [page.count(part) for part in ("alert(", "${", "</script>", "<b>")] == [
         harmless.count(part) for part in ("alert(", "${", "</script>", "<b>")] and "alert(" not in harmless
 
@@ -162,10 +164,11 @@ def test_check_ins_that_are_refused(exported, tmp_path, text, flags, names):
 
 def test_other_places_than_the_models(exported, tmp_path):
     """The same ids elsewhere would be other places."""
-    folder = shutil.copytree(exported / "datasets", tmp_path / "datasets") / "sample/preprocessed/sample_gps_mapping.csv"
-    table = pd.read_csv(folder)
+    shutil.copytree(exported / "datasets", tmp_path / "datasets")
+    mapping = tmp_path / DATA / "sample_gps_mapping.csv"
+    table = pd.read_csv(mapping)
     table.loc[0, "Latitude"] += 0.001
-    table.to_csv(folder, index=False)
+    table.to_csv(mapping, index=False)
     file = tmp_path / "user.csv"
     file.write_text(HEAD + "1\n")
     refusal(call(exported, "recommend.py", "--model", MODEL, "--check_ins", file, "--time", "2012-06-01 10:00",
