@@ -70,8 +70,9 @@ tags: [next-poi-recommendation, geography, ga-llm]
 # {name}
 
 {model.base}, fine-tuned to predict the next point of interest (POI) of a user from check-ins, by GA-LLM
-("Geography-Aware Large Language Models for Next POI Recommendation", arXiv 2505.13526). Data set: `{model.dataset}`, {model.places:,} POIs.
-It is a plain Hugging Face model: `AutoModelForCausalLM` and vLLM read it without GA-LLM's code. {_vectors(model)}
+("Geography-Aware Large Language Models for Next POI Recommendation", arXiv 2505.13526).
+Data set: `{model.dataset}`, {model.places:,} POIs. It is a plain Hugging Face model, which
+`AutoModelForCausalLM` and vLLM read without GA-LLM's code. {_vectors(model)}
 
 ## How to ask it
 
@@ -118,8 +119,9 @@ curl http://localhost:8000/v1/completions -H "Content-Type: application/json" -d
 ## Data and licences
 
 The check-ins are those of `{model.dataset}` ({model.raw_from}). They keep their own terms; those of Foursquare and
-Gowalla may not be redistributed. The weights hold a vector of each place and may hold more of the training's check-ins, which
-are people's whereabouts. The base model's licence holds for this one, too. See to all of them before you share it.
+Gowalla may not be redistributed. The weights hold a vector of each place and may hold more of the training's
+check-ins, which are people's whereabouts. The base model's licence holds for this one, too. See to
+all of them before you share it.
 """
 
 
