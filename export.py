@@ -59,7 +59,7 @@ def main():
     agreement = checkpoints.read_agreement(checkpoint)
     run_, metrics = export.read_run(checkpoint), export.read_metrics(checkpoint)
 
-    dtype = args.dtype or export.default_dtype()
+    dtype = args.dtype or trained.default_dtype()
     whole = argparse.Namespace(**{**vars(args), "dtype": "float32", "load_in_4bit": False})
     model, tokenizer = trained.load(whole, mapping, "sdpa")
     model = export.plain(model, getattr(torch, dtype))

@@ -88,11 +88,6 @@ def new_folder(path: Path) -> Iterator[Path]:
             raise
 
 
-def default_dtype() -> str:
-    """As in evaluation."""
-    return "bfloat16" if torch.cuda.is_available() else "float32"
-
-
 def base_name(path: str) -> str:
     """The base model's name for others: a hub's, or the last part of a folder's path."""
     return Path(path).resolve().name if Path(path).is_dir() else path
