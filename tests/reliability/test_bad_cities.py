@@ -30,7 +30,7 @@ def ids(made, field: str) -> list:
 
 def pairs(made, split: str = "train") -> list[str]:
     """The pairs of a split, each on one line."""
-    path, = made.folder.glob(f"{split}_qa_pairs*llm*")
+    path, = made.folder.glob(f"{split}_qa_pairs*llm*gps.[jt]*")
     if split == "train":
         return [prompts.join(pair["question"], pair["answer"]) for pair in json.loads(path.read_text())]
     return path.read_text().removesuffix("\n").split("\n")
