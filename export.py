@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "data-preprocess"))    
 import torch  # noqa: E402
 
 from checkins import config  # noqa: E402
-from ga_llm import artifacts, checkpoints, export, model_card, trained  # noqa: E402
+from ga_llm import artifacts, checkpoints, export, llm, model_card, trained  # noqa: E402
 from ga_llm.cli import Parser, UserError, run  # noqa: E402
 from geo_encoder import gps_tokens, injection  # noqa: E402
 
@@ -59,7 +59,7 @@ def main():
     agreement = checkpoints.read_agreement(checkpoint)
     run_, metrics = export.read_run(checkpoint), export.read_metrics(checkpoint)
 
-    dtype = args.dtype or trained.default_dtype()
+    dtype = args.dtype or llm.default_dtype()
     whole = argparse.Namespace(**{**vars(args), "dtype": "float32", "load_in_4bit": False})
     model, tokenizer = trained.load(whole, mapping, "sdpa")
     model = export.plain(model, getattr(torch, dtype))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ga_llm import artifacts, llm, places_map, recommendation, trained, tree_attention, writing
+from ga_llm import artifacts, llm, places_map, recommendation, tree_attention, writing
 from ga_llm.cli import Parser, UserError, run, whole_number
 
 log = logging.getLogger("recommend")
@@ -59,7 +59,7 @@ def main():
 
     # Ranking hands the model a mask of the trie, which flash-attn does not take.
     tokenizer = llm.load_tokenizer(str(args.model))
-    dtype = getattr(torch, args.dtype or trained.default_dtype())
+    dtype = getattr(torch, args.dtype or llm.default_dtype())
     model = llm.load_llm(str(args.model), asking.context, tree_attention.TREE, dtype).eval()
     pois, probabilities, total, fits = recommendation.rank(model, tokenizer, places, asked, asking.context)
     if not fits:

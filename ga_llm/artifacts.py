@@ -85,6 +85,9 @@ def similar_trajectories(split: str) -> str:
     return f"{split}_key_top200.json"
 
 
+POI_WIDTH = 128     # of a POI's embedding (paper, Section 3.3)
+
+
 def poi_embeddings(dataset: str) -> str:
     """POI-to-POI transitions as vectors: row n is POI n's."""
     return f"{dataset}_poi_embeddings.npy"

@@ -128,6 +128,11 @@ def quantization(wanted: bool) -> BitsAndBytesConfig | None:
                               bnb_4bit_compute_dtype=torch.bfloat16)
 
 
+def default_dtype() -> str:
+    """Of a model that is asked and not trained."""
+    return "bfloat16" if torch.cuda.is_available() else "float32"
+
+
 def load_llm(path: str, length: int, attention: str, dtype: torch.dtype, four_bit: bool = False,
              cache_dir: str | None = None):
     """Load a causal LM for contexts of `length` tokens, on this process's GPU if there is one."""

@@ -57,7 +57,7 @@ class TextEncoder:
 
     def __init__(self, model: str, max_tokens: int, batch_size: int, dtype: str | None, folder: Path):
         self.path, self.max_tokens, self.batch_size, self.folder = model, max_tokens, batch_size, folder
-        self.dtype = dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
+        self.dtype = dtype or llm.default_dtype()
 
     @functools.cached_property
     def tokenizer(self):

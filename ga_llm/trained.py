@@ -29,10 +29,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, else float32")
 
 
-def default_dtype() -> str:
-    return "bfloat16" if torch.cuda.is_available() else "float32"
-
-
 def load(args: argparse.Namespace, mapping: GPSMapping, attention: str, test_type: str = "llm",
          random_encoder: bool = False):
     """The LLM of `add_flags`' flags, in eval mode, and its tokenizer with the tokens of the places.
@@ -45,7 +41,7 @@ def load(args: argparse.Namespace, mapping: GPSMapping, attention: str, test_typ
     full = test_type == "llm" and checkpoints.holds_full_model(args.output_dir)
     base = args.output_dir if full else args.base_model
     tokenizer = llm.load_tokenizer(base, args.cache_dir)
-    dtype = getattr(torch, args.dtype or default_dtype())
+    dtype = getattr(torch, args.dtype or llm.default_dtype())
     four_bit = args.load_in_4bit and torch.cuda.is_available() and not full
     model = llm.load_llm(base, args.context_size, attention, dtype, four_bit, args.cache_dir)
     token_ids = add_gps_tokens(tokenizer, mapping, model)

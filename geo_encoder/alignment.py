@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from ga_llm.artifacts import PAM, require
+from ga_llm.artifacts import PAM, POI_WIDTH, require
 from ga_llm.cli import UserError
 from ga_llm.reading import read_json, read_tensors
 from geo_encoder.gps_tokens import GPSMapping
 from geo_encoder.weights import first_mismatch
 
-WIDTH = 128
 MADE_BY = "python data-preprocess/poi_embeddings.py -dataset_name <name>"
 
 
@@ -40,8 +39,8 @@ def read_poi_embeddings(path: Path | str, mapping: GPSMapping) -> POIEmbeddings:
     path = require(path, MADE_BY)
     try:
         rows = np.load(path, allow_pickle=False, mmap_mode="r")      # mapped: never larger than the file
-        if rows.ndim != 2 or rows.shape[1] != WIDTH or not np.issubdtype(rows.dtype, np.floating):
-            raise ValueError(f"holds {rows.dtype} {rows.shape}, not a float (POIs, {WIDTH})")
+        if rows.ndim != 2 or rows.shape[1] != POI_WIDTH or not np.issubdtype(rows.dtype, np.floating):
+            raise ValueError(f"holds {rows.dtype} {rows.shape}, not a float (POIs, {POI_WIDTH})")
         if mapping.ids.max() >= len(rows):
             raise ValueError(f"has {len(rows)} rows, and none for POI {mapping.ids.max()}")
         vectors = np.asarray(rows[mapping.ids], dtype=np.float32)
@@ -54,7 +53,7 @@ def read_poi_embeddings(path: Path | str, mapping: GPSMapping) -> POIEmbeddings:
 
 def build_projector(hidden_size: int) -> nn.Linear:
     """A freshly initialised projector: (N, 128) to (N, hidden size)."""
-    return nn.Linear(WIDTH, hidden_size)
+    return nn.Linear(POI_WIDTH, hidden_size)
 
 
 def load_projector(path: Path | str, embeddings: POIEmbeddings, hidden_size: int) -> nn.Linear:

@@ -29,7 +29,7 @@ class Injection(nn.Module):
 
     def __init__(self, encoder: nn.Module, features: torch.Tensor, token_ids: np.ndarray):
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.token_ids = encoder, token_ids
         rows = torch.full((int(max(token_ids)) + 1,), -1)
         rows[torch.as_tensor(token_ids)] = torch.arange(len(token_ids))
         # Not persistent: checkpoints hold what was learned, not what the mapping file already says.
@@ -104,28 +104,28 @@ def attach_frozen(model, encoder_path: Path | str, mapping: GPSMapping, token_id
     Returns what tells it from other encoders.
     """
     encoder, config = load_encoder(encoder_path, model.get_input_embeddings().embedding_dim)
-    attach_table(model, gps_injection(encoder, config.level, mapping, token_ids), token_ids)
+    attach_table(model, gps_injection(encoder, config.level, mapping, token_ids))
     return digest(encoder)
 
 
 def attach_untrained(model, mapping: GPSMapping, token_ids: np.ndarray):
     """The same with an encoder that has learned nothing: torch's random numbers, the default kind."""
     config = GeoEncoderConfig(model.get_input_embeddings().embedding_dim)
-    return attach_table(model, gps_injection(build_encoder(config), config.level, mapping, token_ids), token_ids)
+    return attach_table(model, gps_injection(build_encoder(config), config.level, mapping, token_ids))
 
 
 def attach_aligned(model, projector_path: Path | str, embeddings: POIEmbeddings, token_ids: np.ndarray) -> str:
     """Load PAM's projector and let the `embeddings` that it aligns with the LLM stand for `<POI n>`, frozen."""
     projector = alignment.load_projector(projector_path, embeddings, model.get_input_embeddings().embedding_dim)
-    attach_table(model, poi_injection(projector, embeddings, token_ids), token_ids)
+    attach_table(model, poi_injection(projector, embeddings, token_ids))
     return digest(projector)
 
 
-def attach_table(model, injection: Injection, token_ids: np.ndarray):
+def attach_table(model, injection: Injection):
     """Let `injection`'s encoder, evaluated once for every place, act on `model`."""
     embedding = model.get_input_embeddings()
     injection.to(embedding.weight.device).freeze(embedding.weight.dtype)
-    keep_rows(embedding.weight, token_ids)
+    keep_rows(embedding.weight, injection.token_ids)
     return attach(model, injection)
 
 

@@ -132,7 +132,10 @@ def from_flags(args) -> Config:
 
 
 def load(path: Path | str, datasets: Path | str = artifacts.DATASETS) -> Config:
-    """Read one data set's YAML; its files lie below `datasets`. Raises UserError with file and key if a key is missing, unknown or senseless."""
+    """Read one data set's YAML; its files lie below `datasets`.
+
+    Raises UserError with file and key if a key is missing, unknown or senseless.
+    """
     path = Path(path)
     values = _values(path)
 

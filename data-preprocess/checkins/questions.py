@@ -218,7 +218,10 @@ def command(stage: int, description: str) -> None:
 
 
 def shown_fields(text: str, allowed: tuple[str, ...], stage: int, use_pam: bool = False) -> tuple[str, ...]:
-    """Parse `-fields`, in the prompt's order, with `<POI n>` if `use_pam`. Raises UserError for an unknown one, or stage 1 without `gps`."""
+    """Parse `-fields`, in the prompt's order, with `<POI n>` if `use_pam`.
+
+    Raises UserError for an unknown one, or stage 1 without `gps`.
+    """
     asked = {field.strip() for field in text.split(",")}
     allowed = (prompts.CLOCK, *allowed)
     if asked - set(allowed):

@@ -18,9 +18,9 @@ from threadpoolctl import threadpool_limits
 from checkins import questions, samples
 from checkins.config import Config
 from ga_llm import artifacts, prompts, writing
+from ga_llm.artifacts import POI_WIDTH
 from ga_llm.cli import UserError
 
-WIDTH = 128                 # of a vector: half of it says where people go from a place, half where they come from
 NEIGHBOUR_WEIGHT = 0.1      # of a neighbour, in transitions; by the validation split of NYC
 GEO_NEIGHBOURS = 5          # by default, as found there
 SUCCESSORS = 5              # that an answer names
@@ -116,7 +116,7 @@ def embed(weights: sparse.csr_array) -> np.ndarray:
     et al., KDD 2016) the halves are a truncated SVD's; scaling them to one length takes out what is left of popularity.
     A half of zeros stays zeros, and the other one no longer than elsewhere.
     """
-    halves = factors(scaled(weights), WIDTH // 2)
+    halves = factors(scaled(weights), POI_WIDTH // 2)
     return (np.hstack([_unit(half) for half in halves]) / np.sqrt(2)).astype(np.float32)
 
 
@@ -125,7 +125,7 @@ def read_external(path: Path, places: pd.DataFrame) -> np.ndarray:
 
     Row n must be encoded POI id n's.
     """
-    way_out = f"-from takes an array of numbers with a row for each encoded POI id and {WIDTH} columns"
+    way_out = f"-from takes an array of numbers with a row for each encoded POI id and {POI_WIDTH} columns"
     try:
         rows = np.lib.format.open_memmap(path, mode="r")     # mapped: checked before memory is taken; never a pickle
     except OSError:
@@ -134,7 +134,7 @@ def read_external(path: Path, places: pd.DataFrame) -> np.ndarray:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: not a .npy file of numbers ({reason}); {way_out}") from None
     last = int(places.index.max())
-    if rows.dtype.kind not in "iuf" or rows.ndim != 2 or rows.shape[1] != WIDTH:
+    if rows.dtype.kind not in "iuf" or rows.ndim != 2 or rows.shape[1] != POI_WIDTH:
         shape = " × ".join(map(str, rows.shape)) or "no"
         raise UserError(f"{path}: {shape} values of type {str(rows.dtype)[:50]}; {way_out}")
     if len(rows) == last and places.index.min() == 1:

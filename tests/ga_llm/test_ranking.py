@@ -191,7 +191,7 @@ def test_gps_vectors_are_seen_in_trunk_and_tails(tiny_llama, mapping_csv):
     torch.manual_seed(0)
     config = encoder.GeoEncoderConfig(32)
     injection.attach_table(model, injection.gps_injection(encoder.build_encoder(config), config.level, mapping,
-                                                          token_ids), token_ids)
+                                                          token_ids))
     ids = mapping.ids.tolist()
     places = [f"POI id {i} {prompts.gps_token(i)}." for i in ids]
     texts = [prompts.join(prompts.question(7, [], places, places[i:i + 2], "Where next?"), prompts.answer_poi(

@@ -134,8 +134,7 @@ def test_rows_of_places_get_no_gradient_when_tied(tiny_llama, mapping_csv):
     model = load_llm(folder, 512, "sdpa", torch.float32)
     token_ids = gps_tokens.add_gps_tokens(tokenizer, mapping, model)
     weight = model.get_input_embeddings().weight
-    injection.attach_table(model, injection.gps_injection(build_encoder(GeoEncoderConfig(32)), 25, mapping, token_ids),
-                           token_ids)
+    injection.attach_table(model, injection.gps_injection(build_encoder(GeoEncoderConfig(32)), 25, mapping, token_ids))
     batch = tokenizer([TEXT], return_tensors="pt")
     model(**batch, labels=batch["input_ids"]).loss.backward()
     assert model.get_output_embeddings().weight is weight

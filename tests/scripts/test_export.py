@@ -12,7 +12,7 @@ from harness import call, refusal
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from ga_llm import export, llm
+from ga_llm import artifacts, export, llm
 from ga_llm.cli import UserError
 from geo_encoder import alignment, gps_tokens, injection
 from geo_encoder.encoder import GeoEncoderConfig, build_encoder
@@ -42,12 +42,11 @@ def a_trained_model(base, mapping, modules, lora):
     gps, poi = (add(tokenizer, mapping, model) for add in (gps_tokens.add_gps_tokens, gps_tokens.add_poi_tokens))
     if "GCIM" in modules:
         geo = build_encoder(GeoEncoderConfig(model.config.hidden_size)).eval()
-        injection.attach_table(model, injection.gps_injection(geo, 25, mapping, gps), gps)
+        injection.attach_table(model, injection.gps_injection(geo, 25, mapping, gps))
     if "PAM" in modules:
-        vectors = np.random.default_rng(0).normal(size=(len(mapping.ids), alignment.WIDTH)).astype(np.float32)
+        vectors = np.random.default_rng(0).normal(size=(len(mapping.ids), artifacts.POI_WIDTH)).astype(np.float32)
         projector = alignment.build_projector(model.config.hidden_size)
-        injection.attach_table(model, injection.poi_injection(projector, alignment.POIEmbeddings(vectors, ""), poi),
-                               poi)
+        injection.attach_table(model, injection.poi_injection(projector, alignment.POIEmbeddings(vectors, ""), poi))
     if lora:
         model = llm.add_lora(model, 4, 8, 0.0)
         for name, parameter in model.named_parameters():
