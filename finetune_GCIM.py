@@ -54,11 +54,11 @@ def main():
 
     trainer = checkpoints.EncoderTrainer(model=model, args=args, train_dataset=setup.train_dataset,
                                          data_collator=setup.collator, processing_class=setup.tokenizer,
-                                         encoder=geo_encoder, encoder_config=config)
+                                         trained=[checkpoints.Trained(geo_encoder, config)])
     if args.dry_run:
         dry_run.run(trainer, setup)
     else:
-        trainer.save_final_encoder(checkpoints.train(trainer))
+        trainer.save_final_encoders(checkpoints.train(trainer))
     sharding.leave(trainer.accelerator)
 
 

@@ -25,6 +25,10 @@ class Stage2Arguments(arguments.SFTArguments):
         default=None, metadata={"help": "POI embeddings for questions with <POI n>; needs --projector_path"})
     projector_path: str | None = dataclasses.field(
         default=None, metadata={"help": "poi_projector.pth of PAM's stage 1"})
+    train_encoders: bool = dataclasses.field(
+        default=False, metadata={"help": "go on training GCIM's encoder and PAM's projector, instead of freezing them"})
+    dropout: float = dataclasses.field(
+        default=0.0, metadata={"help": "of the embeddings and of what attention and feed-forward add, in each layer"})
     lora_r: int = 8
     lora_alpha: int = 16
     lora_dropout: float = 0.1
@@ -40,24 +44,36 @@ def main():
     setup = training.set_up(args)
     model = setup.model
 
-    # The frozen encoders become tables, looked up in the place of the <GPS n> and <POI n> embeddings.
-    encoders = injection.attach_encoders(model, setup.mapping, setup.token_ids, args.geoencoder_path,
-                                         setup.poi_token_ids, setup.poi_embeddings, args.projector_path)
+    loaded = injection.load_encoders(model, setup.mapping, setup.token_ids, args.geoencoder_path,
+                                     setup.poi_token_ids, setup.poi_embeddings, args.projector_path)
     if not args.geoencoder_path:
         log.info("no --geoencoder_path: <GPS n> are tokens like any other")
 
     if args.low_rank_training:
         model = llm.add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout)
         llm.train_by_name(model, args.trainable_params)
+
+    # In the place of the <GPS n> and <POI n> embeddings: frozen, the encoders become tables (paper).
+    trainer_class, encoders = checkpoints.GATrainer, {}
+    if args.train_encoders:
+        injection.attach_trained(setup.model, loaded)
+        trainer_class = checkpoints.EncoderTrainer
+        encoders["trained"] = [checkpoints.Trained(one.injection.encoder, one.config, one.files) for one in loaded]
+    else:
+        encoders["encoders"] = injection.attach_encoders(setup.model, loaded)
+    if args.dropout:
+        llm.add_dropout(setup.model, args.dropout)
     llm.trainable_to_fp32(model)
     log.info("training %s parameters on %d pairs", llm.describe_trainable(model), len(setup.dataset))
 
-    trainer = checkpoints.GATrainer(model=model, args=args, train_dataset=setup.train_dataset,
-                                    data_collator=setup.collator, processing_class=setup.tokenizer, encoders=encoders)
+    trainer = trainer_class(model=model, args=args, train_dataset=setup.train_dataset, data_collator=setup.collator,
+                            processing_class=setup.tokenizer, **encoders)
     if args.dry_run:
         dry_run.run(trainer, setup)
     else:
-        checkpoints.train(trainer)
+        trained = checkpoints.train(trainer)
+        if args.train_encoders:
+            trainer.save_final_encoders(trained)
     sharding.leave(trainer.accelerator)
 
 

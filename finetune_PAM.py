@@ -38,17 +38,17 @@ def main():
     if args.low_rank_training:
         model = llm.add_lora(model, args.lora_r, args.lora_alpha, dropout=0.0)
     injection.attach(setup.model, injection.poi_injection(projector, setup.poi_embeddings, setup.poi_token_ids),
-                     "poi_injection")
+                     injection.INJECTIONS[artifacts.PAM])
     llm.trainable_to_fp32(model)
     log.info("training %s parameters on %d pairs", llm.describe_trainable(model), len(setup.dataset))
 
     trainer = checkpoints.EncoderTrainer(model=model, args=args, train_dataset=setup.train_dataset,
                                          data_collator=setup.collator, processing_class=setup.tokenizer,
-                                         encoder=projector, encoder_config=config, files=artifacts.PAM)
+                                         trained=[checkpoints.Trained(projector, config, artifacts.PAM)])
     if args.dry_run:
         dry_run.run(trainer, setup)
     else:
-        trainer.save_final_encoder(checkpoints.train(trainer))
+        trainer.save_final_encoders(checkpoints.train(trainer))
     sharding.leave(trainer.accelerator)
 
 

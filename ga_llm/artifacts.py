@@ -33,15 +33,16 @@ LOG_PROBABILITIES = "log_probabilities.npy"
 
 @dataclasses.dataclass(frozen=True)
 class EncoderFiles:
-    """What a stage 1 keeps: N/`merged` at checkpoint N, `final` at the end, `config` beside each; and what makes it."""
+    """What is kept of a module: N/`merged` at checkpoint N, `final` at the end, `config` beside each; what makes it."""
+    module: str
     merged: str
     final: str
     config: str
     made_by: str
 
 
-GCIM = EncoderFiles(MERGED_ENCODER, FINAL_ENCODER, "geo_encoder_config.json", "torchrun … finetune_GCIM.py (stage 1)")
-PAM = EncoderFiles(PROJECTOR, FINAL_PROJECTOR, "poi_projector_config.json", "torchrun … finetune_PAM.py (stage 1)")
+GCIM = EncoderFiles("GCIM", MERGED_ENCODER, FINAL_ENCODER, "geo_encoder_config.json", "torchrun … finetune_GCIM.py (stage 1)")
+PAM = EncoderFiles("PAM", PROJECTOR, FINAL_PROJECTOR, "poi_projector_config.json", "torchrun … finetune_PAM.py (stage 1)")
 
 
 def dataset_name(text: str, where: str = "-dataset_name") -> str:

@@ -3,9 +3,11 @@
     O/checkpoint-N/adapter_model.safetensors        LoRA (PEFT)
     O/checkpoint-N/trainable_params.safetensors     what is trained beside LoRA: embeddings, norms
     O/checkpoint-N/ga_llm.json                      what evaluation must agree with
-    O/checkpoint-N/model.safetensors, config.json   instead of the first two, with --low_rank_training False
-    O/N/geo_encoder_merged.pth                      stage 1: the encoder, LoRA merged in (PAM: poi_projector.pth)
-    O/geo_encoder_final_merged.pth                  stage 1: that of the last step (PAM: poi_projector_final.pth)
+    O/checkpoint-N/model.safetensors, config.json   instead of the first two, with --low_rank_training False; encoders
+                                                    that are trained with the model stand in the second all the same
+    O/N/geo_encoder_merged.pth                      stage 1: the encoder, LoRA merged in (PAM: poi_projector.pth);
+                                                    stage 2, too, with --train_encoders True
+    O/geo_encoder_final_merged.pth                  that of the last step (PAM: poi_projector_final.pth)
 
 Beside these stands what a run needs to go on: optimizer, schedule, random states, DeepSpeed's or FSDP's files.
 """
@@ -37,7 +39,8 @@ from ga_llm.run_log import LoggedTrainer, draw_log
 from ga_llm.sampling import EpochSampler
 from ga_llm.sharding import set_up_fsdp
 from ga_llm.writing import atomic_write, saving
-from geo_encoder.weights import merged_state_dict, save_encoder
+from geo_encoder.injection import INJECTIONS
+from geo_encoder.weights import digest, merged_state_dict, save_encoder
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +103,12 @@ class GATrainer(LoggedTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
         """Write the model's part of a checkpoint; rank 0 alone has something to write."""
         if not isinstance(self.model, PeftModel):
-            super()._save(output_dir, state_dict)
+            # What is trained with the LLM is no part of it, for those who load the folder as a model.
+            state_dict = state_dict if state_dict is not None else self.model.state_dict()
+            super()._save(output_dir, without_encoders(state_dict))
+            beside = {name: tensor.contiguous() for name, tensor in state_dict.items() if of_encoder(name)}
+            if beside and self.args.should_save:
+                save_file(beside, Path(output_dir or self.args.output_dir) / TRAINABLE_PARAMS)
         elif self.args.should_save:
             output_dir = Path(output_dir or self.args.output_dir)
             state_dict = state_dict if state_dict is not None else self.model.state_dict()
@@ -111,7 +119,12 @@ class GATrainer(LoggedTrainer):
             self.processing_class.save_pretrained(str(output_dir))
         if self.args.should_save:
             with atomic_write(Path(output_dir or self.args.output_dir) / AGREEMENT) as file:
-                json.dump(self.agreement, file)
+                json.dump(self.agreement | self.saved_with, file)
+
+    @property
+    def saved_with(self) -> dict:
+        """What evaluation must agree with, too, and changes while training."""
+        return {}
 
     def _beside_lora(self) -> list[str]:
         return sorted(name for name, p in self.model.named_parameters() if p.requires_grad and "lora_" not in name)
@@ -138,12 +151,18 @@ class GATrainer(LoggedTrainer):
         """
         if self.is_fsdp_enabled or not isinstance(self.model, PeftModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            beside = Path(resume_from_checkpoint) / TRAINABLE_PARAMS
             if not self.is_fsdp_enabled:
+                if beside.exists():
+                    self.model.load_state_dict(read_tensors(beside), strict=False)
                 check_finite(dict(self.model.named_parameters()), resume_from_checkpoint)
             return
         for file in (ADAPTER, TRAINABLE_PARAMS):
             path = Path(resume_from_checkpoint) / file
             load_weights(self.model, read_tensors(path), path, [])      # check_resumable has seen that none is missing
+
+    def _issue_warnings_after_load(self, load_result):
+        """None: check_resumable has seen what is there, and the encoders' weights come from a file of their own."""
 
     def _load_rng_state(self, checkpoint):
         with _restoring(checkpoint):
@@ -164,50 +183,67 @@ def _restoring(checkpoint: str | None):
                         "the flags that it was trained with, or from another checkpoint") from None
 
 
+@dataclasses.dataclass
+class Trained:
+    """A module that is trained, GCIM's encoder or PAM's projector; config: a dataclass; files: what they are called."""
+    encoder: torch.nn.Module
+    config: object
+    files: EncoderFiles = GCIM
+
+
 class EncoderTrainer(GATrainer):
-    """Stage 1: beside every checkpoint-N stands N/, the encoder with its LoRA merged in, or PAM's projector.
+    """Beside every checkpoint-N stands N/: the encoder with its LoRA merged in, PAM's projector, or both."""
 
-    encoder_config: a dataclass; files: what they are called.
-    """
-
-    def __init__(self, *args, encoder: torch.nn.Module, encoder_config, files: EncoderFiles = GCIM, **kwargs):
+    def __init__(self, *args, trained: Iterable[Trained], **kwargs):
         super().__init__(*args, **kwargs)
-        self.encoder, self.encoder_config, self.files = encoder, encoder_config, files
+        self.trained, self.merged = list(trained), []
 
     @functools.cached_property
     def agreement(self) -> dict:
         """The seed, too: what lies below the encoder's LoRA is drawn from it, and is not saved."""
-        return {**super().agreement, "seed": self.args.seed, "encoder": dataclasses.asdict(self.encoder_config)}
+        return {**super().agreement, "seed": self.args.seed,
+                "encoder": {one.files.module: dataclasses.asdict(one.config) for one in self.trained}}
 
-    def save_encoder(self, path: Path) -> None:
-        """Every rank must call it, for ZeRO-3 and FSDP gather the weights; rank 0 writes."""
-        merged = merged_state_dict(self.encoder)
-        if self.args.should_save:
-            save_encoder(merged, self.encoder_config, path, self.files)
+    @property
+    def saved_with(self) -> dict:
+        return {"encoders": {one.files.module: digest(merged) for one, merged in zip(self.trained, self.merged)}}
+
+    def gather(self) -> None:
+        """Merge the weights as they are now. Every rank must call it, for ZeRO-3 and FSDP gather them."""
+        self.merged = [merged_state_dict(one.encoder) for one in self.trained]
+
+    def save_encoders(self, folder: Path, final: bool = False) -> None:
+        """Write what was gathered, on rank 0."""
+        for one, merged in zip(self.trained, self.merged) if self.args.should_save else ():
+            save_encoder(merged, one.config, folder / (one.files.final if final else one.files.merged), one.files)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        self.gather()
         super().save_model(output_dir, _internal_call)
         if output_dir and Path(output_dir).parent == staging.staging(self.args.output_dir):
-            self.save_encoder(Path(output_dir).parent / str(self.state.global_step) / self.files.merged)
+            self.save_encoders(Path(output_dir).parent / str(self.state.global_step))
 
-    def save_final_encoder(self, trained: bool) -> None:
-        """Every rank must call it at the end; the file appears whole. Not `trained` now: it is the last checkpoint's.
+    def save_final_encoders(self, trained: bool) -> None:
+        """Every rank must call it at the end; files appear whole. Not `trained` now: they are the last checkpoint's.
 
         Raises UserError if that has been deleted.
         """
         output_dir, hidden = Path(self.args.output_dir), staging.staging(self.args.output_dir) / "final"
         if trained:
             with saving(output_dir):
-                self.save_encoder(hidden / self.files.final)
+                self.gather()
+                self.save_encoders(hidden, final=True)
         elif self.args.should_save:
             hidden.mkdir(parents=True)
-            last, files = output_dir / str(self.state.global_step), self.files
-            shutil.copyfile(require(last / files.config, files.made_by), hidden / files.config)
-            shutil.copyfile(require(last / files.merged, files.made_by), hidden / files.final)
+            last = output_dir / str(self.state.global_step)
+            for files in (one.files for one in self.trained):
+                shutil.copyfile(require(last / files.config, files.made_by), hidden / files.config)
+                shutil.copyfile(require(last / files.merged, files.made_by), hidden / files.final)
         if self.args.should_save:
             staging.move_files(hidden, output_dir)
             staging.sweep(output_dir)
-            log.info("saved: %s", output_dir / self.files.final)
+            for one in self.trained:
+                log.info("saved: %s", output_dir / one.files.final)
 
 
 def check_output(args) -> None:
@@ -342,7 +378,8 @@ def check_weights(checkpoint: Path, trainer: Trainer) -> None:
         if not files:
             raise UserError(f"{checkpoint}: no {FULL_MODEL[0]}, as --low_rank_training False writes it; resume with "
                             "the flags that it was trained with")
-        shapes = {name: shape for file in files for name, shape in read_shapes(file).items()}
+        beside = [checkpoint / TRAINABLE_PARAMS] if (checkpoint / TRAINABLE_PARAMS).exists() else []
+        shapes = {name: shape for file in [*files, *beside] for name, shape in read_shapes(file).items()}
         return check_fits(model, shapes, checkpoint, trained)
     adapter, beside = ({in_model(name): shape for name, shape in read_shapes(checkpoint / file).items()}
                        for file in (ADAPTER, TRAINABLE_PARAMS))
@@ -406,15 +443,26 @@ def load_adapter(llm, folder: Path | str):
     except ValueError as error:
         raise _unfit(folder / ADAPTER_CONFIG, reason(error)) from None
     load_weights(model, lora, folder / ADAPTER, [name for name in model.state_dict() if "lora_" in name])
-    trained = [in_model(name) for name in read_agreement(folder).get("trained", [])]
+    trained = [in_model(name) for name in read_agreement(folder).get("trained", []) if not of_encoder(name)]
     if (folder / CONVERTED).exists():
         log.info("weights from %s", folder / CONVERTED)
-        load_weights(model, read_converted(folder / CONVERTED), folder / CONVERTED, [*map(in_model, lora), *trained])
+        state, needed = read_converted(folder / CONVERTED), [*map(in_model, lora), *trained]
+        load_weights(model, without_encoders(state), folder / CONVERTED, needed)
     elif (folder / TRAINABLE_PARAMS).exists():
-        load_weights(model, read_tensors(folder / TRAINABLE_PARAMS), folder / TRAINABLE_PARAMS, trained)
+        state = read_tensors(folder / TRAINABLE_PARAMS)
+        load_weights(model, without_encoders(state), folder / TRAINABLE_PARAMS, trained)
     else:
         raise UserError(f"{folder}: neither {TRAINABLE_PARAMS} nor {CONVERTED}; run zero_to_fp32.py there")
     return model
+
+
+def of_encoder(name: str) -> bool:
+    """Whether a parameter is an encoder's that was trained with the LLM, and is read from N/ beside the checkpoint."""
+    return any(f"{module}." in name for module in INJECTIONS.values())
+
+
+def without_encoders(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in state.items() if not of_encoder(name)}
 
 
 def adapter_config(folder: Path, shapes: dict[str, tuple[int, ...]]) -> LoraConfig:

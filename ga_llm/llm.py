@@ -17,6 +17,7 @@ from ga_llm.plan import Model
 from ga_llm.reading import check_finite, reason, weights_files
 from ga_llm.shared_prefix import SHARED_PREFIX
 from ga_llm.shifted_attention import SHIFTED_SPARSE
+from geo_encoder.encoder import Dropout
 
 log = logging.getLogger(__name__)
 
@@ -168,6 +169,26 @@ def add_lora(model, r: int, alpha: int, dropout: float):
         return get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"LoRA finds no {', '.join(LORA_TARGETS)} in {type(model).__name__} ({error})") from None
+
+
+def add_dropout(model, share: float) -> None:
+    """Drop a `share` of the embeddings, and of what every layer's attention and feed-forward add, while training.
+
+    None inside the attention, where a CPU would leave its fast path. Attach encoders before, so that their vectors are
+    dropped, too. Raises UserError where the model's layers have other names than Llama's.
+    """
+    dropout = Dropout(share)
+    inside = [module for name, module in model.named_modules() if name.endswith((".self_attn", ".mlp"))]
+    if not inside:
+        raise UserError(f"--dropout: {type(model).__name__} has no layers of self_attn and mlp; leave it out")
+
+    def drop(module, _, output):
+        if not module.training:
+            return output
+        return (dropout(output[0]), *output[1:]) if isinstance(output, tuple) else dropout(output)
+
+    for module in (model.get_input_embeddings(), *inside):
+        module.register_forward_hook(drop)
 
 
 def train_by_name(model, parts: str) -> None:

@@ -1,9 +1,13 @@
-"""Question-answer pairs as training batches: reading, tokens, loss on the answer alone, padding on the right."""
+"""Question-answer pairs as training batches: reading, tokens, where the loss is, padding on the right.
+
+The loss is on the answer alone (paper), or, where a pair has `targets`, on these tokens: every POI id, the prompt's too.
+"""
 import codecs
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
 import ijson
+import numpy as np
 import torch
 
 from ga_llm import prompts
@@ -115,15 +119,22 @@ def first_after(offsets, position: int) -> int:
 
 def truncate(ids: list[int], max_length: int, bos: int | None) -> list[int]:
     """The last `max_length` tokens, so that the most recent check-ins survive, with BOS in front if there was one."""
-    if len(ids) <= max_length:
-        return ids
-    if ids[0] == bos:
-        return ids[:1] + ids[len(ids) - max_length + 1:]
-    return ids[len(ids) - max_length:]
+    return ids if len(ids) <= max_length else cut(ids, max_length, keep_first=ids[0] == bos)
+
+
+def cut(tokens, max_length: int, keep_first: bool):
+    """The last `max_length` of more tokens, in whose place the very first one stays if it is to be kept."""
+    last = tokens[len(tokens) - max_length + keep_first:]
+    return tokens[:1] + last if keep_first else last
+
+
+def first_target(item: dict) -> int:
+    """The first token of a pair that the loss counts."""
+    return int(np.argmax(item["targets"])) if "targets" in item else item["answer_start"]
 
 
 class AnswerCollator:
-    """Batches padded on the right; the LLM computes logits from the first answer of the batch on, and no others.
+    """Batches padded on the right; the LLM computes logits from the first target of the batch on, and no others.
 
     Returns input_ids and attention_mask (B, S); labels and shift_labels (B, K), the last K positions, where
     shift_labels holds the token that comes next or -100; logits_to_keep = K.
@@ -141,8 +152,12 @@ class AnswerCollator:
             ids, start = torch.tensor(item["input_ids"]), item["answer_start"]
             input_ids[row, :len(ids)] = ids
             attention_mask[row, :len(ids)] = 1
-            labels[row, start:len(ids)] = ids[start:]
-        keep = longest - min(item["answer_start"] for item in batch) + 1
+            if "targets" in item:
+                counted = torch.from_numpy(item["targets"])
+                labels[row, :len(ids)][counted] = ids[counted]
+            else:
+                labels[row, start:len(ids)] = ids[start:]
+        keep = longest - min(map(first_target, batch)) + 1
         first = longest - keep
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels[:, first:-1].contiguous(),
                 "shift_labels": labels[:, first + 1:].contiguous(), "logits_to_keep": keep}

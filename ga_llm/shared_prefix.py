@@ -105,7 +105,8 @@ class TreeCollator:
     """Trees side by side in one row, without padding; the LLM computes logits where an answer's token comes next.
 
     Returns input_ids and position_ids (1, S); logits_to_keep (K,), positions in the row; labels and shift_labels
-    (1, K), the token that comes next there; layout, for the attention.
+    (1, K), the token that comes next there; layout, for the attention. Pairs with `targets` share those of the trunk,
+    too: they count once.
     """
 
     def __call__(self, batch: Sequence[dict]) -> dict:
@@ -121,7 +122,7 @@ class TreeCollator:
                 layout.blocks.append(trunk)
                 layout.sees.append(of_trunk)
             begin, at = at, at + trunk
-            for pair, shared in zip(tree["pairs"], tree["shared"]):
+            for i, (pair, shared) in enumerate(zip(tree["pairs"], tree["shared"])):
                 own, length = pair["input_ids"], len(pair["input_ids"])
                 ids.append(own[shared:])
                 positions.append(np.arange(shared, length))
@@ -131,6 +132,10 @@ class TreeCollator:
                     layout.parts.append(length - shared)
                 # Where a shared beginning reaches into the answers, a trunk's token has several that come next.
                 predicts = np.arange(pair["answer_start"] - 1, length - 1)
+                if "targets" in pair:
+                    predicts = np.flatnonzero(pair["targets"]) - 1
+                    if i < len(tree["pairs"]) - 1:      # the trunk is the last pair's
+                        predicts = predicts[predicts + 1 >= shared]
                 keep.append(np.where(predicts < shared, begin + predicts, at + predicts - shared))
                 targets.append(own[predicts + 1])
                 at += length - shared

@@ -1,6 +1,7 @@
 """A question file as token ids on disk: built once, memory-mapped by every later start.
 
     tokens-<key>/ids.bin       the tokens of all pairs, one pair behind the other, cut to what the model takes
+    tokens-<key>/poi_ids.bin   of each of these, whether it spells a POI id (only where the loss is to be on them)
     tokens-<key>/index.npy     (pairs, 3) int64: where a pair ends, its tokens before cutting, where its answer begins
     tokens-<key>/about.json    what the key was made of
 
@@ -28,7 +29,7 @@ from ga_llm.cli import UserError
 log = logging.getLogger(__name__)
 
 FORMAT = 1              # to be raised when the files' layout or their reading changes
-IDS, INDEX, ABOUT = "ids.bin", "index.npy", "about.json"
+IDS, POI_IDS, INDEX, ABOUT = "ids.bin", "poi_ids.bin", "index.npy", "about.json"
 PAIRS_AT_ONCE = 256
 CHARACTERS_AT_ONCE = 2**20      # an encoding takes about a hundred bytes a token while it exists
 REMEMBERED = 300_000            # pieces; about 600 bytes each
@@ -36,7 +37,8 @@ CHECKED_EVERY = 500             # pairs, of which one is tokenized as a whole to
 
 
 class TokenDataset(Dataset):
-    """The pairs of a built folder: {"input_ids": (tokens,) int64, "answer_start": index of the answer's first token}.
+    """The pairs of a built folder: {"input_ids": (tokens,) int64, "answer_start": index of the answer's first token},
+    and where they were marked, "targets": (tokens,) bool, the tokens of every POI id but what no token stands before.
 
     tokens, lengths, answer_starts: (pairs,) int64, of each pair before cutting, after it, and its answer's beginning.
     sha256: of the question file. Raises UserError if the folder's files are damaged or do not fit each other.
@@ -50,8 +52,10 @@ class TokenDataset(Dataset):
             self.ends, self.tokens, self.answer_starts = self._index().T
             self.lengths = np.diff(self.ends, prepend=0)
             self.ids = np.memmap(self.folder / IDS, dtype=dtype, mode="r")
+            self.targets = np.memmap(self.folder / POI_IDS, dtype=bool, mode="r") if about.get("poi_ids") else None
             fits = len(self.ids) == self.ends[-1] and (self.lengths <= self.tokens).all() and (
-                (self.answer_starts > 0) & (self.answer_starts < self.lengths)).all()
+                (self.answer_starts > 0) & (self.answer_starts < self.lengths)).all() and (
+                self.targets is None or len(self.targets) == len(self.ids))
         except FileNotFoundError as error:
             raise self._damaged(f"no {Path(error.filename).name}") from None
         except (ValueError, KeyError, TypeError, EOFError, RecursionError) as error:
@@ -75,16 +79,20 @@ class TokenDataset(Dataset):
         return len(self.ends)
 
     def __getitem__(self, index: int) -> dict:
-        ids = self.ids[self.ends[index] - self.lengths[index]:self.ends[index]]
-        return {"input_ids": ids.astype(np.int64), "answer_start": int(self.answer_starts[index])}
+        where = slice(self.ends[index] - self.lengths[index], self.ends[index])
+        item = {"input_ids": self.ids[where].astype(np.int64), "answer_start": int(self.answer_starts[index])}
+        if self.targets is not None:
+            item["targets"] = np.array(self.targets[where])
+            item["targets"][0] = False      # nothing stands before it that could predict it
+        return item
 
 
-def load(path: Path | str, tokenizer, max_length: int, mapping: Path | str, cache_dir: Path | str | None = None
-         ) -> TokenDataset:
+def load(path: Path | str, tokenizer, max_length: int, mapping: Path | str, cache_dir: Path | str | None = None,
+         poi_ids: bool = False) -> TokenDataset:
     """The pairs of the training file `path` as tokens, from beside it or from `cache_dir`; built there if need be.
 
-    mapping: the GPS mapping whose tokens the tokenizer has, for error messages. Of several processes one builds and
-    the others wait. Raises UserError for a bad file, naming the pair.
+    mapping: the GPS mapping whose tokens the tokenizer has, for error messages. poi_ids: mark what spells a POI id. Of
+    several processes one builds and the others wait. Raises UserError for a bad file, naming the pair.
     """
     path = Path(path)
     dtype = "uint16" if max(tokenizer.get_vocab().values()) < 2**16 else "uint32"
@@ -92,7 +100,7 @@ def load(path: Path | str, tokenizer, max_length: int, mapping: Path | str, cach
         about = {"format": FORMAT, "file": hashlib.file_digest(file, "sha256").hexdigest(),
                  "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
                  "special": [tokenizer.bos_token_id, tokenizer.eos_token_id], "template": prompts.ANSWER,
-                 "max_length": max_length, "dtype": dtype}
+                 "max_length": max_length, "dtype": dtype, **({"poi_ids": True} if poi_ids else {})}
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     root = Path(cache_dir or path.parent)
     folder, partial = root / f"tokens-{key}", root / f".tokens-{key}.partial"
@@ -120,7 +128,7 @@ def load(path: Path | str, tokenizer, max_length: int, mapping: Path | str, cach
 def _build(path: Path, tokenizer, max_length: int, mapping, about: dict, folder: Path) -> None:
     started = time.monotonic()
     try:
-        index, tokenized = _tokenize(path, tokenizer, max_length, mapping, about["dtype"], folder / IDS)
+        index, tokenized = _tokenize(path, tokenizer, max_length, mapping, about, folder)
     except UserError:       # a file that is refused leaves nothing behind
         shutil.rmtree(folder)
         raise
@@ -130,39 +138,45 @@ def _build(path: Path, tokenizer, max_length: int, mapping, about: dict, folder:
              index[:, 1].sum(), tokenized, time.monotonic() - started)
 
 
-def _tokenize(path: Path, tokenizer, max_length: int, mapping, dtype: str, ids_file: Path) -> tuple[np.ndarray, int]:
+def _tokenize(path: Path, tokenizer, max_length: int, mapping, about: dict, folder: Path) -> tuple[np.ndarray, int]:
     """Write the tokens of all pairs; return the index, and how many tokens the tokenizer has really made."""
-    pieces = Pieces(tokenizer, dtype)
+    options = {"dtype": about["dtype"], "mark": "poi_ids" in about}
+    pieces = Pieces(tokenizer, **options)
     try:
-        index = _write(path, pieces, max_length, mapping, ids_file)
+        index = _write(path, pieces, max_length, mapping, folder)
     except _Unlike as pair:
         log.info("pair %s of %s: in pieces its tokens are others; the texts are tokenized as wholes", pair, path.name)
-        pieces = Pieces(tokenizer, dtype, in_pieces=False)
-        index = _write(path, pieces, max_length, mapping, ids_file)
+        pieces = Pieces(tokenizer, **options, in_pieces=False)
+        index = _write(path, pieces, max_length, mapping, folder)
     return index, pieces.tokenized
 
 
-def _write(path: Path, pieces: "Pieces", max_length: int, mapping, ids_file: Path) -> np.ndarray:
-    """Write the tokens of all pairs and return the index."""
+def _write(path: Path, pieces: "Pieces", max_length: int, mapping, folder: Path) -> np.ndarray:
+    """Write the tokens of all pairs, and their marks if `pieces` makes them, and return the index."""
     tokenizer, index, end = pieces.tokenizer, [], 0
     pairs = sft_data.iterate_pairs(path)
-    with ids_file.open("wb") as file:
+    with (folder / IDS).open("wb") as file, (
+            (folder / POI_IDS).open("wb") if pieces.mark else contextlib.nullcontext()) as marks_file:
         while block := list(itertools.islice(pairs, PAIRS_AT_ONCE)):
             try:
                 encoded = pieces.encode(block)
             except UnknownPlace as error:
                 raise sft_data.unknown(error.token, f"{path}, pair {len(index) + error.pair}", mapping) from None
-            for text, (ids, start) in zip(block, encoded):
+            for text, (ids, start, marks) in zip(block, encoded):
                 if len(index) % CHECKED_EVERY == 0 and (ids.tolist(), start) != sft_data.encode(tokenizer, text):
                     raise _Unlike(len(index))
                 whole = len(ids)
                 if whole > max_length:
-                    ids = np.array(sft_data.truncate(ids.tolist(), max_length, tokenizer.bos_token_id), ids.dtype)
+                    keep_first = bool(ids[0] == tokenizer.bos_token_id)
+                    ids, marks = (np.array(sft_data.cut(part.tolist(), max_length, keep_first), part.dtype)
+                                  for part in (ids, marks))
                 start -= whole - len(ids)
                 if start < 1:
                     raise UserError(f"{path}, pair {len(index)}: the answer alone has {len(ids) - start} tokens; raise "
                                     f"--model_max_length (now {max_length})")
                 file.write(ids)
+                if marks_file is not None:
+                    marks_file.write(marks)
                 end += len(ids)
                 index.append((end, whole, start))
     return np.array(index, dtype=np.int64)
@@ -186,11 +200,11 @@ class Pieces:
     A text is cut at `<GPS n>` and `<POI n>`, where every tokenizer cuts it too, and between "." and " " if no token of
     the vocabulary holds both, for then none can lie across. A piece is encoded behind what tells the tokenizer where it
     stands: nothing at the beginning of the text, a place's token, or that and the ".". Ids are bytes, which join fast.
-    tokenized: how many tokens the tokenizer has really made.
+    tokenized: how many tokens the tokenizer has really made. mark: also tell which tokens spell a POI id.
     """
 
-    def __init__(self, tokenizer, dtype: str, in_pieces: bool = True):
-        self.tokenizer, self.backend, self.dtype = tokenizer, tokenizer.backend_tokenizer, dtype
+    def __init__(self, tokenizer, dtype: str, in_pieces: bool = True, mark: bool = False):
+        self.tokenizer, self.backend, self.dtype, self.mark = tokenizer, tokenizer.backend_tokenizer, dtype, mark
         alone, whole = (tokenizer(".", add_special_tokens=added)["input_ids"] for added in (False, True))
         first = next(i for i in range(len(whole)) if whole[i:i + len(alone)] == alone)
         self.prefix, self.suffix = self._bytes(whole[:first]), self._bytes(whole[first + len(alone):])
@@ -203,7 +217,7 @@ class Pieces:
         self.place = next(iter(self.places), "")
         self.lengths = {before: len(self.backend.encode(before, add_special_tokens=False).ids)
                         for before in ("", self.place, self.place + ".")}
-        self.known, self.tokenized = {}, 0
+        self.known, self.marks, self.tokenized = {}, {}, 0
 
     def _never_joined(self) -> bool:
         return not any(joined in token for token in self.tokenizer.get_vocab() for joined in (". ", ".Ġ", ".▁"))
@@ -211,16 +225,20 @@ class Pieces:
     def _bytes(self, ids: list[int]) -> bytes:
         return np.array(ids, dtype=self.dtype).tobytes()
 
-    def encode(self, texts: list[str]) -> list[tuple[np.ndarray, int]]:
-        """For each text its tokens, EOS at the end, and the index at which the answer begins. Raises UnknownPlace."""
+    def encode(self, texts: list[str]) -> list[tuple[np.ndarray, int, np.ndarray]]:
+        """For each text its tokens, EOS at the end, the index at which the answer begins, and of each token whether it
+        spells a POI id (all False without `mark`). Raises UnknownPlace."""
         if len(self.known) > REMEMBERED:
-            self.known = {}
+            self.known, self.marks = {}, {}
         self.known.update(self.places)
         split = [self._split(i, text) for i, text in enumerate(texts)]
         unseen = {before + piece: before for pieces, _ in split for before, piece in pieces[:-1]
                   if before + piece not in self.known}
-        for (piece, before), encoding in zip(unseen.items(), self._encodings(unseen, self.backend.encode_batch_fast)):
+        encode_batch = self.backend.encode_batch if self.mark else self.backend.encode_batch_fast
+        for (piece, before), encoding in zip(unseen.items(), self._encodings(unseen, encode_batch)):
             self.known[piece] = self._bytes(encoding.ids[self.lengths[before]:])
+            if self.mark:
+                self.marks[piece] = self._marks(piece, encoding, self.lengths[before])
         # The last piece holds the answer, whose beginning is found by the offsets.
         last = [before + piece for pieces, _ in split for before, piece in pieces[-1:]]
         result = []
@@ -228,11 +246,29 @@ class Pieces:
             before, piece = pieces[-1]
             skip, beyond = self.lengths[before], len(before) + len(piece) - len(answer)
             start = sft_data.first_after(encoding.offsets, beyond)
-            ids = self.prefix + b"".join([self.known[before + piece] for before, piece in pieces[:-1]])
-            start += len(ids) // len(self.eos) - skip
+            known = [before + piece for before, piece in pieces[:-1]]
+            ids = self.prefix + b"".join([self.known[piece] for piece in known])
+            first = len(ids) // len(self.eos)
             ids += self._bytes(encoding.ids[skip:]) + self.suffix
-            result.append((np.frombuffer(ids if ids.endswith(self.eos) else ids + self.eos, self.dtype), start))
+            ids = np.frombuffer(ids if ids.endswith(self.eos) else ids + self.eos, self.dtype)
+            marks = np.zeros(len(ids), dtype=bool)
+            if self.mark:
+                found = b"".join([self.marks.get(piece, b"\0") for piece in known])       # a place is one token
+                found = np.frombuffer(found + self._marks(before + piece, encoding, skip), dtype=bool)
+                at = len(self.prefix) // len(self.eos)
+                marks[at:at + len(found)] = found
+            result.append((ids, first + start - skip, marks))
         return result
+
+    @staticmethod
+    def _marks(text: str, encoding, skip: int) -> bytes:
+        """Of each token of `text` behind the first `skip`, whether it holds a digit of a POI id."""
+        is_digit = np.zeros(len(text) + 1, dtype=np.int64)      # how many of the characters before are
+        for match in prompts.POI_ID.finditer(text):
+            is_digit[match.start(1) + 1:match.end(1) + 1] = 1
+        counts = np.cumsum(is_digit)
+        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)[skip:]
+        return (counts[offsets[:, 1]] > counts[offsets[:, 0]]).tobytes()
 
     def _split(self, pair: int, text: str) -> tuple[list[tuple[str, str]], str]:
         """The pieces of a joined pair, each behind what it is encoded behind, and the answer, which ends the last."""

@@ -53,8 +53,8 @@ def load(args: argparse.Namespace, mapping: GPSMapping, attention: str, test_typ
         elif test_type == "projector" and not args.geoencoder_path:
             raise UserError("--test_type projector: no encoder; give --geoencoder_path or --use_random_projector True")
         path = None if random_encoder else args.geoencoder_path
-        encoders = injection.attach_encoders(model, mapping, token_ids, path, poi_token_ids, embeddings,
-                                             args.projector_path)
+        encoders = injection.attach_encoders(model, injection.load_encoders(
+            model, mapping, token_ids, path, poi_token_ids, embeddings, args.projector_path))
     if test_type == "llm":
         checkpoints.check_agreement(args.output_dir, args.context_size, model.config.max_position_embeddings,
                                     None if full else base, None if random_encoder else encoders)

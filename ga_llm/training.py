@@ -8,6 +8,7 @@ from transformers import set_seed
 
 from ga_llm import llm, sft_data, shared_prefix, token_cache, writing
 from ga_llm.arguments import SFTArguments
+from ga_llm.cli import UserError
 from geo_encoder.alignment import POIEmbeddings, read_poi_embeddings
 from geo_encoder.gps_tokens import GPSMapping, add_gps_tokens, add_poi_tokens, add_rows, read_gps_mapping
 
@@ -42,7 +43,10 @@ def set_up(args: SFTArguments) -> Setup:
     known = len(tokenizer)
     token_ids = add_gps_tokens(tokenizer, mapping)
     poi_token_ids = add_poi_tokens(tokenizer, mapping) if poi_path else None
-    dataset = token_cache.load(args.data_path, tokenizer, args.model_max_length, args.gps_mapping_path, args.cache_dir)
+    dataset = token_cache.load(args.data_path, tokenizer, args.model_max_length, args.gps_mapping_path, args.cache_dir,
+                               poi_ids=args.loss_on == "poi_ids")
+    if dataset.targets is not None and not any(dataset[i]["targets"].any() for i in range(len(dataset))):
+        raise UserError(f"--loss_on poi_ids: {args.data_path} names no POI id; leave it out")
     if args.shared_prefix:
         train_dataset = shared_prefix.TreeDataset(dataset, args.tree_tokens or 2 * args.model_max_length)
         collator = shared_prefix.TreeCollator()

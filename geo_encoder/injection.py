@@ -3,13 +3,15 @@
 A forward hook on the input embedding does it, so any Hugging Face causal LM works, in training, in `generate` and
 below PEFT, DDP or DeepSpeed, without a patched forward.
 """
+import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from ga_llm.artifacts import GCIM, PAM, require
+from ga_llm.artifacts import GCIM, PAM, EncoderFiles, require
 from ga_llm.cli import UserError
 from geo_encoder import alignment
 from geo_encoder.alignment import POIEmbeddings
@@ -83,42 +85,51 @@ def check_paths(args) -> None:
         raise UserError(f"--{given} goes with --{other}: <POI n> is the embedding, projected; give both or neither")
 
 
-def attach_encoders(model, mapping: GPSMapping, token_ids: np.ndarray, geoencoder_path: Path | str | None = None,
-                    poi_token_ids: np.ndarray | None = None, embeddings: POIEmbeddings | None = None,
-                    projector_path: Path | str | None = None) -> dict[str, str]:
-    """Let GCIM's encoder and PAM's projector, of those that are given, act frozen on `model`.
+@dataclasses.dataclass
+class Loaded:
+    """One of stage 1's modules, read back: what it injects, its configuration and the kind of its files."""
+    injection: Injection
+    config: object
+    files: EncoderFiles
 
-    Returns {"GCIM" or "PAM": what tells it from others}, which stage 2 and evaluation must agree in.
-    """
-    found = {}
+
+def load_encoders(model, mapping: GPSMapping, token_ids: np.ndarray, geoencoder_path: Path | str | None = None,
+                  poi_token_ids: np.ndarray | None = None, embeddings: POIEmbeddings | None = None,
+                  projector_path: Path | str | None = None) -> list[Loaded]:
+    """GCIM's encoder and PAM's projector, of those that are given, for `model`; the same in stage 2 and evaluation."""
+    found, width = [], model.get_input_embeddings().embedding_dim
     if geoencoder_path:
-        found["GCIM"] = attach_frozen(model, geoencoder_path, mapping, token_ids)
+        encoder, config = load_encoder(geoencoder_path, width)
+        found.append(Loaded(gps_injection(encoder, config.level, mapping, token_ids), config, GCIM))
     if projector_path:
-        found["PAM"] = attach_aligned(model, projector_path, embeddings, poi_token_ids)
+        projector = alignment.load_projector(projector_path, embeddings, width)
+        config = alignment.ProjectorConfig(width, embeddings.sha256)
+        found.append(Loaded(poi_injection(projector, embeddings, poi_token_ids), config, PAM))
     return found
 
 
-def attach_frozen(model, encoder_path: Path | str, mapping: GPSMapping, token_ids: np.ndarray) -> str:
-    """Load stage 1's encoder and let it act, frozen, on `model`; the same in stage 2 and in evaluation.
+def attach_encoders(model, loaded: Iterable[Loaded]) -> dict[str, str]:
+    """Let them act frozen on `model`.
 
-    Returns what tells it from other encoders.
+    Returns {"GCIM" or "PAM": what tells it from others}, which stage 2 and evaluation must agree in.
     """
-    encoder, config = load_encoder(encoder_path, model.get_input_embeddings().embedding_dim)
-    attach_table(model, gps_injection(encoder, config.level, mapping, token_ids))
-    return digest(encoder)
+    found = {one.files.module: digest(one.injection.encoder.state_dict()) for one in loaded}
+    for one in loaded:
+        attach_table(model, one.injection)
+    return found
+
+
+def attach_trained(model, loaded: Iterable[Loaded]) -> None:
+    """Let them act on `model` as modules that are trained with it. After the LLM's LoRA, as `attach`."""
+    for one in loaded:
+        keep_rows(model.get_input_embeddings().weight, one.injection.token_ids)
+        attach(model, one.injection, INJECTIONS[one.files])
 
 
 def attach_untrained(model, mapping: GPSMapping, token_ids: np.ndarray):
     """The same with an encoder that has learned nothing: torch's random numbers, the default kind."""
     config = GeoEncoderConfig(model.get_input_embeddings().embedding_dim)
     return attach_table(model, gps_injection(build_encoder(config), config.level, mapping, token_ids))
-
-
-def attach_aligned(model, projector_path: Path | str, embeddings: POIEmbeddings, token_ids: np.ndarray) -> str:
-    """Load PAM's projector and let the `embeddings` that it aligns with the LLM stand for `<POI n>`, frozen."""
-    projector = alignment.load_projector(projector_path, embeddings, model.get_input_embeddings().embedding_dim)
-    attach_table(model, poi_injection(projector, embeddings, token_ids))
-    return digest(projector)
 
 
 def attach_table(model, injection: Injection):
@@ -129,7 +140,10 @@ def attach_table(model, injection: Injection):
     return attach(model, injection)
 
 
-def attach(model, injection: Injection, name: str = "gps_injection"):
+INJECTIONS = {GCIM: "gps_injection", PAM: "poi_injection"}      # what they are called as modules of an LLM
+
+
+def attach(model, injection: Injection, name: str = INJECTIONS[GCIM]):
     """Let `injection` act on `model`'s input embeddings; returns the hook's handle (`.remove()` undoes it).
 
     An unfrozen injection becomes a submodule of that `name`, so that Trainer, DDP and DeepSpeed find its parameters.

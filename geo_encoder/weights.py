@@ -48,10 +48,10 @@ def save_encoder(state_dict: dict[str, torch.Tensor], config, path: Path | str, 
         torch.save(state_dict, file)
 
 
-def digest(module: nn.Module) -> str:
+def digest(state_dict: dict[str, torch.Tensor]) -> str:
     """What tells an encoder's weights from others, whatever their file is called."""
     found = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(state_dict.items()):
         found.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()[:16]
 

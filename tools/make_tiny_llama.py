@@ -7,7 +7,13 @@ same folder. The tokenizer is a BPE trained on text of ga_llm.prompts, or on a f
 
     --style llama3          byte-level, as in Llama 3, Qwen and SmolLM2 (but one token a digit)
     --style sentencepiece   as in Llama 2: "▁" for spaces, byte fallback, one token a digit
+
+    python tools/make_tiny_llama.py --words train_qa_pairs_….json --tie_embeddings True …
+
+makes instead a tokenizer for the prompts of that question file alone, in which a check-in is two or three tokens: one for
+each POI id, one for all that stands before it.
 """
+import collections
 import json
 import logging
 import sys
@@ -17,18 +23,23 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))   # runs without an installation, too
 
 from ga_llm import cli, prompts  # noqa: E402 (before transformers)
+from ga_llm.artifacts import require  # noqa: E402
 from ga_llm.cli import UserError, token_count, whole_number  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
+from tokenizers import (Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors,  # noqa: E402
+                        trainers)
 from transformers import (GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaTokenizer,  # noqa: E402
                           PreTrainedTokenizerFast)
+
+from ga_llm.sft_data import iterate_pairs  # noqa: E402
 
 log = logging.getLogger("make_tiny_llama")
 
 STYLES = ("llama3", "sentencepiece")
+WORDS = "words"
 BOS, EOS, UNK, PAD = "<s>", "</s>", "<unk>", "<pad>"
 CATEGORIES = ("Coffee Shop", "Home (private)", "Office", "Train Station", "Gym / Fitness Center", "Bar", "Park",
               "Café", "Food & Drink Shop", "Movie Theater", "Bus Station", "Neighborhood", "Subway", "Deli / Bodega")
@@ -40,6 +51,7 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=Path("models/tiny"))
     parser.add_argument("--style", choices=STYLES, default=STYLES[0])
     parser.add_argument("--corpus", type=Path, help="text to train the tokenizer on, such as a test question file")
+    parser.add_argument("--words", type=Path, help="a training question file: whole POI ids, users and times as tokens")
     parser.add_argument("--vocab_size", type=whole_number(300, 2**24), default=1024, help="at most so many tokens")
     parser.add_argument("--hidden", type=whole_number(2, 2**20), default=64)
     parser.add_argument("--intermediate", type=whole_number(1, 2**20),
@@ -55,12 +67,18 @@ def main():
     if not cli.show_progress():
         transformers.utils.logging.disable_progress_bar()
     options = vars(args)
-    folder, corpus = options.pop("output_dir"), options.pop("corpus")
+    folder, corpus, words = (options.pop(name) for name in ("output_dir", "corpus", "words"))
+    if words is not None:
+        if corpus is not None:
+            raise UserError("--words, --corpus: exclude each other; give one of them")
+        corpus, options["style"] = iterate_pairs(require(words, "python data-preprocess/process_llm_gps.py")), WORDS
+    elif corpus is not None:
+        corpus = read_corpus(corpus)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists and is not empty; remove it or choose another --output_dir")
-    model = make_tiny_llama(folder, corpus=None if corpus is None else read_corpus(corpus), **options)
+    model = make_tiny_llama(folder, corpus=corpus, **options)
     log.info("wrote %s: random Llama, %.2f M parameters, %d tokens, tokenizer in the style of %s", folder,
-             model.num_parameters() / 1e6, model.config.vocab_size, args.style)
+             model.num_parameters() / 1e6, model.config.vocab_size, options["style"])
 
 
 def make_tiny_llama(folder: Path | str, *, style: str = STYLES[0], corpus: Iterable[str] | None = None,
@@ -76,7 +94,7 @@ def make_tiny_llama(folder: Path | str, *, style: str = STYLES[0], corpus: Itera
     if hidden % (2 * heads) or heads % kv_heads:
         raise UserError(f"--hidden {hidden} must be a multiple of twice --heads {heads} (RoPE turns pairs), "
                         f"and --heads one of --kv_heads {kv_heads}; give others")
-    train = {"llama3": byte_level_tokenizer, "sentencepiece": sentencepiece_tokenizer}[style]
+    train = {"llama3": byte_level_tokenizer, "sentencepiece": sentencepiece_tokenizer, WORDS: words_tokenizer}[style]
     tokenizer = train(corpus if corpus is not None else sample_prompts(seed), vocab_size)
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
                "pad_token_id": tokenizer.pad_token_id}
@@ -123,6 +141,39 @@ def sentencepiece_tokenizer(corpus: Iterable[str], vocab_size: int) -> LlamaToke
     trained = json.loads(tokenizer.to_str())["model"]
     return LlamaTokenizer(vocab=trained["vocab"], merges=[tuple(pair) for pair in trained["merges"]],
                           add_bos_token=True)
+
+
+# What a words tokenizer passes over: the question's and the answer's sentences, whose time the target's own words repeat
+# ("… POI id 5. At 2012-…, which POI …? … <answer>: At …, user 17 will visit Tue 13h POI id 9."), and the end of a sentence.
+PASSED_OVER = (r"At [0-9: -]{19}, which POI will user [0-9]+ visit\? POI ids range from [0-9]+ to [0-9]+\. "
+               r"<answer>: At [0-9: -]{19}, user [0-9]+ will visit ", r"\.(?= )")
+ALONE = r"(?<=POI id )[0-9]+|user [0-9]+:?"     # what is a token by itself; all between two of them is another
+
+
+def words_tokenizer(corpus: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Joined pairs as whole words: each POI id, each user, and all that stands between two of them, is one token.
+
+    The most frequent pieces become words, POI ids before all others; what is none is spelled in bytes. It is made for
+    questions whose check-ins begin with their time (`-fields week,gps`): of the question and the answer it reads only
+    what a check-in would show.
+    """
+    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
+    tokenizer.normalizer = normalizers.Sequence([*(normalizers.Replace(Regex(part), "") for part in PASSED_OVER),
+                                                 normalizers.Strip(left=False, right=True)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(ALONE), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    counts = collections.Counter()
+    for pair in corpus:
+        for part in filter(None, prompts.PLACE_TOKEN.sub("\0", pair).split("\0")):
+            pieces = tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(part))
+            counts.update(piece for piece, _ in pieces)
+    # ". " as a token tells the training's reader that check-ins may not be tokenized one by one.
+    fixed = [EOS, PAD, *sorted(pre_tokenizers.ByteLevel.alphabet()), ".Ġ"]
+    words = sorted(set(counts).difference(fixed), key=lambda word: (not word.isdigit(), -counts[word], word))
+    vocabulary = dict.fromkeys([*fixed, *words[:max(0, vocab_size - len(fixed))]])
+    tokenizer.model = models.BPE(vocab={word: i for i, word in enumerate(vocabulary)}, merges=[], ignore_merges=True)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)
 
 
 def sample_prompts(seed: int, count: int = 500) -> Iterator[str]:

@@ -21,6 +21,7 @@ from checkins.wording import short
 from ga_llm import artifacts, cli, prompts, writing
 
 SPLITS = ("train", "test")
+VALIDATE = "validate"       # asked like test, where somebody must choose
 # A trajectory as text to search by: everything but the GPS tokens, which no text encoder knows.
 KEY_FIELDS = tuple(field for field in prompts.FIELDS if field != "gps")
 
@@ -80,8 +81,26 @@ def pairs(config: Config, train: pd.DataFrame, split: pd.DataFrame,
         yield Pair(trajectory, similar, history, current[max(0, len(current) - config.max_current):], target)
 
 
+def covering(pairs_: Iterable[Pair], train: pd.DataFrame) -> Iterator[Pair]:
+    """Of train's pairs as few as show every check-in, in their order: the last of each user, and from there back the
+    pair of the trajectory that holds the latest check-in not yet shown. For training on every check-in of a prompt.
+    """
+    pairs_ = list(pairs_)
+    of_trajectory = {pair.trajectory: i for i, pair in enumerate(pairs_)}
+    trajectory = train["TrajectoryId"].to_numpy()
+    kept = set()
+    for rows in train.groupby("UserId", sort=False).indices.values():
+        while len(rows):
+            i = of_trajectory[trajectory[rows[-1]]]
+            kept.add(i)
+            pair = pairs_[i]
+            first = min((part[0] for part in (pair.history, pair.current) if len(part)), default=pair.target)
+            rows = rows[rows < min(first, rows[-1])]
+    yield from (pairs_[i] for i in sorted(kept))
+
+
 def records(config: Config, stage: int, split: pd.DataFrame, split_texts: list[str], train_texts: list[str],
-            pairs_: Iterable[Pair], places: pd.DataFrame) -> Iterator[dict]:
+            pairs_: Iterable[Pair], places: pd.DataFrame, fields: tuple[str, ...] = ()) -> Iterator[dict]:
     """Each pair as {"question", "answer"}. Stage 1 asks for the coordinates of the target's POI, stage 2 for its id.
 
     places: the GPS mapping by id; its coordinates are stage 1's answer, for they are what the encoder sees.
@@ -95,7 +114,7 @@ def records(config: Config, stage: int, split: pd.DataFrame, split_texts: list[s
             ask, answer = prompts.ask_coordinates(poi[t]), prompts.answer_coordinates(*coordinates[poi[t]])
         else:
             ask = prompts.ask_poi(time[t], user[t], first_id, last_id)
-            answer = prompts.answer_poi(time[t], user[t], poi[t])
+            answer = prompts.answer_poi(time[t], user[t], poi[t], fields)
         yield {"question": prompts.question(user[t], [train_texts[row] for row in pair.similar],
                                             [train_texts[row] for row in pair.history],
                                             [split_texts[row] for row in pair.current], ask),
@@ -105,24 +124,34 @@ def records(config: Config, stage: int, split: pd.DataFrame, split_texts: list[s
 def texts(rows: pd.DataFrame, fields: Iterable[str]) -> list[str]:
     """The text of each check-in, in row order."""
     columns = ("LocalTime", "UserId", "PoiId", "Latitude", "Longitude", "PoiCategoryName", "PoiCategoryId")
-    return [prompts.check_in(fields, *cells) for cells in zip(*(rows[column].tolist() for column in columns))]
+    is_last = ~rows["TrajectoryId"].duplicated(keep="last")
+    return [prompts.check_in(fields, *cells)
+            for cells in zip(*(rows[column].tolist() for column in columns), is_last.tolist())]
 
 
-def write(config: Config, stage: int, use_sim: bool, fields: tuple[str, ...]) -> None:
-    """Write the train and test question files of one stage, and beside each its settings."""
-    settings = {"dataset": config.dataset_name, "stage": stage, "fields": fields, "use_sim": use_sim,
+def write(config: Config, stage: int, use_sim: bool, fields: tuple[str, ...], cover: bool = False,
+          splits: tuple[str, ...] = SPLITS) -> None:
+    """Write the question files of one stage, one for each split, and beside each its settings.
+
+    cover: of train only `covering` pairs.
+    """
+    settings = {"dataset": config.dataset_name, **({"cover": True} if cover else {}), "stage": stage, "fields": fields, "use_sim": use_sim,
                 "max_history": config.max_history, "history_step": config.history_step}
     with writing.alone(config.folder), writing.together() as new_file:
-        split_rows = {split: samples.load(config, split) for split in SPLITS}
+        split_rows = {split: samples.load(config, split) for split in splits}
         places = samples.load_places(config)
         check_places(config, split_rows, places)
-        listed = {split: load_similar(config, split, split_rows) if use_sim else None for split in SPLITS}
+        listed = {split: load_similar(config, split, split_rows) if use_sim else None for split in splits}
         train_texts = texts(split_rows["train"], fields)
         for split, rows in split_rows.items():
             split_texts = train_texts if split == "train" else texts(rows, fields)
             found = pairs(config, split_rows["train"], rows, listed[split])
-            made = tqdm(records(config, stage, rows, split_texts, train_texts, found, places), desc=split,
-                        total=rows["TrajectoryId"].nunique(), unit="pair", disable=not cli.show_progress())
+            count = rows["TrajectoryId"].nunique()
+            if cover and split == "train":
+                found = list(covering(found, rows))
+                count = len(found)
+            made = tqdm(records(config, stage, rows, split_texts, train_texts, found, places, fields), desc=split,
+                        total=count, unit="pair", disable=not cli.show_progress())
             path = config.folder / artifacts.questions(split, config.dataset_name, stage, use_sim,
                                                        prompts.ALIGNED in fields)
             with new_file(artifacts.question_settings(path), "wb") as file:
@@ -203,8 +232,14 @@ def command(stage: int, description: str) -> None:
     parser.add_argument("-history_step", type=int, metavar="N",
                         help="a history longer than -max_history loses up to N-1 check-ins more, so that pairs in a "
                              "row begin alike (for --shared_prefix)")
+    parser.add_argument("-cover", type=cli.boolean, default=False, metavar="True|False",
+                        help="of train only as many pairs as show every check-in (for --loss_on poi_ids)")
+    parser.add_argument("-validate", type=cli.boolean, default=False, metavar="True|False",
+                        help="questions of the validation split, too, asked like test's")
     args = parser.parse_args()
     config = configs.from_flags(args)
+    if args.validate and args.use_sim:
+        raise cli.UserError("-validate, -use_sim: traj_sim.py lists nothing for the validation split; leave one out")
     if args.max_history is not None:
         if not 0 <= args.max_history <= configs.MOST:
             raise cli.UserError(f"-max_history {short(args.max_history)}: too small or large; give 0 to {configs.MOST}")
@@ -214,7 +249,8 @@ def command(stage: int, description: str) -> None:
             raise cli.UserError(f"-history_step {short(args.history_step)}: too small or large; give 1 to -max_history "
                                 f"{config.max_history}")
         config = dataclasses.replace(config, history_step=args.history_step)
-    write(config, stage, args.use_sim, shown_fields(args.fields, default, stage, stage == 2 and args.use_pam))
+    fields = shown_fields(args.fields, default, stage, stage == 2 and args.use_pam)
+    write(config, stage, args.use_sim, fields, args.cover, (*SPLITS, VALIDATE) if args.validate else SPLITS)
 
 
 def shown_fields(text: str, allowed: tuple[str, ...], stage: int, use_pam: bool = False) -> tuple[str, ...]:
@@ -223,7 +259,7 @@ def shown_fields(text: str, allowed: tuple[str, ...], stage: int, use_pam: bool 
     Raises UserError for an unknown one, or stage 1 without `gps`.
     """
     asked = {field.strip() for field in text.split(",")}
-    allowed = (prompts.CLOCK, *allowed)
+    allowed = (prompts.WEEK, prompts.CLOCK, *allowed)
     if asked - set(allowed):
         raise cli.UserError(f"-fields: stage {stage} has no {short(min(asked - set(allowed)))}; choose among "
                             + ",".join(allowed))

@@ -40,11 +40,11 @@ def train(tiny_llama, mapping_csv, tmp_path):
             weights.add_lora(geo, 4, 8)
             model = llm.add_lora(model, 4, 8, 0.0)
             injection.attach(base, injection.gps_injection(geo, 25, mapping, token_ids))
-            trainer = checkpoints.EncoderTrainer(model=model, encoder=geo, encoder_config=config, **common)
+            trainer = checkpoints.EncoderTrainer(model=model, trained=[checkpoints.Trained(geo, config)], **common)
         else:
             file = tmp_path / "e" / "geo_encoder_merged.pth"
             weights.save_encoder(geo.state_dict(), config, file)
-            injection.attach_frozen(model, file, mapping, token_ids)
+            injection.attach_encoders(model, injection.load_encoders(model, mapping, token_ids, file))
             if args.low_rank_training:
                 model = llm.add_lora(model, 8, 16, 0.1)
                 llm.train_by_name(model, "embed,norm")
@@ -80,7 +80,8 @@ def reload(trainer, tiny_llama, mapping_csv, tmp_path, tied=False, folder="check
     tokenizer = llm.load_tokenizer(str(source))
     model = llm.load_llm(str(source), 256, "sdpa", torch.float32)
     token_ids = gps_tokens.add_gps_tokens(tokenizer, mapping, model)
-    injection.attach_frozen(model, tmp_path / "e" / "geo_encoder_merged.pth", mapping, token_ids)
+    injection.attach_encoders(model, injection.load_encoders(model, mapping, token_ids,
+                                                             tmp_path / "e" / "geo_encoder_merged.pth"))
     if source == base:
         model = checkpoints.load_adapter(model, checkpoint)
     batch = tokenizer(PAIRS[0], return_tensors="pt")
@@ -172,11 +173,11 @@ def test_stage_1_keeps_merged_encoders_and_prunes_them(train, tmp_path):
     trainer = train(1)
     output = tmp_path / "stage1"
     (output / "7").mkdir()      # not ours: no encoder in it
-    trainer.save_final_encoder(trained=True)
+    trainer.save_final_encoders(trained=True)
     assert sorted(p.name for p in output.iterdir() if p.is_dir()) == ["4", "7", "checkpoint-4"]
     merged, _ = weights.load_encoder(output / "4" / "geo_encoder_merged.pth", 32)
     digits = torch.randint(0, 4, (5, 25))
-    torch.testing.assert_close(merged.eval()(digits), trainer.encoder.eval()(digits), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(merged.eval()(digits), trainer.trained[0].encoder.eval()(digits), rtol=1e-4, atol=1e-5)
     assert (output / "geo_encoder_final_merged.pth").exists()
     torch.manual_seed(0)
     moved = [name for name, p in trainer.encoder.named_parameters() if ("lora_B" in name or "lora_embedding_A" in name)
@@ -232,14 +233,14 @@ def test_a_run_without_its_optimizer_is_not_resumed(train, tmp_path):
 def test_the_final_encoder_of_a_finished_run(train, tmp_path):
     """It is the last checkpoint's, also if the run was once shorter, and what another process left is swept."""
     trainer = train(1, max_steps=2)
-    trainer.save_final_encoder(trained=True)
+    trainer.save_final_encoders(trained=True)
     trainer = train(1, max_steps=4, resume_from_checkpoint="auto")      # killed before it saved the final one
     (tmp_path / "stage1/.incomplete/final").mkdir(parents=True)
     trainer = train(1, max_steps=4, resume_from_checkpoint="auto")
-    trainer.save_final_encoder(trained=False)
+    trainer.save_final_encoders(trained=False)
     final, last = (torch.load(tmp_path / "stage1" / name, weights_only=True) for name in
                    ("geo_encoder_final_merged.pth", "4/geo_encoder_merged.pth"))
     assert all(torch.equal(final[name], last[name]) for name in last)
     (tmp_path / "stage1/4/geo_encoder_merged.pth").unlink()
     with pytest.raises(UserError, match="geo_encoder_merged.pth: not found"):
-        trainer.save_final_encoder(trained=False)
+        trainer.save_final_encoders(trained=False)

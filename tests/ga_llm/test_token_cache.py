@@ -77,7 +77,7 @@ def test_equal_to_tokenizing_the_full_text(tokenizer, tmp_path, monkeypatch, pai
 def test_a_check_in_is_tokenized_once(tokenizer):
     pairs = ours(20)
     pieces = token_cache.Pieces(tokenizer, "uint32")
-    whole = sum(len(ids) for ids, _ in pieces.encode(pairs))
+    whole = sum(len(ids) for ids, _, _ in pieces.encode(pairs))
     assert pieces.tokenized < whole / 3
     before = pieces.tokenized
     pieces.encode(pairs)        # but for the tails, which hold questions and answers, all is known
@@ -95,9 +95,9 @@ def test_a_vocabulary_that_joins_across_check_ins(tiny_llama, mapping_csv, tmp_p
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="</s>")
     gps_tokens.add_gps_tokens(tokenizer, gps_tokens.read_gps_mapping(mapping_csv))
     pieces = token_cache.Pieces(tokenizer, "uint32")
-    for pair, (ids, start) in zip(ours(), pieces.encode(ours())):
+    for pair, (ids, start, _) in zip(ours(), pieces.encode(ours())):
         assert (ids.tolist(), start) == sft_data.encode(tokenizer, pair)
-    assert any(vocab[".Ġ"] in ids for ids, _ in pieces.encode(ours()))
+    assert any(vocab[".Ġ"] in ids for ids, _, _ in pieces.encode(ours()))
 
 
 def test_falls_back_to_whole_texts(tokenizer, tmp_path, monkeypatch, caplog):

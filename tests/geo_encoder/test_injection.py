@@ -70,7 +70,7 @@ def test_table_equals_encoder_also_in_generate(setup, tmp_path):
     encoded = model(**batch).logits
     handle.remove()
     save_encoder(encoder.state_dict(), GeoEncoderConfig(model.config.hidden_size), tmp_path / "e.pth")
-    injection.attach_frozen(model, tmp_path / "e.pth", mapping, token_ids)
+    injection.attach_encoders(model, injection.load_encoders(model, mapping, token_ids, tmp_path / "e.pth"))
     torch.testing.assert_close(model(**batch).logits, encoded, rtol=1e-4, atol=1e-5)
     assert (encoded - plain).abs().max() > 1e-3
     first = model.generate(**batch, max_new_tokens=1, do_sample=False)[0, -1]

@@ -1033,9 +1033,10 @@ def test_training_setup_from_mangled_files(place, file):
                 args = Namespace(output_dir="outputs/new", process_index=0, dry_run=False, seed=1, shared_prefix=False,
                                  gps_mapping_path=MAPPING, model_name_or_path="models/tiny", cache_dir=None,
                                  data_path=TRAIN, model_max_length=512, low_rank_training=True, use_flash_attn=False,
-                                 use_full_attn=True, bf16=False, load_in_4bit=False)
+                                 use_full_attn=True, bf16=False, load_in_4bit=False, loss_on="answer")
                 setup = training.set_up(args)
-                injection.attach_frozen(setup.model, ENCODER, setup.mapping, setup.token_ids)
+                injection.attach_encoders(setup.model, injection.load_encoders(setup.model, setup.mapping,
+                                                                               setup.token_ids, ENCODER))
                 for item in setup.dataset:
                     assert 0 < item["answer_start"] < len(item["input_ids"]) <= 512
             except UserError as error:
