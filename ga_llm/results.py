@@ -43,8 +43,8 @@ class Row:
 
     found, fits: {method: {"n", metric: {"value", "low", "high"}}} over the row's pairs, and over those of them whose
     prompt fits --seq_len. groups: {grouping: {group: the same}}, of METRICS. differences: {metric of COMPARED:
-    comparison.differences' row and "verdict"}, against `reference`. seconds: {kind of step: of the start that finished
-    it}; training: {kind of step: {"steps": optimizer steps, "seconds": of all its starts}}, as logged last.
+    comparison.differences' row and "verdict"}, against `reference`. training: {kind of step: {"steps": optimizer steps,
+    "seconds": of all its starts}}, as logged last; seconds: {kind of step: of the start that finished it, or those}.
     """
     path: Path = dataclasses.field(compare=False)       # of metrics.json or of the kept file
     experiment: str | None = None
@@ -206,11 +206,13 @@ def _cost(steps: Path, test: str | None) -> tuple[dict | None, dict | None]:
     try:
         for step in left:                   # grows by the steps that a step builds on
             done = _object(steps / step / chain.DONE, "its cost is not told")
-            seconds[done["step"]] = float(done["seconds"])
+            kind = done["step"]
+            seconds[kind] = float(done["seconds"])
             left += [before for before in done["steps"] if before not in left]
             logged = run_log.read_log(steps / step / chain.OUT / artifacts.TRAINER_LOG)
             if logged:
-                training[done["step"]] = {"steps": logged[-1]["step"], "seconds": logged[-1]["elapsed_seconds"]}
+                training[kind] = {"steps": logged[-1]["step"], "seconds": logged[-1]["elapsed_seconds"]}
+                seconds[kind] = max(seconds[kind], training[kind]["seconds"])   # an interrupted one has more
     except UserError as error:
         log.warning("%s", error)
         return None, None
@@ -384,6 +386,8 @@ def _note(row: Row) -> str:
     """Where a row came from, in one line."""
     parts = [f"{row.name}: {row.model or 'model not told'}", f"protocol {row.protocol or NONE}, decoding "
              f"{row.decoding or NONE}", row.date or NONE, row.hardware or NONE]
+    if row.group:
+        parts.insert(1, ": ".join(row.group))
     if row.training:
         steps = ", ".join(f"{kind} {told['steps']:,}" for kind, told in row.training.items())
         parts.append(f"training {_minutes(row.training)} min (steps: {steps})")

@@ -164,7 +164,9 @@ def test_kept_rows_are_the_rows_of_the_runs(work_dir):
     assert cold.group == ["user activity", "inactive"] and cold.n == 10 and cold.groups == {}
     assert worse.differences["Acc@1"]["verdict"] == "worse"
     assert worse.groups["user activity"]["inactive"]["model"]["n"] == 10
-    assert "| cold | 10 | 1.0000 [.9000, 1.1000] | 1.0000 | 1.0000 |" in results.markdown(rows)
+    text = results.markdown(rows)
+    assert "| cold | 10 | 1.0000 [.9000, 1.1000] | 1.0000 | 1.0000 |" in text
+    assert "cold: tiny; user activity: inactive;" in text
 
 
 def test_kept_files_hold_nothing_of_machine_or_people(work_dir):
@@ -183,14 +185,14 @@ def test_kept_files_hold_nothing_of_machine_or_people(work_dir):
 
 def test_what_a_training_took(work_dir):
     """A step that two others build on counts once; a training's seconds are those of its log, of all its starts."""
-    step(work_dir, "main", "test", 60, ["stage2-1", "samples-1"])
+    step(work_dir, "main", "test", 60.5, ["stage2-1", "samples-1"])
     step(work_dir, "stage2-1", "stage2", 100.5, ["samples-1"], log=[(10, 50.0), (800, 660.0)])
     step(work_dir, "samples-1", "samples", 19.5)
     link(work_dir, "main", "main", step="main")
     row = next(row for row in results.gather(work_dir) if row.name == "main")
-    assert row.seconds == {"samples": 19.5, "stage2": 100.5, "test": 60}
+    assert row.seconds == {"samples": 19.5, "stage2": 660, "test": 60.5}
     assert row.training == {"stage2": {"steps": 800, "seconds": 660}}
-    assert "training 11.0 min (steps: stage2 800); all steps of its chain 3.0 min;" in results.markdown([row])
+    assert "training 11.0 min (steps: stage2 800); all steps of its chain 12.3 min;" in results.markdown([row])
     (work_dir / "steps/samples-1/step.json").unlink()
     row = next(row for row in results.gather(work_dir) if row.name == "main")
     assert row.seconds is None and row.training is None and row.n == 100
