@@ -1,16 +1,18 @@
-"""All results as one table, the published figures beside ours: results.md and results.csv.
+"""All results as tables, baselines and published figures beside ours.
 
-    python results.py
-    python results.py --work_dir runs/experiments --out results
+    python results.py                           # of what was run here: results.md and results.csv
+    python results.py --keep                    # put the rows of experiments into results/, to be committed
+    python results.py --readme README.md        # write the README's tables, from results/ alone
 
-Rows of experiments stand in their tables; every other metrics.json below --work_dir and --others is named by its folder.
-Each with n, 95 % interval, baselines on the same pairs, protocol, decoding, date, command, machine, and with the
-difference to the table's reference row, which may be within noise.
+Rows of experiments stand in their tables; without --keep and --readme, every other metrics.json below --work_dir and
+--others is named by its folder. Each with n, 95 % interval, baselines on the same pairs, protocol, decoding, date,
+command, hardware, and with the difference to the table's reference row, which may be within noise. A row is kept as
+results/<scale>/<experiment>.json: figures, and nothing about a single test pair.
 """
 from pathlib import Path
 
 from ga_llm import results, writing
-from ga_llm.cli import Parser, run
+from ga_llm.cli import Parser, UserError, run
 
 
 def main():
@@ -19,15 +21,37 @@ def main():
     parser.add_argument("--others", type=Path, nargs="*", default=[Path("runs"), Path("outputs")],
                         help="where other metrics.json may lie (default: runs outputs)")
     parser.add_argument("--out", default="results", help="the files' name, without .md and .csv (default: %(default)s)")
+    parser.add_argument("--keep", action="store_true", help="keep the rows of --work_dir in --kept")
+    parser.add_argument("--readme", type=Path, help="the file whose tables to write anew, from --kept")
+    parser.add_argument("--kept", type=Path, default=results.KEPT, help="where results are kept (default: %(default)s)")
     args = parser.parse_args()
+    if args.keep:
+        for path in results.keep(results.gather(args.work_dir), args.kept):
+            print(f"wrote {path}")
+    if args.readme:
+        rows = results.kept(args.kept)
+        write_readme(args.readme, rows)
+        print(f"wrote {args.readme}, {len(rows)} rows")
+    if args.keep or args.readme:
+        return
     rows = results.gather(args.work_dir, args.others)
-    text = results.markdown(rows)
+    text = "# Results\n\n" + results.markdown(rows) + "\n"
     with writing.together() as new_file:
-        for ending, content in ((".md", text + "\n"), (".csv", results.table(rows))):
+        for ending, content in ((".md", text), (".csv", results.table(rows))):
             with new_file(args.out + ending) as file:
                 file.write(content)
     print(text)
     print(f"wrote {args.out}.md and {args.out}.csv, {len(rows)} rows")
+
+
+def write_readme(path: Path, rows: list[results.Row]) -> None:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"--readme {path}: not a text in UTF-8; give the README.md") from None
+    written = results.readme(text, rows, str(path))
+    with writing.atomic_write(path) as file:
+        file.write(written)
 
 
 if __name__ == "__main__":

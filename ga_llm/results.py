@@ -1,5 +1,7 @@
-"""Every metrics.json that is found, as rows of tables: ours beside the published figures, baselines, differences.
+"""Rows of tables: ours beside baselines, with differences, what they were measured on, and the published figures.
 
+A row is read from a run (its link and metrics.json below --work_dir) or from `results/`, where `keep` has written the
+same row: committed, so that the README's tables are made, and tested, without the runs.
 Published figures are their authors' and are not verified here; each row says where it came from.
 """
 import csv
@@ -8,10 +10,12 @@ import io
 import json
 import logging
 import math
+import re
+import shlex
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
-from ga_llm import artifacts, comparison
+from ga_llm import artifacts, comparison, writing
 from ga_llm.cli import UserError
 
 log = logging.getLogger("results")
@@ -23,24 +27,48 @@ NOISE = 0.05        # a p below it, or the 95 % interval, says that a difference
 NONE = "–"
 OTHERS = "others, by their folder"
 MODEL = "model"
+KEPT = Path("results")
+KEEP_AGAIN = "write it again with `python results.py --keep`, or remove it"
+BEGIN, END = "<!-- results: made by python results.py --readme README.md -->", "<!-- /results -->"
+ABOUT = """\
+Every figure is over the row's n test pairs; in brackets stands its 95 % percentile bootstrap interval over them. A
+difference is row − reference over the same pairs, by paired bootstrap, with its 95 % interval and p (two-sided, not
+corrected for the number of rows); "within noise" means that the interval holds 0 or p is at least .05, so that the
+drawing of test pairs may explain it: what another seed of the training would change is in none of these."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Row:
-    """One row of a table. `found`: {method: {"n", metric: {"value", "low", "high"}}} over the row's pairs."""
-    table: str
-    name: str
-    path: Path                          # of metrics.json
-    found: dict
-    about: dict                         # protocol, decoding, date, machine, command; texts
+    """One row of a table. A kept file holds these fields but `path`: figures over pairs, nothing about a single one.
+
+    found, fits: {method: {"n", metric: {"value", "low", "high"}}} over the row's pairs, and over those of them whose
+    prompt fits --seq_len. groups: {grouping: {group: the same}}, of METRICS. differences: {metric of COMPARED:
+    comparison.differences' row and "verdict"}, against `reference`. training: {kind of step: {"steps": optimizer steps,
+    "seconds": of all its starts}}, as logged last; seconds: {kind of step: of the start that finished it, or those}.
+    """
+    path: Path = dataclasses.field(compare=False)       # of metrics.json or of the kept file
     experiment: str | None = None
     scale: str | None = None
+    table: str
+    name: str
+    dataset: str | None = None
+    group: list[str] | None = None                      # the grouping, and its group that is all the row is about
     model: str | None = None
-    group: tuple | None = None
     reference: str | None = None
-    published: dict = dataclasses.field(default_factory=dict)
-    source: str | None = None
-    differences: dict | None = None     # metric -> comparison.differences' row, against `reference`
+    published: dict = dataclasses.field(default_factory=dict)       # metric -> figure
+    source: str | None = None                           # of these
+    protocol: str | None = None
+    decoding: str | None = None
+    date: str | None = None
+    command: str | None = None
+    commit: str | None = None
+    hardware: str | None = None
+    seconds: dict | None = None
+    training: dict | None = None
+    found: dict
+    differences: dict | None = None
+    fits: dict | None = None
+    groups: dict = dataclasses.field(default_factory=dict)
 
     @property
     def n(self) -> int:
@@ -56,12 +84,13 @@ def gather(work_dir: Path, others: Iterable[Path] = ()) -> list[Row]:
     rows = []
     for link in sorted(Path(work_dir).glob("*/*.json")):
         if link.parent.name != "steps":
-            _keep(rows, lambda: _of_experiment(link, Path(work_dir)))
+            _add(rows, lambda: _of_experiment(link, Path(work_dir)))
     taken = {row.path.resolve() for row in rows}
     folders = [folder for folder in (Path(work_dir), *map(Path, others)) if folder.is_dir()]
-    for path in sorted({path.resolve(): path for folder in folders for path in folder.rglob(artifacts.METRICS)}.values()):
+    found = {path.resolve(): path for folder in folders for path in folder.rglob(artifacts.METRICS)}
+    for path in sorted(found.values()):
         if path.resolve() not in taken:
-            _keep(rows, lambda: _of_folder(path))
+            _add(rows, lambda: _of_folder(path))
     if not rows:
         raise UserError(f"{work_dir}: no {artifacts.METRICS} of ours; run `python run_experiment.py "
                         "experiments/<name>.yml` first, or give --work_dir")
@@ -69,7 +98,7 @@ def gather(work_dir: Path, others: Iterable[Path] = ()) -> list[Row]:
     return rows
 
 
-def _keep(rows: list[Row], read) -> None:
+def _add(rows: list[Row], read) -> None:
     try:
         rows.append(read())
     except UserError as error:
@@ -77,70 +106,215 @@ def _keep(rows: list[Row], read) -> None:
 
 
 def _of_experiment(link: Path, work_dir: Path) -> Row:
-    about = _object(link)
-    for key in ("experiment", "scale", "table", "row", "model", "metrics"):
+    again = "run its experiment again"
+    about = _object(link, again)
+    for key in ("row", "metrics", "model"):
         if not isinstance(about.get(key), str):
-            raise UserError(f"{link}: {key} is {str(about.get(key))[:60]!r}; run its experiment again")
+            raise UserError(f"{link}: {key} is {str(about.get(key))[:60]!r}; {again}")
     path = work_dir / about["metrics"]
     report = read(path)
-    found, group = report["all"], about.get("group")
+    found, group, groups = report["all"], about.get("group"), report.get("groups") or {}
+    fits = report.get("fits") if _is_found(report.get("fits")) else None
     if group is not None:
+        if not KEPT_FIELDS["group"](group):
+            raise UserError(f"{link}: group is {str(group)[:60]!r}; {again}")
         grouping, name = group
-        found = report.get("groups", {}).get(grouping, {}).get(name)
+        found, fits = groups.get(grouping, {}).get(name), None
         if not _is_found(found):
             raise UserError(f"{path}: no group {name!r} of {grouping!r}, which {link} asks for; test again")
-    return Row(about["table"], about["row"], path, found, _about(report, about.get("command")), about["experiment"],
-               about["scale"], about["model"], group and tuple(group), about.get("reference"),
-               about.get("published") or {}, about.get("source"))
+        groups = {}
+    seconds, training = _cost(work_dir / "steps", about.get("step"))
+    told = _told(report) | ({"command": _public(str(about["command"]))} if about.get("command") else {})
+    values = {key: about.get(key) for key in ("experiment", "scale", "table", "dataset", "reference", "source")}
+    values |= {**told, "name": about["row"], "group": group, "model": _name_only(about["model"]),
+               "published": about.get("published") or {}, "seconds": seconds, "training": training, "found": found,
+               "differences": None, "fits": fits, "groups": _of_groups(groups)}
+    return Row(path=path, **_checked(values, link, again))
 
 
 def _of_folder(path: Path) -> Row:
     report = read(path)
-    return Row(OTHERS, str(path.parent), path, report["all"], _about(report))
+    return Row(path=path, table=OTHERS, name=str(path.parent), **_told(report), found=report["all"])
 
 
 def read(path: Path) -> dict:
     """A metrics.json. Raises UserError if it is damaged, or none of ours."""
-    report = _object(path)
+    report = _object(path, "test again")
     if not _is_found(report.get("all")):
         raise UserError(f"{path}: not a metrics.json of test_next_gps.py (no figures under all/model); test again, or "
                         "move it away")
+    if not _map_of(_map_of(lambda found: isinstance(found, dict)))(report.get("groups", {})):
+        raise UserError(f"{path}: groups are not those of test_next_gps.py; test again, or move it away")
     return report
 
 
-def _object(path: Path) -> dict:
+def _object(path: Path, way_out: str) -> dict:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: not found; run its experiment again") from None
+        raise UserError(f"{path}: not found; {way_out}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({' '.join(str(error).split())[:100]}); make it again") from None
+        raise UserError(f"{path}: not JSON ({' '.join(str(error).split())[:100]}); {way_out}") from None
     if not isinstance(found, dict):
-        raise UserError(f"{path}: holds no JSON object; make it again")
+        raise UserError(f"{path}: holds no JSON object; {way_out}")
     return found
+
+
+def _told(report: dict) -> dict[str, str | None]:
+    """What a figure must be given with, of a metrics.json."""
+    found = {key: None if report.get(key) is None else " ".join(str(report[key]).split())
+             for key in ("protocol", "decoding", "date")}
+    git, machine = (report.get(key) if isinstance(report.get(key), dict) else {} for key in ("git", "machine"))
+    found["command"] = None if report.get("command") is None else _public(str(report["command"]))
+    found["commit"] = str(git["commit"]) + " and changes" * bool(git.get("dirty")) if git.get("commit") else None
+    gpus = machine.get("gpus") or []
+    found["hardware"] = ", ".join(map(str, [machine.get("cpu", NONE), f"{machine.get('cores', NONE)} cores",
+                                            *(gpus if isinstance(gpus, list) else [gpus])])) if machine else None
+    return found
+
+
+def _public(command: str) -> str:
+    """A command without the folders of the machine that it was run on."""
+    try:
+        parts = shlex.split(command)
+    except ValueError:          # a quote without its other half
+        parts = command.split()
+    split = (part.partition("=") if part.startswith("-") else ("", "", part) for part in parts)
+    return " ".join(shlex.join(flag + equals + _name_only(value) for flag, equals, value in split).split())
+
+
+def _name_only(text: str) -> str:
+    """The last part of a path that leads out of the repository; any other text as it is."""
+    path = PurePath(text)
+    return path.name if path.is_absolute() or ".." in path.parts or text.startswith("~") else text
+
+
+def _of_groups(groups: dict) -> dict:
+    """The figures of METRICS in every group that has some: an empty one has none."""
+    return {grouping: {group: {method: {key: summary[key] for key in ("n", *METRICS) if key in summary}
+                               for method, summary in found.items()}
+                       for group, found in by_group.items() if _is_found(found)}
+            for grouping, by_group in groups.items()}
+
+
+def _cost(steps: Path, test: str | None) -> tuple[dict | None, dict | None]:
+    """`seconds` and `training` of a Row whose chain ends in the step `test`; None where they are not all told."""
+    if test is None:
+        return None, None
+    from ga_llm import chain, run_log       # here, for they take seconds to import, which --readme need not wait for
+    seconds, training, left = {}, {}, [test]
+    try:
+        for step in left:                   # grows by the steps that a step builds on
+            done = _object(steps / step / chain.DONE, "its cost is not told")
+            kind = done["step"]
+            seconds[kind] = float(done["seconds"])
+            left += [before for before in done["steps"] if before not in left]
+            logged = run_log.read_log(steps / step / chain.OUT / artifacts.TRAINER_LOG)
+            if logged:
+                training[kind] = {"steps": logged[-1]["step"], "seconds": logged[-1]["elapsed_seconds"]}
+                seconds[kind] = max(seconds[kind], training[kind]["seconds"])   # an interrupted one has more
+    except UserError as error:
+        log.warning("%s", error)
+        return None, None
+    except (KeyError, TypeError, ValueError):
+        log.warning("%s: none of ours; its cost is not told", steps / step / chain.DONE)
+        return None, None
+    return dict(sorted(seconds.items())), dict(sorted(training.items()))
+
+
+def keep(rows: Iterable[Row], folder: Path = KEPT) -> list[Path]:
+    """Write each experiment's row to <folder>/<scale>/<experiment>.json; the same row gives the same bytes.
+
+    Raises UserError if there is none.
+    """
+    files = {Path(folder) / row.scale / f"{row.experiment}.json": row for row in rows if row.experiment}
+    if not files:
+        raise UserError("no row of an experiment is there to keep; run `python run_experiment.py "
+                        "experiments/<name>.yml` first, or give --work_dir")
+    with writing.together() as new_file:
+        for path, row in files.items():
+            values = {field.name: getattr(row, field.name) for field in dataclasses.fields(row) if field.name != "path"}
+            text = json.dumps(values, indent=1, ensure_ascii=False)
+            text = re.sub(r'\{\s+"value": (\S+),\s+"low": (\S+),\s+"high": (\S+)\s+\}',       # a figure, a line
+                          r'{"value": \1, "low": \2, "high": \3}', text)
+            with new_file(path) as file:
+                file.write(text + "\n")
+    return list(files)
+
+
+def kept(folder: Path = KEPT) -> list[Row]:
+    """The rows that `keep` has written there. Raises UserError that names the file if one is damaged, or is out of date
+    because it was compared with another reference than the one that is kept.
+    """
+    rows = [_of_kept(path) for path in sorted(Path(folder).glob("*/*.json"))]
+    by_name = {(row.scale, row.experiment): row for row in rows}
+    for row in rows:
+        reference = by_name.get((row.scale, row.reference), row)
+        for metric, difference in (row.differences or {}).items():
+            for side, one in (("b", row), *([("a", reference)] * (reference is not row))):
+                if not math.isclose(difference[side], one.found[MODEL][metric]["value"], abs_tol=1e-9):
+                    raise UserError(f"{row.path}: its difference in {metric} is that of another {one.experiment} than "
+                                    f"{one.path} has; {KEEP_AGAIN}")
+    return rows
+
+
+def _of_kept(path: Path) -> Row:
+    return Row(path=path, **_checked(_object(path, KEEP_AGAIN), path, KEEP_AGAIN))
+
+
+def _checked(values: dict, path: Path, way_out: str) -> dict:
+    """`values` if they are the fields of a row whose file is `path`. Raises UserError that ends in `way_out`."""
+    for key in sorted(values.keys() | KEPT_FIELDS.keys()):
+        if key not in values or key not in KEPT_FIELDS or not KEPT_FIELDS[key](values[key]):
+            raise UserError(f"{path}: {key[:60]} is {str(values.get(key, 'not there'))[:60]!r}; {way_out}")
+    if (values["scale"], values["experiment"]) != (path.parent.name, path.stem):
+        raise UserError(f"{path}: is about {values['scale']}/{values['experiment']}; {way_out}")
+    return values
+
+
+def _is_number(value) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_text(value) -> bool:
+    return isinstance(value, str)
+
+
+def _map_of(holds):
+    return lambda value: isinstance(value, dict) and all(map(holds, value.values()))
+
+
+def _or_none(holds):
+    return lambda value: value is None or holds(value)
+
+
+def _has_numbers(*keys: str):
+    return lambda value: isinstance(value, dict) and all(_is_number(value.get(key)) for key in keys)
 
 
 def _is_found(found) -> bool:
     """Whether it is {method: summary} with the model, and all that is shown of it numbers."""
-    return (isinstance(found, dict) and all(isinstance(summary, dict) and type(summary.get("n")) is int
-                                            for summary in found.values())
-            and "Acc@1" in found.get(MODEL, {}) and all(
-                isinstance(summary[metric], dict) and all(
-                    type(summary[metric].get(key)) in (int, float) and math.isfinite(summary[metric][key])
-                    for key in ("value", "low", "high"))
-                for summary in found.values() for metric in METRICS if metric in summary))
+    figure = _has_numbers("value", "low", "high")
+    return (_map_of(lambda summary: isinstance(summary, dict) and type(summary.get("n")) is int)(found)
+            and "Acc@1" in found.get(MODEL, {})
+            and all(figure(summary[metric]) for summary in found.values() for metric in METRICS if metric in summary))
 
 
-def _about(report: dict, command: str | None = None) -> dict[str, str]:
-    """What a figure must be given with. command: what ran the whole chain; else the test's own."""
-    found = {key: report.get(key) for key in ("protocol", "decoding", "date", "machine", "command")}
-    if isinstance(found["machine"], dict):
-        machine = found["machine"]
-        gpus = machine.get("gpus") or []
-        found["machine"] = ", ".join(map(str, [machine.get("cpu", NONE), f"{machine.get('cores', NONE)} cores",
-                                               *(gpus if isinstance(gpus, list) else [gpus])]))
-    found["command"] = command or found["command"]
-    return {key: NONE if value is None else " ".join(str(value).split()) for key, value in found.items()}
+def _are_differences(value) -> bool:
+    return (isinstance(value, dict) and "Acc@1" in value and value.keys() <= set(COMPARED)
+            and _map_of(_has_numbers("n", "a", "b", "difference", "low", "high", "p"))(value)
+            and all(one.get("verdict") == verdict(one) for one in value.values()))
+
+
+KEPT_FIELDS = {             # of a kept file -> whether a value can be its
+    **dict.fromkeys(("experiment", "scale", "table", "name"), _is_text),
+    **dict.fromkeys(("dataset", "model", "reference", "source", "protocol", "decoding", "date", "command", "commit",
+                     "hardware"), _or_none(_is_text)),
+    "group": _or_none(lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_text, value))),
+    "published": _map_of(_is_number), "seconds": _or_none(_map_of(_is_number)),
+    "training": _or_none(_map_of(_has_numbers("steps", "seconds"))), "found": _is_found,
+    "differences": _or_none(_are_differences), "fits": _or_none(_is_found), "groups": _map_of(_map_of(_is_found)),
+}
 
 
 def _compare(rows: Sequence[Row]) -> None:
@@ -153,7 +327,9 @@ def _compare(rows: Sequence[Row]) -> None:
         files = tuple(one.path.with_name(artifacts.PREDICTIONS) for one in (reference, row))
         if files not in compared:
             try:
-                compared[files] = comparison.differences(*files)
+                found = comparison.differences(*files)
+                compared[files] = {metric: found[metric] | {"verdict": verdict(found[metric])}
+                                   for metric in COMPARED if metric in found}
             except UserError as error:
                 log.warning("%s is not compared with %s: %s", row.experiment, row.reference, error)
                 compared[files] = None
@@ -165,63 +341,97 @@ def verdict(difference: dict) -> str:
         "better" if difference["difference"] > 0 else "worse")
 
 
+def readme(text: str, rows: Sequence[Row], name: str) -> str:
+    """`text`, of the file `name`, with the tables between BEGIN and END. Raises UserError unless each is there once."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
+        raise UserError(f"{name}: lacks the lines `{BEGIN}` and `{END}`, each once and in this order; put them where "
+                        "the tables are to stand")
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n\n{markdown(rows)}\n\n{END}{rest.partition(END)[2]}"
+
+
 def markdown(rows: Sequence[Row]) -> str:
-    """A section for each table and scale, with the baselines on the same pairs, and where each row came from."""
-    lines = ["# Results", "",
-             "Ours are given with their 95 % bootstrap interval over the test pairs. **Published figures are their "
-             "authors' and were not verified here.** A difference is row − reference over the same pairs, by paired "
-             "bootstrap, with its 95 % interval and p (two-sided, not corrected for the number of rows); \"within "
-             "noise\" speaks of the drawing of test pairs, not of another seed of the training.", ""]
-    for (table, scale), members in _grouped(rows).items():
-        lines += [f"## {table}" + (f" (scale {scale})" if scale else ""), "", *_section(members), ""]
-    return "\n".join(lines)
+    """A section for each table and scale: ours, baselines on the same pairs, where each row came from, published."""
+    if not rows:
+        return "No result is kept yet."
+    sections = [f"### {table}{scale and f' (scale {scale})'}\n\n{_section(members)}"
+                for (table, scale), members in _grouped(rows).items()]
+    return "\n\n".join([ABOUT, *sections])
 
 
-def _grouped(rows: Sequence[Row]) -> dict[tuple, list[Row]]:
+def _grouped(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
     found = {}
     for row in rows:
-        found.setdefault((row.table, row.scale), []).append(row)
+        found.setdefault((row.table, row.scale or ""), []).append(row)
     return found
 
 
-def _section(rows: Sequence[Row]) -> list[str]:
-    shown = [metric for metric in METRICS if any(metric in row.published for row in rows)]
+def _section(rows: Sequence[Row]) -> str:
     differ = any(row.differences for row in rows)
-    heads = ["", "n", *(head for metric in METRICS for head in ([f"{metric}, published"] * (metric in shown) + [metric])),
-             *(f"{metric}: difference" for metric in COMPARED if differ), "from"]
-    lines = [_line(heads), _line(["---"] * len(heads))]
+    lines = _heads("", "n", "Acc@1 [95 %]", "Acc@5", "MRR", *["Acc@1 − reference"] * differ, "")
     for number, row in enumerate(rows, start=1):
-        cells = [row.name, f"{row.n:,}"]
-        for metric in METRICS:
-            if metric in shown:
-                cells.append(_figure(row.published.get(metric)))
-            cells.append(_interval(row.found[MODEL].get(metric)))
-        if differ:
-            cells += [_difference(row, metric) for metric in COMPARED]
-        lines.append(_line([*cells, f"({number})"]))
-    for name, n, summary in _baselines(rows):
-        cells = [name, f"{n:,}", *(cell for metric in METRICS for cell in
-                                   ([NONE] * (metric in shown) + [_interval(summary.get(metric))]))]
-        lines.append(_line([*cells, *[NONE] * (len(COMPARED) * differ), "same pairs"]))
-    lines.append("")
-    for number, row in enumerate(rows, start=1):
-        about = row.about
-        lines.append(f"{number}. {row.name}: {row.model or 'model not told'}; protocol {about['protocol']}, decoding "
-                     f"{about['decoding']}; {about['date']}; {about['machine']}; `{about['command']}`"
-                     + (f"; published: {row.source}" if row.source else "")
-                     + (f"; reference: {row.reference}" if row.differences else ""))
+        lines.append(_line([row.name, *_figures(row.found[MODEL]), *[_difference(row)] * differ, f"({number})"]))
+    for name, summary in _baselines(rows):
+        lines.append(_line([name, *_figures(summary), *[NONE] * differ, "same pairs"]))
+    lines += ["", *(f"{number}. {_note(row)}" for number, row in enumerate(rows, start=1))]
+    return "\n".join(lines + _published(rows))
+
+
+def _figures(summary: dict) -> list[str]:
+    return [f"{summary['n']:,}", _interval(summary.get("Acc@1")), *(_figure(summary.get(metric, {}).get("value"))
+                                                                   for metric in ("Acc@5", "MRR"))]
+
+
+def _note(row: Row) -> str:
+    """Where a row came from, in one line."""
+    parts = [f"{row.name}: {row.model or 'model not told'}", f"protocol {row.protocol or NONE}, decoding "
+             f"{row.decoding or NONE}", row.date or NONE, row.hardware or NONE]
+    if row.group:
+        parts.insert(1, ": ".join(row.group))
+    if row.training:
+        steps = ", ".join(f"{kind} {told['steps']:,}" for kind, told in row.training.items())
+        parts.append(f"training {_minutes(row.training)} min (steps: {steps})")
+    if row.seconds:
+        parts.append(f"all steps of its chain {sum(row.seconds.values()) / 60:,.1f} min")
+    if row.fits and row.fits[MODEL]["n"] != row.n:
+        parts.append(f"{row.fits[MODEL]['n']:,} prompts fit --seq_len, Acc@1 {_interval(row.fits[MODEL]['Acc@1'])}")
+    if row.differences:
+        parts.append(f"reference: {row.reference}")
+    if row.commit:
+        parts.append(f"code {row.commit[:7]}{row.commit[40:]}")
+    return "; ".join([*parts, f"`{row.command or NONE}`"])
+
+
+def _minutes(training: dict) -> str:
+    return f"{sum(told['seconds'] for told in training.values()) / 60:,.1f}"
+
+
+def _published(rows: Sequence[Row]) -> list[str]:
+    """The table of others' figures for these rows, each with ours behind it."""
+    rows = [row for row in rows if row.published]
+    shown = [metric for metric in METRICS if any(metric in row.published for row in rows)]
+    if not shown:
+        return []
+    lines = ["", "**Published by others, not verified here** (in parentheses ours):", "", *_heads("", *shown, "source")]
+    for row in rows:
+        ours = (row.found[MODEL].get(metric, {}).get("value") for metric in shown)
+        lines.append(_line([row.name, *(f"{_figure(row.published.get(metric))} ({_figure(value)})"
+                                        for metric, value in zip(shown, ours)), row.source or NONE]))
     return lines
 
 
-def _baselines(rows: Sequence[Row]) -> list[tuple[str, int, dict]]:
-    """(name, n, summary) of each baseline; once where rows share their pairs, else with the row's name."""
+def _baselines(rows: Sequence[Row]) -> list[tuple[str, dict]]:
+    """(name, summary) of each baseline; once where rows share their pairs, else with the row's name."""
     found = []
     for name in BASELINES:
         of_rows = [(row, row.found[name]) for row in rows if name in row.found]
         distinct = [pair for i, pair in enumerate(of_rows) if all(pair[1] != other for _, other in of_rows[:i])]
-        found += [(name if len(distinct) == 1 else f"{name}: {row.name}", summary["n"], summary)
-                  for row, summary in distinct]
+        found += [(name if len(distinct) == 1 else f"{name}: {row.name}", summary) for row, summary in distinct]
     return found
+
+
+def _heads(*cells: str) -> list[str]:
+    return [_line(cells), _line(["---"] * len(cells))]
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -238,36 +448,38 @@ def _interval(summary: dict | None) -> str:
                                          f"{_figure(summary['high'])}]")
 
 
-def _difference(row: Row, metric: str) -> str:
-    difference = (row.differences or {}).get(metric)
+def _difference(row: Row) -> str:
+    difference = (row.differences or {}).get("Acc@1")
     if difference is None:
         return NONE
-    return (f"{difference['difference']:+.4f} [{difference['low']:+.4f}, {difference['high']:+.4f}], p "
-            f"{difference['p']:.3f}: {verdict(difference)}")
+    value, low, high = (f"{difference[key]:+.4f}".replace("0.", ".", 1) for key in ("difference", "low", "high"))
+    p = "p < .001" if difference["p"] < 0.001 else f"p {difference['p']:.3f}".replace("0.", ".", 1)
+    return f"{value} [{low}, {high}], {p}: {verdict(difference)}"
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The same as CSV, a line for each row; empty where there is no figure."""
-    heads = ["scale", "table", "row", "experiment", "model", "group", "n"]
+    """The same as CSV, a line for each row, with every metric's interval; empty where there is no figure."""
+    told = ("protocol", "decoding", "date", "hardware", "command", "commit", "source")
+    heads = ["scale", "table", "row", "experiment", "dataset", "model", "group", "n"]
     heads += [f"{metric} {what}" for metric in METRICS for what in ("published", "ours", "low", "high")]
     heads += [f"{name} {metric}" for name in BASELINES for metric in METRICS]
     heads += ["reference", *(f"{metric} {what}" for metric in COMPARED
                              for what in ("difference", "difference low", "difference high", "p", "verdict"))]
-    heads += ["protocol", "decoding", "date", "machine", "command", "published source", "metrics"]
+    heads += [*told, "training minutes", "metrics"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(heads)
     for row in rows:
-        cells = [row.scale, row.table, row.name, row.experiment, row.model, row.group and ": ".join(row.group), row.n]
+        cells = [row.scale, row.table, row.name, row.experiment, row.dataset, row.model,
+                 row.group and ": ".join(row.group), row.n]
         for metric in METRICS:
             summary = row.found[MODEL].get(metric, {})
             cells += [row.published.get(metric), *(summary.get(key) for key in ("value", "low", "high"))]
         cells += [row.found.get(name, {}).get(metric, {}).get("value") for name in BASELINES for metric in METRICS]
         cells.append(row.reference if row.differences else None)
         for metric in COMPARED:
-            one = (row.differences or {}).get(metric)
-            cells += [None] * 5 if one is None else [one["difference"], one["low"], one["high"], one["p"], verdict(one)]
-        cells += [*(row.about[key] for key in ("protocol", "decoding", "date", "machine", "command")), row.source,
-                  row.path]
+            one = (row.differences or {}).get(metric, {})
+            cells += [one.get(key) for key in ("difference", "low", "high", "p", "verdict")]
+        cells += [*(getattr(row, key) for key in told), row.training and _minutes(row.training), row.path]
         writer.writerow(cells)
     return text.getvalue()

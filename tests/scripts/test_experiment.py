@@ -25,7 +25,7 @@ pam: false
 SCALE = {"model": ["tools/make_tiny_llama.py", "--hidden", "32", "--kv_heads", "2"], "backbone": "a tiny Llama",
          "processes": 1, "questions": {"max_history": 4}, "stage_1_questions": {"max_history": 1},
          "training": {"bf16": False, "load_in_4bit": False, "model_max_length": 2048, "max_steps": 2, "save_steps": 2,
-                      "save_strategy": "steps", "per_device_train_batch_size": 2},
+                      "logging_steps": 1, "save_strategy": "steps", "per_device_train_batch_size": 2},
          "gcim": {"lora_r": 4, "lora_alpha": 8}, "test": {"limit": 8, "seq_len": 2048, "context_size": 2048}}
 
 
@@ -81,14 +81,19 @@ def test_every_row_can_be_planned(place, known_flags, scale):
 
 
 def test_rows_of_one_table_share_what_they_can(place):
-    """Quadkey levels change GCIM and what builds on it, not samples, questions, model and PAM."""
+    """Quadkey levels change GCIM and what builds on it, not samples, questions, model and PAM; a protocol changes the
+    test alone, a seed all trainings."""
     def ids(name):
         out = call(place, "run_experiment.py", f"experiments/{name}.yml", "--scale", "cpu", "--plan").out
         return set(re.findall(r"\b(\w+-[0-9a-f]{12})\b", out))
 
-    main, level = ids("main_nyc"), ids("level_24_nyc")
-    changed = {name.rpartition("-")[0] for name in level - main}
-    assert changed == {"gcim", "stage2", "test"} and len(main & level) >= 6
+    main_nyc = (place / "experiments/main_nyc.yml").read_text()
+    (place / "experiments/seed.yml").write_text(main_nyc + "training: {seed: 43}\n")
+    main = ids("main_nyc")
+    for row, expected in (("level_24_nyc", {"gcim", "stage2", "test"}), ("main_sthgcn_nyc", {"test"}),
+                          ("seed", {"gcim", "pam", "stage2", "test"})):
+        found = ids(row)
+        assert {name.rpartition("-")[0] for name in found - main} == expected and len(main & found) >= 6, row
 
 
 @pytest.mark.parametrize("change, flags, names", [
@@ -123,6 +128,10 @@ def test_from_raw_check_ins_to_the_table(repo):
     metrics = json.loads((repo / "runs/experiments" / told["metrics"]).read_text())
     assert metrics["n"] == 8 and told["published"] == {"Acc@1": 0.5}
     table = run(repo, sys.executable, "results.py", "--others", "nowhere", "--out", "runs/table")
-    assert "| with | 8 | .5000 |" in table.stdout and "user-history frequency" in table.stdout
+    assert "| with | 8 | " in table.stdout and "| with | .5000 (" in table.stdout and "user-history" in table.stdout
     assert Path(repo / "runs/table.csv").read_text().count("\n") == 3
-    subprocess.run(["rm", "-r", str(repo / "runs/experiments")], check=True)
+    run(repo, sys.executable, "results.py", "--keep")
+    kept = json.loads((repo / "results/tiny/with.json").read_text())
+    assert kept["found"] == metrics["all"] and kept["training"].keys() == {"gcim", "stage2"}
+    assert kept["training"]["stage2"]["steps"] == 2 and kept["seconds"].keys() > {"samples", "gcim", "stage2", "test"}
+    subprocess.run(["rm", "-r", str(repo / "runs/experiments"), str(repo / "results")], check=True)
