@@ -56,7 +56,7 @@ class Experiment:
 class Scale:
     """One YAML of a scale, checked."""
     path: Path
-    model: str | list                   # a folder, or the command that makes one: a script and its flags
+    model: str | list                   # a folder, or the command that makes one (`QUESTIONS` may be in it)
     backbone: str                       # what that is
     processes: int                      # of torchrun
     sections: dict
@@ -146,7 +146,8 @@ def chain_of(experiment: Experiment, scale: Scale, raw: Callable, work_dir: Path
     if model is None and experiment.backbone not in (None, scale.backbone):
         raise UserError(f"{experiment.path}: is about {experiment.backbone}, and {scale.path} has {scale.backbone}; "
                         "give the folder of that model by --model")
-    model = _model(model or scale.model, step, scale)
+    asked_in_training = Made(questions, f"{data}/{artifacts.questions('train', name, 2, similar, pam)}")
+    model = _model(model or scale.model, step, scale, asked_in_training)
 
     def train(kind, script, section, data_path, *flags):
         common = _flags("--", {**sections["training"], **sections[section]})
@@ -169,8 +170,10 @@ def chain_of(experiment: Experiment, scale: Scale, raw: Callable, work_dir: Path
         trained = train("pam", "finetune_PAM.py", "pam", Made(asked, f"{data}/{artifacts.alignment_questions(name)}"),
                         "--poi_embedding_path", embedding)
         modules += ["--projector_path", Made(trained, artifacts.FINAL_PROJECTOR), "--poi_embedding_path", embedding]
-    tuned = train("stage2", "finetune_LLM_with_GCIM.py", "stage_2",
-                  Made(questions, f"{data}/{artifacts.questions('train', name, 2, similar, pam)}"), *modules)
+    tuned = train("stage2", "finetune_LLM_with_GCIM.py", "stage_2", asked_in_training, *modules)
+    if sections["stage_2"].get("train_encoders"):       # they have changed since stage 1
+        own = {"--geoencoder_path": artifacts.FINAL_ENCODER, "--projector_path": artifacts.FINAL_PROJECTOR}
+        modules = [Made(tuned, own[flag]) if flag in own else part for flag, part in zip([None, *modules], modules)]
     return step("test", "python", "test_next_gps.py", "--base_model", model, "--output_dir", f"{OWN}/{CHECKPOINT}",
                 "--data_path", Made(questions), "--dataset_name", name,
                 "--test_file", artifacts.questions("test", name, 2, similar, pam), "--test_type", "llm",
@@ -200,9 +203,13 @@ def write_link(experiment: Experiment, scale: Scale, test: Step, work_dir: Path 
     return path
 
 
-def _model(model: str | list, step: Callable, scale: Scale) -> str | Made:
+QUESTIONS = "{questions}"       # in the command that makes a model: stage 2's training questions
+
+
+def _model(model: str | list, step: Callable, scale: Scale, questions: Made) -> str | Made:
     if isinstance(model, list):
-        return Made(step("model", "python", *model, "--output_dir", f"{OWN}/model"), "model")
+        parts = [questions if part == QUESTIONS else part for part in model]
+        return Made(step("model", "python", *parts, "--output_dir", f"{OWN}/model"), "model")
     if not (Path(model) / "config.json").is_file():
         raise UserError(f"{model}: no folder of a model ({scale.path} or --model); give the folder of {scale.backbone} "
                         "by --model")

@@ -26,10 +26,8 @@ LONGEST_ID = 18     # digits; more are no number of 64 bits
 
 # What a check-in may show, in the order of the prompt. `poi` is always shown: it is what is predicted.
 FIELDS = ("time", "user", "poi", "coordinates", "gps", "category")
-# Instead of `time`, for short prompts: the time of day alone, or the weekday and the hour, "Tue 13h", to which the last
-# check-in of a trajectory adds LAST.
+# Instead of `time`, for short prompts: the time of day alone, or the weekday and the hour, "Tue 13h".
 CLOCK, WEEK = "clock", "week"
-LAST = "last"
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 # With the POI Alignment Module: `<POI n>`, behind `POI id n`.
 ALIGNED = "poi_token"
@@ -52,19 +50,16 @@ def unknown_place(text: str, places: Container[str]) -> str | None:
     return next((token[0] for token in PLACE_TOKEN.finditer(text) if token[0] not in places), None)
 
 
-def week(time: str, last: bool) -> str:
-    """`YYYY-MM-DD HH:MM:SS` as weekday and hour; last: whether it is that of a trajectory's last check-in."""
-    return f"{DAYS[datetime.date.fromisoformat(time[:10]).weekday()]} {time[11:13]}h" + f" {LAST}" * last
+def week(time: str) -> str:
+    """`YYYY-MM-DD HH:MM:SS` as weekday and hour."""
+    return f"{DAYS[datetime.date.fromisoformat(time[:10]).weekday()]} {time[11:13]}h"
 
 
 def check_in(fields: Sequence[str], time: str, user: int, poi: int, latitude: float, longitude: float,
-             category_name: str, category: int, last: bool = False) -> str:
-    """One check-in as text. `time` is local, `YYYY-MM-DD HH:MM:SS`; coordinates are degrees, shown to 6 decimals.
-
-    last: whether it ends its trajectory, which only `week` shows.
-    """
+             category_name: str, category: int) -> str:
+    """One check-in as text. `time` is local, `YYYY-MM-DD HH:MM:SS`; coordinates are degrees, shown to 6 decimals."""
     shown = {
-        WEEK: lambda: week(time, last),
+        WEEK: lambda: week(time),
         CLOCK: lambda: time[11:],
         "time": lambda: time,
         "user": lambda: f"user {user}",
@@ -95,8 +90,8 @@ def ask_poi(time: str, user: int, first_id: int, last_id: int) -> str:
 
 
 def answer_poi(time: str, user: int, poi: int, fields: Sequence[str] = ()) -> str:
-    """The answer; with the field `week` the id stands behind the same words as in a check-in that ends a trajectory."""
-    moment = f"{week(time, last=True)} " if WEEK in fields else ""
+    """The answer; with the field `week` the id stands behind the same words as in a check-in."""
+    moment = f"{week(time)} " if WEEK in fields else ""
     return f"{ANSWER} At {time}, user {user} will visit {moment}POI id {poi}."
 
 

@@ -251,16 +251,14 @@ def split(check_ins: Sequence[CheckIn], time: datetime.datetime, asking: Asking)
 
 def pair(check_ins: Sequence[CheckIn], time: datetime.datetime, user: int, places: Places, asking: Asking) -> str:
     """The joined pair of these check-ins; the answer's POI id is a stand-in, for nobody knows it."""
-    def text(check_in: CheckIn, last: bool) -> str:
+    def text(check_in: CheckIn) -> str:
         return prompts.check_in(asking.questions["fields"], check_in.time.strftime(TIME_FORMAT), user, check_in.poi,
-                                *places.coordinates[check_in.poi], *places.category[check_in.poi], last)
+                                *places.coordinates[check_in.poi], *places.category[check_in.poi])
 
     history, current = split(check_ins, time, asking)
-    ends = [after is None or (after.time - one.time).total_seconds() > 60 * asking.gap
-            for one, after in zip(history, [*history[1:], None])]
     first, last = int(places.mapping.ids.min()), int(places.mapping.ids.max())
     at = time.strftime(TIME_FORMAT)
-    question = prompts.question(user, [], list(map(text, history, ends)), [text(one, False) for one in current],
+    question = prompts.question(user, [], list(map(text, history)), list(map(text, current)),
                                 prompts.ask_poi(at, user, first, last))
     return prompts.join(question, prompts.answer_poi(at, user, first, asking.questions["fields"]))
 

@@ -124,9 +124,7 @@ def records(config: Config, stage: int, split: pd.DataFrame, split_texts: list[s
 def texts(rows: pd.DataFrame, fields: Iterable[str]) -> list[str]:
     """The text of each check-in, in row order."""
     columns = ("LocalTime", "UserId", "PoiId", "Latitude", "Longitude", "PoiCategoryName", "PoiCategoryId")
-    is_last = ~rows["TrajectoryId"].duplicated(keep="last")
-    return [prompts.check_in(fields, *cells)
-            for cells in zip(*(rows[column].tolist() for column in columns), is_last.tolist())]
+    return [prompts.check_in(fields, *cells) for cells in zip(*(rows[column].tolist() for column in columns))]
 
 
 def write(config: Config, stage: int, use_sim: bool, fields: tuple[str, ...], cover: bool = False,

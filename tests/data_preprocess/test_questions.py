@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -324,3 +325,33 @@ def test_history_step(conf):
     assert firsts == [0, 4, 4, 4, 8, 8, 12]
     pair, = questions.pairs(stepped, train, sample([(1, 1, 17), (1, 1, 18)]))
     assert pair.history.tolist() == list(range(8, 18))
+
+
+@pytest.mark.parametrize("most", [0, 1, 3, 7, 1000])
+def test_covering_pairs_show_every_check_in(conf, most):
+    """By brute force over a random city, and no pair could be left out of a user's own."""
+    draw = np.random.default_rng(most)
+    rows = [(user, 100 * user + t, 60 * t + 5 * user + int(draw.integers(60)) / 60) for user in range(6)
+            for t in range(int(draw.integers(1, 12))) for _ in range(int(draw.integers(2, 6)))]
+    train = sample(rows)
+    found = list(questions.pairs(dataclasses.replace(conf, max_history=most), train, train))
+    kept = list(questions.covering(found, train))
+    assert [p.trajectory for p in kept] == [p.trajectory for p in found if p.trajectory in {p.trajectory for p in kept}]
+
+    def shown(pairs):
+        return {int(row) for p in pairs for row in (*p.history, *p.current, p.target)}
+
+    assert shown(kept) == shown(found)
+    if most == 1000:        # one pair shows all of a user
+        assert len(kept) == train["UserId"].nunique()
+    if most >= 7:
+        assert len(kept) < len(found)
+
+
+def test_weekday_and_hour_in_check_in_and_answer():
+    shown = prompts.check_in(("week", "poi", "gps"), "2012-04-03 18:00:09", 7, 12, 40.0, -74.0, "Bar", 3)
+    assert shown == "Tue 18h POI id 12 <GPS 12>."
+    answer = prompts.answer_poi("2012-12-31 00:59:59", 7, 12, ("week", "poi"))
+    assert answer == "<answer>: At 2012-12-31 00:59:59, user 7 will visit Mon 00h POI id 12."
+    assert prompts.answer_poi("2012-12-31 00:59:59", 7, 12, ("clock", "poi")) == (
+        "<answer>: At 2012-12-31 00:59:59, user 7 will visit POI id 12.")

@@ -84,3 +84,23 @@ def test_flash_attention_falls_back(caplog, monkeypatch):
     assert caplog.text.count("flash-attn is not available") == 2
     monkeypatch.setattr(llm, "flash_attention_available", lambda: True)
     assert llm.training_attention(use_flash=True, full=True) == "flash_attention_2"
+
+
+def test_dropout_acts_while_training_alone(tiny_llama):
+    """At a share of almost all, layers add nothing but now and then, and embeddings are zeros, or scaled up."""
+    model = llm.load_llm(tiny_llama(), 64, "sdpa", torch.float32)
+    ids = torch.arange(3, 23)[None]
+    before = model.eval()(ids).logits
+    llm.add_dropout(model, 0.5)
+    torch.testing.assert_close(model.eval()(ids).logits, before)
+    model.train()
+    rows = model.get_input_embeddings()(ids)
+    plain = model.get_input_embeddings().weight[ids]
+    kept = rows != 0
+    torch.testing.assert_close(rows[kept], 2 * plain[kept])
+    assert 0.35 < kept.float().mean() < 0.65
+    torch.manual_seed(0)
+    first, second = model(ids).logits, model(ids).logits
+    assert (first - second).abs().max() > 1e-3
+    with pytest.raises(UserError, match="--dropout"):
+        llm.add_dropout(torch.nn.Linear(2, 2), 0.5)

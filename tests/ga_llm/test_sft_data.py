@@ -1,6 +1,7 @@
 """Left truncation, label masking, padding; the loss that results, for two tokenizers."""
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -93,3 +94,12 @@ def test_gps_id_without_a_row():
     with pytest.raises(UserError, match="pair 0: <GPS 31> has no row in m.csv"):
         sft_data.check_places([PAIR], {"<GPS 1>", "<GPS 2>"}, "t.json", "m.csv")
     sft_data.check_places([PAIR], {"<GPS 31>"}, "t.json", "m.csv")
+
+
+def test_loss_on_targets_alone():
+    """Tokens 5 and 2 of the first pair, 8 of the second; the LLM computes logits from before the first of them on."""
+    batch = sft_data.AnswerCollator(pad_token_id=0)([
+        {"input_ids": [1, 4, 5, 6, 2], "answer_start": 3, "targets": np.array([False, False, True, False, True])},
+        {"input_ids": [1, 7, 7, 8], "answer_start": 2, "targets": np.array([False, False, False, True])}])
+    assert batch["logits_to_keep"] == 4
+    assert batch["shift_labels"].tolist() == [[5, -100, 2, -100], [-100, 8, -100, -100]]

@@ -147,3 +147,37 @@ def test_queries_and_keys_that_autocast_leaves_in_float32():
                                                        layout=layout)
     exact, _ = shared_prefix.shared_prefix_attention(torch.nn.Module(), query, key, value, None, layout=layout)
     assert out.dtype == torch.bfloat16 and (out - exact).abs().max() < 0.03
+
+
+def test_targets_of_the_trunk_count_once():
+    marks = [np.array([False, True, False, True, True]), np.array([False, True, False, True, False, True, False]),
+             np.array([False, True, False, True, False, True, False, True])]
+    tree = {"pairs": [{"input_ids": np.array(ids), "answer_start": start, "targets": targets}
+                      for ids, start, targets in zip((A, B, C), (4, 5, 7), marks)], "shared": (4, 6, 6)}
+    batch = shared_prefix.TreeCollator()([tree])
+    # A's own 9; of the trunk 2, 4 and 6, which C counts, and C's last 7. Positions are those of the token before.
+    assert sorted(zip(batch["logits_to_keep"].tolist(), batch["labels"][0].tolist())) == [
+        (0, 2), (2, 4), (3, 9), (4, 6), (8, 7)]
+
+
+def test_pairs_that_share_nothing_have_the_loss_of_a_padded_batch(tiny_llama, mapping_csv, tmp_path):
+    """On every POI id, in one row of trees and in a padded batch."""
+    tokenizer = load_tokenizer(tiny_llama())
+    tokens = gps_tokens.add_gps_tokens(tokenizer, gps_tokens.read_gps_mapping(mapping_csv))
+    ask = prompts.ask_poi("2012-04-04 09:00:00", 7, 1, 13)
+    pairs = [prompts.join(prompts.question(user, [], [f"POI id {i} <GPS {i}>." for i in PLACES[:1 + user]], [], ask),
+                          prompts.answer_poi("2012-04-04 09:00:00", user, PLACES[user])) for user in range(3)]
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps([dict(zip(("question", "answer"), prompts.split(pair))) for pair in pairs]))
+    data = token_cache.load(path, tokenizer, 512, mapping_csv, poi_ids=True)
+    losses = []
+    for attention, collate, items in (
+            ("sdpa", sft_data.AnswerCollator(tokenizer.pad_token_id), list(data)),
+            (shared_prefix.SHARED_PREFIX, shared_prefix.TreeCollator(),
+             [{"pairs": [item], "shared": (0,)} for item in data])):
+        model = load_llm(tiny_llama(), 512, attention, torch.float32)
+        gps_tokens.add_rows(model, len(tokenizer), tokens)
+        losses.append(model(**collate(items)).loss)
+    torch.testing.assert_close(*losses)
+    assert sum(len(prompts.POI_ID.findall(pair)) for pair in pairs) == 9
+    assert sum(int(item["targets"].sum()) for item in data) == 9       # ids of one digit, one token each

@@ -161,3 +161,30 @@ def test_mistakes(tokenizer, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="give another folder with --cache_dir"):
         token_cache.load(write(tmp_path / "b.json", ours()), tokenizer, 500, "m.csv", tmp_path / "file" / "x")
+
+
+@pytest.mark.parametrize("pairs", [ours(), ours(fields=("poi",)), ours(fields=("week", "poi", "gps")), FOREIGN],
+                         ids=["all fields", "without places", "week", "foreign"])
+@pytest.mark.parametrize("max_length", [10_000, 40])
+def test_tokens_of_poi_ids_are_marked(tokenizer, tmp_path, monkeypatch, pairs, max_length):
+    """By the offsets of the whole text: a token is marked if it holds a digit of a POI id, and is not the first."""
+    monkeypatch.setattr(token_cache, "CHECKED_EVERY", 10**9)
+    path = write(tmp_path / "a.json", pairs)
+    try:
+        data = token_cache.load(path, tokenizer, max_length, "m.csv", poi_ids=True)
+    except UserError as error:
+        assert "the answer alone has" in str(error) and max_length == 40
+        return
+    for i, pair in enumerate(sft_data.iterate_pairs(path)):
+        encoding = tokenizer(pair, return_offsets_mapping=True)
+        spans = [match.span(1) for match in prompts.POI_ID.finditer(pair)]
+        marks = [any(first < end and begin < last for first, last in spans) for begin, end in encoding["offset_mapping"]]
+        marks += [False] * (len(sft_data.encode(tokenizer, pair)[0]) - len(marks))
+        if len(marks) > max_length:
+            ids = sft_data.encode(tokenizer, pair)[0]
+            marks = sft_data.cut(marks, max_length, ids[0] == tokenizer.bos_token_id)
+        assert data[i]["targets"].tolist() == [False, *marks[1:]], pair
+    assert any(item["targets"].any() for item in data)
+    plain = token_cache.load(path, tokenizer, max_length, "m.csv")
+    assert plain.folder != data.folder and "targets" not in plain[0]
+    assert plain[0]["input_ids"].tolist() == data[0]["input_ids"].tolist()
