@@ -56,7 +56,8 @@ class Experiment:
 class Scale:
     """One YAML of a scale, checked."""
     path: Path
-    model: str | list                   # a folder, or the command that makes one (`QUESTIONS` may be in it)
+    model: str | list                   # a folder, or the command that makes one, with {questions} (stage 2's, for
+                                        # training) and {mapping} in it where it needs them
     backbone: str                       # what that is
     processes: int                      # of torchrun
     sections: dict
@@ -147,7 +148,7 @@ def chain_of(experiment: Experiment, scale: Scale, raw: Callable, work_dir: Path
         raise UserError(f"{experiment.path}: is about {experiment.backbone}, and {scale.path} has {scale.backbone}; "
                         "give the folder of that model by --model")
     asked_in_training = Made(questions, f"{data}/{artifacts.questions('train', name, 2, similar, pam)}")
-    model = _model(model or scale.model, step, scale, asked_in_training)
+    model = _model(model or scale.model, step, scale, {"{questions}": asked_in_training, "{mapping}": mapping})
 
     def train(kind, script, section, data_path, *flags):
         common = _flags("--", {**sections["training"], **sections[section]})
@@ -203,12 +204,9 @@ def write_link(experiment: Experiment, scale: Scale, test: Step, work_dir: Path 
     return path
 
 
-QUESTIONS = "{questions}"       # in the command that makes a model: stage 2's training questions
-
-
-def _model(model: str | list, step: Callable, scale: Scale, questions: Made) -> str | Made:
+def _model(model: str | list, step: Callable, scale: Scale, files: dict[str, Made]) -> str | Made:
     if isinstance(model, list):
-        parts = [questions if part == QUESTIONS else part for part in model]
+        parts = [files.get(part, part) for part in model]
         return Made(step("model", "python", *parts, "--output_dir", f"{OWN}/model"), "model")
     if not (Path(model) / "config.json").is_file():
         raise UserError(f"{model}: no folder of a model ({scale.path} or --model); give the folder of {scale.backbone} "

@@ -18,7 +18,7 @@ PAIRS = [f"<question>: user 1 POI id {i} <GPS {i}>. Where next? <answer>: user 1
 @pytest.fixture
 def train(tiny_llama, mapping_csv, tmp_path):
     """train(stage, **flags): one run of a stage in this process; returns (trainer, encoder file)."""
-    def run(stage, tied=False, interrupt_at=None, lengths=None, **flags):
+    def run(stage, tied=False, interrupt_at=None, lengths=None, train_encoders=False, dropout=0.0, **flags):
         folder = tiny_llama(tie_embeddings=tied)
         data = tmp_path / "pairs.json"
         data.write_text(json.dumps([dict(zip(("question", "answer"), pair.split(" <answer>", 1))) for pair in PAIRS])
@@ -44,11 +44,18 @@ def train(tiny_llama, mapping_csv, tmp_path):
         else:
             file = tmp_path / "e" / "geo_encoder_merged.pth"
             weights.save_encoder(geo.state_dict(), config, file)
-            injection.attach_encoders(model, injection.load_encoders(model, mapping, token_ids, file))
+            loaded = injection.load_encoders(model, mapping, token_ids, file)
             if args.low_rank_training:
                 model = llm.add_lora(model, 8, 16, 0.1)
                 llm.train_by_name(model, "embed,norm")
-            trainer = checkpoints.GATrainer(model=model, **common)
+            if train_encoders:
+                injection.attach_trained(base, loaded)
+                trainer = checkpoints.EncoderTrainer(model=model, **common, trained=[
+                    checkpoints.Trained(one.injection.encoder, one.config, one.files) for one in loaded])
+            else:
+                trainer = checkpoints.GATrainer(model=model, encoders=injection.attach_encoders(base, loaded), **common)
+            if dropout:
+                llm.add_dropout(base, dropout)
         if lengths is not None:
             trainer.train_dataset.lengths = lengths
         if interrupt_at is not None:
@@ -72,7 +79,7 @@ class Interruption(TrainerCallback):
             raise Interrupted
 
 
-def reload(trainer, tiny_llama, mapping_csv, tmp_path, tied=False, folder="checkpoint-4"):
+def reload(trainer, tiny_llama, mapping_csv, tmp_path, tied=False, folder="checkpoint-4", encoder_file=None):
     """The model as test_next_gps.py loads it, and the logits of both on one pair."""
     mapping, base = gps_tokens.read_gps_mapping(mapping_csv), tiny_llama(tie_embeddings=tied)
     checkpoint = tmp_path / "stage2" / folder
@@ -81,7 +88,7 @@ def reload(trainer, tiny_llama, mapping_csv, tmp_path, tied=False, folder="check
     model = llm.load_llm(str(source), 256, "sdpa", torch.float32)
     token_ids = gps_tokens.add_gps_tokens(tokenizer, mapping, model)
     injection.attach_encoders(model, injection.load_encoders(model, mapping, token_ids,
-                                                             tmp_path / "e" / "geo_encoder_merged.pth"))
+                                                             encoder_file or tmp_path / "e/geo_encoder_merged.pth"))
     if source == base:
         model = checkpoints.load_adapter(model, checkpoint)
     batch = tokenizer(PAIRS[0], return_tensors="pt")
@@ -118,6 +125,8 @@ def weights_of(folder):
     (2, (2, 4, 7), {"train_sampling_strategy": "group_by_length"}),
     (2, (6,), {"train_sampling_strategy": "group_by_length", "lengths": np.array([9, 5, 7, 3])}),
     (2, (6,), {"low_rank_training": False}),
+    (2, (2, 6), {"low_rank_training": False, "train_encoders": True, "dropout": 0.3}),
+    (2, (2, 6), {"train_encoders": True, "dropout": 0.3}),
     (2, (1, 3), {"bf16": True, "gradient_accumulation_steps": 2, "max_steps": 5, "lr_scheduler_type": "cosine"}),
 ])
 def test_resuming_changes_nothing(train, tmp_path, stage, interruptions, flags):
@@ -149,6 +158,28 @@ def test_rows_of_places_stay_where_they_were(train, tmp_path, tied, mapping_csv)
 def test_low_rank_training_false_is_a_model_folder(train, tiny_llama, mapping_csv, tmp_path):
     trained, loaded = reload(train(2, low_rank_training=False), tiny_llama, mapping_csv, tmp_path)
     torch.testing.assert_close(loaded, trained, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("low_rank", [True, False])
+def test_encoders_that_stage_2_trains(train, tiny_llama, mapping_csv, tmp_path, low_rank):
+    """The checkpoint agrees with the encoder beside it, and with no other; as a model it holds none."""
+    trainer = train(2, train_encoders=True, low_rank_training=low_rank)
+    trainer.save_final_encoders(trained=True)
+    checkpoint, own = tmp_path / "stage2/checkpoint-4", tmp_path / "stage2/4/geo_encoder_merged.pth"
+    trained, loaded = reload(trainer, tiny_llama, mapping_csv, tmp_path, encoder_file=own)
+    torch.testing.assert_close(loaded, trained, rtol=1e-4, atol=1e-5)
+    before, after, final = (torch.load(path, weights_only=True) for path in (
+        tmp_path / "e/geo_encoder_merged.pth", own, tmp_path / "stage2/geo_encoder_final_merged.pth"))
+    assert all((before[name] - after[name]).abs().max() > 0 and torch.equal(after[name], final[name]) for name in after)
+    found = {"GCIM": weights.digest(after)}
+    checkpoints.check_agreement(checkpoint, 256, 2048, encoders=found)
+    with pytest.raises(UserError, match="with other weights of GCIM's; give the --geoencoder_path"):
+        checkpoints.check_agreement(checkpoint, 256, 2048, encoders={"GCIM": weights.digest(before)})
+    if not low_rank:
+        assert not any("injection" in name for name in load_file(checkpoint / "model.safetensors"))
+    tokens = torch.tensor(trainer.processing_class.convert_tokens_to_ids(gps_tokens.read_gps_mapping(mapping_csv).tokens))
+    rows = trainer.model.get_input_embeddings().weight[tokens]
+    torch.testing.assert_close(rows, rows[:1].expand(len(rows), -1))       # no gradient has reached them
 
 
 @pytest.mark.parametrize("as_folder", [False, True])
