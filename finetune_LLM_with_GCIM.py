@@ -1,4 +1,5 @@
-"""Stage 2: fine-tune the LLM for next-POI prediction, with GCIM's encoder and PAM's projector of stage 1, both frozen.
+"""Stage 2: fine-tune the LLM for next-POI prediction, with GCIM's encoder and PAM's projector of stage 1, both frozen
+(or with --train_encoders True trained on, and kept as stage 1 keeps them).
 
     torchrun --nproc_per_node=1 finetune_LLM_with_GCIM.py --model_name_or_path M --data_path …_llm_….json \
         --gps_mapping_path G.csv --geoencoder_path O1/N/geo_encoder_merged.pth --output_dir O … \
@@ -11,7 +12,7 @@ import dataclasses
 import logging
 
 from ga_llm import arguments, checkpoints, dry_run, llm, sharding, training
-from ga_llm.cli import run
+from ga_llm.cli import UserError, run
 from geo_encoder import injection
 
 log = logging.getLogger("stage 2")
@@ -46,6 +47,8 @@ def main():
 
     loaded = injection.load_encoders(model, setup.mapping, setup.token_ids, args.geoencoder_path,
                                      setup.poi_token_ids, setup.poi_embeddings, args.projector_path)
+    if args.train_encoders and not loaded:
+        raise UserError("--train_encoders True: there are none; give --geoencoder_path, --projector_path, or neither")
     if not args.geoencoder_path:
         log.info("no --geoencoder_path: <GPS n> are tokens like any other")
 

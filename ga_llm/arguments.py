@@ -39,8 +39,8 @@ RENAMED = {
 AT_LEAST = {        # what transformers would divide by, or takes for another value than the one given
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
                      "lora_r", "lora_alpha", "save_total_limit"), 1),
-    **dict.fromkeys(("weight_decay", "warmup_steps", "max_grad_norm", "lora_dropout", "dropout", "dataloader_num_workers",
-                     "adam_epsilon", "tree_tokens", "seed", "data_seed"), 0),
+    **dict.fromkeys(("weight_decay", "warmup_steps", "max_grad_norm", "lora_dropout", "dropout",
+                     "dataloader_num_workers", "adam_epsilon", "tree_tokens", "seed", "data_seed"), 0),
 }
 ABOVE_0 = ("num_train_epochs", "learning_rate", "save_steps", "logging_steps")
 BELOW = {"lora_dropout": 1, "dropout": 1, "adam_beta1": 1, "adam_beta2": 1, "seed": 2**32, "data_seed": 2**32}
@@ -65,7 +65,7 @@ class SFTArguments(TrainingArguments):
     tree_tokens: int = dataclasses.field(
         default=0, metadata={"help": "with --shared_prefix: tokens of a tree at most; 0: twice --model_max_length"})
     loss_on: Literal["answer", "poi_ids"] = dataclasses.field(
-        default="answer", metadata={"help": "the answer (paper), or every POI id that a pair names, in its prompt, too"})
+        default="answer", metadata={"help": "the answer (paper), or every POI id of a pair, in its prompt, too"})
     load_in_4bit: bool = dataclasses.field(default=True, metadata={"help": "base in NF4 where bitsandbytes runs"})
     low_rank_training: bool = dataclasses.field(default=True, metadata={"help": "False trains all of the LLM"})
 

@@ -1,6 +1,6 @@
 """Question-answer pairs as training batches: reading, tokens, where the loss is, padding on the right.
 
-The loss is on the answer alone (paper), or, where a pair has `targets`, on these tokens: every POI id, the prompt's too.
+The loss is on the answer alone (paper), or, where a pair has `targets`, on these: every POI id, the prompt's too.
 """
 import codecs
 from collections.abc import Container, Iterable, Iterator

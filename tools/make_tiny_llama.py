@@ -10,8 +10,8 @@ same folder. The tokenizer is a BPE trained on text of ga_llm.prompts, or on a f
 
     python tools/make_tiny_llama.py --words train_qa_pairs_….json --tie_embeddings True …
 
-makes instead a tokenizer for the prompts of that question file alone, in which a check-in is two or three tokens: one for
-each POI id, one for all that stands before it.
+makes instead a tokenizer for the prompts of that question file alone, in which a check-in is two or three tokens: one
+for each POI id, one for all that stands before it.
 """
 import collections
 import json
@@ -94,9 +94,9 @@ def make_tiny_llama(folder: Path | str, *, style: str = STYLES[0], corpus: Itera
                     tie_embeddings: bool = False, seed: int = 0, places: GPSMapping | None = None) -> LlamaForCausalLM:
     """Write a random float32 Llama and its tokenizer into `folder` and return the model.
 
-    `corpus` yields texts to train the tokenizer on; by default prompts with random places. places: whose ids begin alike
-    where they are near (`neighbours_alike`). The global random state of torch is left as it was. Raises UserError for
-    sizes that do not make a Llama.
+    `corpus` yields texts to train the tokenizer on; by default prompts with random places. places: whose ids begin
+    alike where they are near (`neighbours_alike`). The global random state of torch is left as it was. Raises UserError
+    for sizes that do not make a Llama.
     """
     kv_heads = kv_heads or heads
     if hidden % (2 * heads) or heads % kv_heads:
@@ -171,8 +171,8 @@ def sentencepiece_tokenizer(corpus: Iterable[str], vocab_size: int) -> LlamaToke
                           add_bos_token=True)
 
 
-# What a words tokenizer passes over: the question's and the answer's sentences, whose time the target's own words repeat
-# ("… POI id 5. At 2012-…, which POI …? … <answer>: At …, user 17 will visit Tue 13h POI id 9."), and the end of a sentence.
+# What a words tokenizer passes over: the question's and the answer's sentences, whose time the target's own words
+# repeat ("… At 2012-…, which POI …? … <answer>: At …, user 17 will visit Tue 13h POI id 9."), and the end of a sentence.
 PASSED_OVER = (r"At [0-9: -]{19}, which POI will user [0-9]+ visit\? POI ids range from [0-9]+ to [0-9]+\. "
                r"<answer>: At [0-9: -]{19}, user [0-9]+ will visit ", r"\.(?= )")
 ALONE = r"(?<=POI id )[0-9]+|user [0-9]+:?"     # what is a token by itself; all between two of them is another
@@ -189,7 +189,8 @@ def words_tokenizer(corpus: Iterable[str], vocab_size: int) -> PreTrainedTokeniz
     tokenizer.normalizer = normalizers.Sequence([*(normalizers.Replace(Regex(part), "") for part in PASSED_OVER),
                                                  normalizers.Strip(left=False, right=True)])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(ALONE), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        pre_tokenizers.Split(Regex(ALONE), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     counts = collections.Counter()
     for pair in corpus:

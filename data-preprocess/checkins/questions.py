@@ -133,7 +133,7 @@ def write(config: Config, stage: int, use_sim: bool, fields: tuple[str, ...], co
 
     cover: of train only `covering` pairs.
     """
-    settings = {"dataset": config.dataset_name, **({"cover": True} if cover else {}), "stage": stage, "fields": fields, "use_sim": use_sim,
+    settings = {"dataset": config.dataset_name, "stage": stage, "fields": fields, "use_sim": use_sim,
                 "max_history": config.max_history, "history_step": config.history_step}
     with writing.alone(config.folder), writing.together() as new_file:
         split_rows = {split: samples.load(config, split) for split in splits}

@@ -53,7 +53,8 @@ def train(tiny_llama, mapping_csv, tmp_path):
                 trainer = checkpoints.EncoderTrainer(model=model, **common, trained=[
                     checkpoints.Trained(one.injection.encoder, one.config, one.files) for one in loaded])
             else:
-                trainer = checkpoints.GATrainer(model=model, encoders=injection.attach_encoders(base, loaded), **common)
+                found = injection.attach_encoders(base, loaded)
+                trainer = checkpoints.GATrainer(model=model, encoders=found, **common)
             if dropout:
                 llm.add_dropout(base, dropout)
         if lengths is not None:
@@ -177,7 +178,8 @@ def test_encoders_that_stage_2_trains(train, tiny_llama, mapping_csv, tmp_path, 
         checkpoints.check_agreement(checkpoint, 256, 2048, encoders={"GCIM": weights.digest(before)})
     if not low_rank:
         assert not any("injection" in name for name in load_file(checkpoint / "model.safetensors"))
-    tokens = torch.tensor(trainer.processing_class.convert_tokens_to_ids(gps_tokens.read_gps_mapping(mapping_csv).tokens))
+    tokens = gps_tokens.read_gps_mapping(mapping_csv).tokens
+    tokens = torch.tensor(trainer.processing_class.convert_tokens_to_ids(tokens))
     rows = trainer.model.get_input_embeddings().weight[tokens]
     torch.testing.assert_close(rows, rows[:1].expand(len(rows), -1))       # no gradient has reached them
 
@@ -208,7 +210,8 @@ def test_stage_1_keeps_merged_encoders_and_prunes_them(train, tmp_path):
     assert sorted(p.name for p in output.iterdir() if p.is_dir()) == ["4", "7", "checkpoint-4"]
     merged, _ = weights.load_encoder(output / "4" / "geo_encoder_merged.pth", 32)
     digits = torch.randint(0, 4, (5, 25))
-    torch.testing.assert_close(merged.eval()(digits), trainer.trained[0].encoder.eval()(digits), rtol=1e-4, atol=1e-5)
+    trained = trainer.trained[0].encoder.eval()
+    torch.testing.assert_close(merged.eval()(digits), trained(digits), rtol=1e-4, atol=1e-5)
     assert (output / "geo_encoder_final_merged.pth").exists()
     torch.manual_seed(0)
     moved = [name for name, p in trainer.trained[0].encoder.named_parameters() if ("lora_B" in name or "lora_embedding_A" in name)

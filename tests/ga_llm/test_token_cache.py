@@ -178,7 +178,8 @@ def test_tokens_of_poi_ids_are_marked(tokenizer, tmp_path, monkeypatch, pairs, m
     for i, pair in enumerate(sft_data.iterate_pairs(path)):
         encoding = tokenizer(pair, return_offsets_mapping=True)
         spans = [match.span(1) for match in prompts.POI_ID.finditer(pair)]
-        marks = [any(first < end and begin < last for first, last in spans) for begin, end in encoding["offset_mapping"]]
+        marks = [any(first < end and begin < last for first, last in spans)
+                 for begin, end in encoding["offset_mapping"]]
         marks += [False] * (len(sft_data.encode(tokenizer, pair)[0]) - len(marks))
         if len(marks) > max_length:
             ids = sft_data.encode(tokenizer, pair)[0]

@@ -23,8 +23,8 @@ def pairs(fields=FIELDS, count=12):
         visits = [prompts.check_in(fields, f"2012-04-{1 + i:02} {draw.integers(24):02}:10:00", user,
                                    int(draw.choice(PLACES)), 40.5, -73.5, "St. Mark's", 3) for i in range(9)]
         time = f"2012-05-01 {user:02}:30:00"
-        found.append(prompts.join(prompts.question(user, [], visits[:6], visits[6:], prompts.ask_poi(time, user, 1, 13)),
-                                  prompts.answer_poi(time, user, PLACES[user % 8], fields)))
+        question = prompts.question(user, [], visits[:6], visits[6:], prompts.ask_poi(time, user, 1, 13))
+        found.append(prompts.join(question, prompts.answer_poi(time, user, PLACES[user % 8], fields)))
     return found
 
 
@@ -43,8 +43,8 @@ def tokenizer(folder, mapping_csv):
 
 
 def test_a_check_in_is_its_time_its_id_and_its_place(tokenizer):
-    text = ("<question>: History of user 3: Tue 18h POI id 12 <GPS 12>. Sun 07h POI id 5 <GPS 5>. Current trajectory of "
-            "user 3: Mon 00h POI id 7 <GPS 7>. " + prompts.ask_poi("2012-05-01 03:30:00", 3, 1, 13) + " "
+    text = ("<question>: History of user 3: Tue 18h POI id 12 <GPS 12>. Sun 07h POI id 5 <GPS 5>. Current trajectory "
+            "of user 3: Mon 00h POI id 7 <GPS 7>. " + prompts.ask_poi("2012-05-01 03:30:00", 3, 1, 13) + " "
             + prompts.answer_poi("2012-05-01 03:30:00", 3, 5, FIELDS))
     hours = {f" {prompts.week(f'2012-04-{d:02} {h:02}:00:00')} POI id ": h for d in range(1, 8) for h in range(24)}
     pieces = [tokenizer.decode([i]) for i in tokenizer(text)["input_ids"]]

@@ -85,7 +85,8 @@ def test_both_kinds_of_tokens_through_one_injection(tmp_path, mapping, file, row
     plain = model.get_input_embeddings()(ids)
     found = injection.attach_encoders(model, injection.load_encoders(
         model, mapping, gps, tmp_path / "geo.pth", poi, alignment.read_poi_embeddings(file, mapping), path))
-    assert found == {"GCIM": digest(encoder.state_dict()), "PAM": digest(projector.state_dict())} and found["GCIM"] != found["PAM"]
+    assert found == {"GCIM": digest(encoder.state_dict()), "PAM": digest(projector.state_dict())}
+    assert found["GCIM"] != found["PAM"]
     expected = plain.clone()
     for position, token in enumerate(tokenizer.convert_ids_to_tokens(ids[0])):
         if token.startswith("<POI "):
