@@ -109,10 +109,12 @@ def groups(test_prompts, train: pd.DataFrame) -> dict[str, dict[str, np.ndarray]
       the same rule, the quantiles being over the pairs.
     - target in the user's history: whether `histories` has it ("seen", "unseen").
     - target in prompt: whether a check-in of the prompt shows it.
+    - target's check-ins in train: how often anyone has been there, "at most 2", "3 to 9", "10 or more".
     """
     trajectories = train.groupby("UserId")["TrajectoryId"].nunique()
     of_user = trajectories.to_dict()
     activity = [of_user.get(prompt.user, np.nan) for prompt in test_prompts]
+    visits = train["PoiId"].value_counts().reindex([prompt.target for prompt in test_prompts], fill_value=0).to_numpy()
     lengths = [len(prompt.current) + 1 for prompt in test_prompts]
     seen = [prompt.target in history for prompt, history in zip(test_prompts, histories(test_prompts, train))]
     return {
@@ -120,6 +122,8 @@ def groups(test_prompts, train: pd.DataFrame) -> dict[str, dict[str, np.ndarray]
         "trajectory length": _by_quantile(lengths, lengths, "long", "middle", "short"),
         "target in the user's history": _yes_no(seen, "seen", "unseen"),
         "target in prompt": _yes_no(_in_prompt(test_prompts), "in prompt", "not in prompt"),
+        "target's check-ins in train": {"at most 2": visits <= 2, "3 to 9": (visits > 2) & (visits < 10),
+                                        "10 or more": visits >= 10},
     }
 
 

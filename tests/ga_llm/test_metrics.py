@@ -187,3 +187,9 @@ def test_report_of_no_pairs(make_prompt):
     report = made_report(make_prompt, pairs=0)
     assert report["n"] == report["all"]["model"]["n"] == 0 and report["target_in_prompt"] is None
     assert "n = 0" in metrics.text(report)
+
+
+def test_rare_targets(make_prompt):
+    train = pd.DataFrame({"UserId": 1, "PoiId": np.repeat([0, 1, 2, 3, 4], [1, 2, 3, 9, 10]), "TrajectoryId": 0})
+    found = metrics.groups([make_prompt(i, 1, [3], target) for i, target in enumerate([0, 1, 2, 3, 4, 9])], train)
+    assert pairs_in(found["target's check-ins in train"]) == {"at most 2": [0, 1, 5], "3 to 9": [2, 3], "10 or more": [4]}
