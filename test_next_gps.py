@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from ga_llm import (artifacts, baselines, comparison, decoding, llm, metrics, predictions, protocols, ranking, run_log,
-                    sft_data, spelling, trained, tree_attention, writing)
-from ga_llm.cli import Parser, UserError, boolean, run, token_count, whole_number
+from ga_llm import (artifacts, baselines, comparison, decoding, history, llm, metrics, predictions, protocols,
+                    ranking, run_log, sft_data, spelling, trained, tree_attention, writing)
+from ga_llm.cli import Parser, UserError, boolean, run, share, token_count, whole_number
 from geo_encoder import gps_tokens, injection
 
 
@@ -36,6 +36,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--decoding", choices=decoding.DECODINGS, default="rank")
     parser.add_argument("--always_end", type=boolean, default=False, help="log P of the whole answer, its '.' included")
     parser.add_argument("--full_table", type=boolean, default=False, help="write log P of every POI, too")
+    parser.add_argument("--history_weight", type=share, default=0.0, metavar="W",
+                        help="mix W of the user's history by hour and recency with 1-W of the model (rank only)")
     parser.add_argument("--batch_size", type=whole_number(1), default=8)
     parser.add_argument("--seq_len", type=token_count, default=32768, help="longer prompts are cut from the left")
     parser.add_argument("--flash_attn", type=boolean, default=True)
@@ -49,13 +51,15 @@ def arguments() -> argparse.Namespace:
     for name in ("base_model", "output_dir", "dataset_name"):
         if not getattr(args, name):
             raise UserError(f"--{name} is required; see python test_next_gps.py --help")
+    args.full_table |= args.history_weight > 0      # the mixture needs every POI's probability
     decoding.check_table(args.decoding, args.full_table)
     args.folder = folder = artifacts.preprocessed(args.dataset_name, args.data_path)
     args.test_file = folder / (args.test_file or artifacts.questions("test", args.dataset_name, 2, use_sim=False))
     args.gps_mapping_path = args.gps_mapping_path or folder / artifacts.gps_mapping(args.dataset_name)
     # Only the trained model's ranking of all pairs lies beside the checkpoint itself; no other may replace it.
     variant = [value for value, default in ((args.test_type, "llm"), (args.decoding, "rank"), (args.protocol, "ga-llm"))
-               if value != default] + ["always_end"] * args.always_end + [f"limit{args.limit}"] * bool(args.limit)
+               if value != default] + ["always_end"] * args.always_end + (
+        [f"history{args.history_weight:g}"] * (args.history_weight > 0)) + [f"limit{args.limit}"] * bool(args.limit)
     args.results = Path(args.output_dir) / "_".join(variant)
     return args
 
@@ -97,9 +101,15 @@ def main():
         raise UserError(f"{args.test_file}: --protocol {args.protocol} has none of its {len(pairs)} pairs")
     store, speed = predict(args, model, tokenizer, test_prompts, ranking.Trie(spelled.tokens))
 
-    found = store.ranking(test_prompts)
-    report = metrics.report(test_prompts, found, baselines.rankings(train, test_prompts), train, mapping, speed,
-                            args.protocol, args.decoding)
+    found, others = store.ranking(test_prompts), baselines.rankings(train, test_prompts)
+    if args.history_weight:
+        shares = history.probabilities(args.folder / artifacts.SAMPLE, test_prompts, trie.candidates)
+        alone, table = found, store.rows[[prompt.pair for prompt in test_prompts]]
+        for weight, name in ((1.0, "history by hour and recency"), (args.history_weight, "model")):
+            store.replace(test_prompts, history.mix(table, shares, weight, test_prompts, trie.candidates))
+            found = others[name] = store.ranking(test_prompts)
+        others = {"model alone": alone, **{name: other for name, other in others.items() if name != "model"}}
+    report = metrics.report(test_prompts, found, others, train, mapping, speed, args.protocol, args.decoding)
     report |= run_log.describe_evaluation()
     report["settings"] = {name: str(value) for name, value in vars(args).items()}
     km = metrics.distances(found.tops, [prompt.target for prompt in test_prompts], mapping)

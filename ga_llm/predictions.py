@@ -72,8 +72,7 @@ class Store:
             if prompt.pair in self.done:
                 continue
             record = {"pair": prompt.pair, "user": prompt.user, "time": prompt.time, "target": prompt.target,
-                      "fits": prompt.fits, "rank": result.rank,
-                      "top": [[poi, value if value is None else round(value, 4)] for poi, value in result.top]}
+                      "fits": prompt.fits, **self._found(result)}
             if len(self.candidates):
                 self.rows[prompt.pair] = result.log_probs
             self.done[prompt.pair] = record
@@ -81,6 +80,16 @@ class Store:
         if len(self.candidates):
             self.rows.flush()
         writing.append(self.partial, "".join(lines))
+
+    def replace(self, test_prompts: Iterable[TestPrompt], results: Iterable[Ranked]) -> None:
+        """Let other results stand for what was predicted, in memory: on disk the predictions stay until `finish`."""
+        for prompt, result in zip(test_prompts, results):
+            self.done[prompt.pair] |= self._found(result)
+
+    @staticmethod
+    def _found(result: Ranked) -> dict:
+        return {"rank": result.rank,
+                "top": [[poi, value if value is None else round(value, 4)] for poi, value in result.top]}
 
     def ranking(self, test_prompts: Iterable[TestPrompt]) -> Ranking:
         """The ranks and best POIs, in the order of `test_prompts`."""
