@@ -99,7 +99,8 @@ def main():
     test_prompts = protocols.select(args.protocol, test_prompts, args.folder / artifacts.SAMPLE)
     if not test_prompts:
         raise UserError(f"{args.test_file}: --protocol {args.protocol} has none of its {len(pairs)} pairs")
-    store, speed = predict(args, model, tokenizer, test_prompts, ranking.Trie(spelled.tokens))
+    trie = ranking.Trie(spelled.tokens)
+    store, speed = predict(args, model, tokenizer, test_prompts, trie)
 
     found, others = store.ranking(test_prompts), baselines.rankings(train, test_prompts)
     if args.history_weight:
