@@ -171,6 +171,8 @@ def chain_of(experiment: Experiment, scale: Scale, raw: Callable, work_dir: Path
         trained = train("pam", "finetune_PAM.py", "pam", Made(asked, f"{data}/{artifacts.alignment_questions(name)}"),
                         "--poi_embedding_path", embedding)
         modules += ["--projector_path", Made(trained, artifacts.FINAL_PROJECTOR), "--poi_embedding_path", embedding]
+    if not modules:
+        sections["stage_2"].pop("train_encoders", None)
     tuned = train("stage2", "finetune_LLM_with_GCIM.py", "stage_2", asked_in_training, *modules)
     if sections["stage_2"].get("train_encoders"):       # they have changed since stage 1
         own = {"--geoencoder_path": artifacts.FINAL_ENCODER, "--projector_path": artifacts.FINAL_PROJECTOR}

@@ -26,7 +26,8 @@ SCALE = {"model": ["tools/make_tiny_llama.py", "--hidden", "32", "--kv_heads", "
          "processes": 1, "questions": {"max_history": 4}, "stage_1_questions": {"max_history": 1},
          "training": {"bf16": False, "load_in_4bit": False, "model_max_length": 2048, "max_steps": 2, "save_steps": 2,
                       "logging_steps": 1, "save_strategy": "steps", "per_device_train_batch_size": 2},
-         "gcim": {"lora_r": 4, "lora_alpha": 8}, "test": {"limit": 8, "seq_len": 2048, "context_size": 2048}}
+         "gcim": {"lora_r": 4, "lora_alpha": 8},
+         "stage_2": {"train_encoders": True, "loss_on": "poi_ids", "dropout": 0.1}, "test": {"limit": 8, "seq_len": 2048, "context_size": 2048}}
 
 
 @pytest.fixture
@@ -125,6 +126,8 @@ def test_from_raw_check_ins_to_the_table(repo):
     assert first.stderr.count("done in") == 7 + 3 and first.stderr.count("done before") == 2, first.stderr
     assert "done in" not in again.stderr and again.stderr.count("done before") == 7 + 5
     told = json.loads((repo / "runs/experiments/tiny/with.json").read_text())
+    test, = (repo / "runs/experiments/steps").glob(f"{told['step']}/step.json")
+    assert re.search(r"--geoencoder_path \S*/stage2-\w+/out/geo_encoder_final_merged.pth", test.read_text())
     metrics = json.loads((repo / "runs/experiments" / told["metrics"]).read_text())
     assert metrics["n"] == 8 and told["published"] == {"Acc@1": 0.5}
     table = run(repo, sys.executable, "results.py", "--others", "nowhere", "--out", "runs/table")
