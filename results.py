@@ -1,6 +1,6 @@
 """All results as tables, baselines and published figures beside ours.
 
-    python results.py                           # of what was run here: results.md and results.csv
+    python results.py                           # of what was run here: runs/results.md and runs/results.csv
     python results.py --keep                    # put the rows of experiments into results/, to be committed
     python results.py --readme README.md        # write the README's tables, from results/ alone
 
@@ -20,7 +20,7 @@ def main():
     parser.add_argument("--work_dir", type=Path, default=Path("runs/experiments"), help="default: %(default)s")
     parser.add_argument("--others", type=Path, nargs="*", default=[Path("runs"), Path("outputs")],
                         help="where other metrics.json may lie (default: runs outputs)")
-    parser.add_argument("--out", default="results", help="the files' name, without .md and .csv (default: %(default)s)")
+    parser.add_argument("--out", default="runs/results", help="the files' name, without .md and .csv (default: %(default)s)")
     parser.add_argument("--keep", action="store_true", help="keep the rows of --work_dir in --kept")
     parser.add_argument("--readme", type=Path, help="the file whose tables to write anew, from --kept")
     parser.add_argument("--kept", type=Path, default=results.KEPT, help="where results are kept (default: %(default)s)")

@@ -22,7 +22,7 @@ log = logging.getLogger("results")
 
 METRICS = ("Acc@1", "Acc@5", "MRR@5", "MRR")
 COMPARED = ("Acc@1", "MRR")
-BASELINES = ("user-history frequency", "Markov chain", "popularity")
+BASELINES = ("user-history frequency", "history by hour and recency", "Markov chain", "popularity")     # where they are
 NOISE = 0.05        # a p below it, or the 95 % interval, says that a difference is more than the drawing of test pairs
 NONE = "–"
 OTHERS = "others, by their folder"
