@@ -38,16 +38,8 @@ def arguments() -> argparse.Namespace:
 def main():
     args = arguments()
     evaluation = report.read_evaluation(args.output_dir)
-    folder = report.data_folder(evaluation, args.data_path)
-
-    # Each is read once, and only by the sections that need it.
-    mapping = remembered(lambda: report.read_mapping(evaluation, folder, args.gps_mapping_path, bool(args.data_path)))
-    baseline = remembered(lambda: report.read_baseline(evaluation, folder, mapping(), bool(args.data_path)))
-    encoder = remembered(lambda: report.read_encoder(evaluation, mapping(), args.geoencoder_path))
-    page = report_page.build(evaluation, mapping, baseline, encoder,
-                             lambda: report.read_losses(evaluation, args.geoencoder_path), folder)
-
     with writing.alone(args.report_dir):
+        page = make(args, evaluation)
         with writing.together() as new_file:
             for name, png in page.pictures.items():
                 with new_file(args.report_dir / name, "wb") as file:
@@ -57,6 +49,16 @@ def main():
         for left in set(args.report_dir.glob(artifacts.REPORT_PICTURES)) - {args.report_dir / n for n in page.pictures}:
             left.unlink()       # of an earlier report that showed more
     print(f"wrote {args.report_dir / artifacts.REPORT} and {len(page.pictures)} pictures beside it")
+
+
+def make(args, evaluation: report.Evaluation) -> report_page.Page:
+    folder, other_data = report.data_folder(evaluation, args.data_path), bool(args.data_path)
+    # Each is read once, and only by the sections that need it.
+    mapping = remembered(lambda: report.read_mapping(evaluation, folder, args.gps_mapping_path, other_data))
+    baseline = remembered(lambda: report.read_baseline(evaluation, folder, mapping(), other_data))
+    encoder = remembered(lambda: report.read_encoder(evaluation, mapping(), args.geoencoder_path))
+    return report_page.build(evaluation, mapping, baseline, encoder,
+                             lambda: report.read_losses(evaluation, args.geoencoder_path), folder)
 
 
 def remembered(read):

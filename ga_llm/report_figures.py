@@ -11,6 +11,7 @@ from matplotlib import colormaps
 from matplotlib.collections import LineCollection
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from ga_llm import metrics, run_log
 
@@ -24,6 +25,7 @@ WIDTH, DPI = 4.3, 170       # inches: about what a phone shows, so that 10 point
 FAR = colormaps["viridis_r"]    # light is near, dark is far
 SHORTEST_KM = 0.1           # the scale of distance begins there
 PLACES, INK = "0.82", "0.15"
+PLAIN = FuncFormatter(lambda value, _: f"{value:g}")   # 0.1 where matplotlib has a power of ten
 
 
 def _figure(height: float, **options):
@@ -111,6 +113,7 @@ def distance_shares(methods: dict[str, np.ndarray]) -> bytes:
         axes.step([least, *np.maximum(known, least)], [0, *share], where="post", color=colour, linestyle=line,
                   linewidth=2, label=method)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(PLAIN)
     axes.axvline(1, color="0.6", linewidth=0.8)
     axes.set_xlim(left=SHORTEST_KM / 10)
     axes.set_ylim(0, 1.01)
@@ -126,7 +129,7 @@ def error_map(places, true: np.ndarray, guessed: np.ndarray, km: np.ndarray, mos
 
     km: (pairs,), 0 where the guess is right; most_km: where the scale ends.
     """
-    figure, axes = _figure(4.6)
+    figure, axes = _figure(_height(places) + 0.7)
     _ground(axes, places)
     order = np.argsort(-km, kind="stable")      # the near ones on top
     wrong = order[km[order] > 0]
@@ -136,7 +139,7 @@ def error_map(places, true: np.ndarray, guessed: np.ndarray, km: np.ndarray, mos
     axes.scatter(*true[wrong].T, c=km[wrong], cmap=lines.cmap, norm=lines.norm, s=11, linewidths=0, zorder=3)
     axes.scatter(*true[km == 0].T, s=16, facecolors="white", edgecolors="black", linewidths=0.8, zorder=4)
     figure.colorbar(lines, ax=axes, orientation="horizontal", label="km from the guess to the true place (dot)", pad=0.02,
-                    shrink=0.9, aspect=30)
+                    shrink=0.9, aspect=30, format=PLAIN)
     return _png(figure)
 
 
@@ -172,7 +175,7 @@ def example(places, check_ins: np.ndarray, target: np.ndarray, top: np.ndarray, 
 
 def colour_map(places, colours: np.ndarray) -> bytes:
     """Each place in its colour. colours: (places, 3), 0 to 1."""
-    figure, axes = _figure(4.2)
+    figure, axes = _figure(_height(places))
     # Darkened, so that no place is white on white.
     axes.scatter(places.longitude, places.latitude, c=0.05 + 0.83 * colours, s=max(3, min(30, 15_000 / len(colours))),
                  linewidths=0)
@@ -186,6 +189,7 @@ def distances(km: np.ndarray, distance: np.ndarray) -> bytes:
     apart = km > 0
     km, distance = km[apart], distance[apart] / (np.median(distance) or 1)
     axes.hexbin(km, distance, xscale="log", gridsize=35, cmap="Greys", bins="log", mincnt=1, linewidths=0.1)
+    axes.xaxis.set_major_formatter(PLAIN)
     parts = np.array_split(np.argsort(km, kind="stable"), min(20, max(1, len(km) // 5)))
     at, low, middle, high = np.array([(np.median(km[part]), *np.percentile(distance[part], [10, 50, 90]))
                                       for part in parts]).T
@@ -198,6 +202,13 @@ def distances(km: np.ndarray, distance: np.ndarray) -> bytes:
     axes.set_ylabel("distance of their vectors, median = 1")
     axes.legend(fontsize=9, loc="lower right")
     return _png(figure)
+
+
+def _height(places) -> float:
+    """Of a figure that a map of all places fills, in inches."""
+    (west, east), (south, north) = _margin(places.longitude), _margin(places.latitude)
+    stretch = max(0.05, np.cos(np.radians((south + north) / 2)))
+    return float(np.clip(WIDTH * (north - south) / (east - west) / stretch, 0.4 * WIDTH, 1.5 * WIDTH))
 
 
 def _ground(axes, places, across: tuple | None = None, up: tuple | None = None) -> None:

@@ -84,7 +84,8 @@ details { margin: 0.8rem 0; } summary { cursor: pointer; }
 dl { display: grid; grid-template-columns: minmax(6rem, max-content) minmax(0, 1fr); gap: 0.2rem 1rem; font-size: 0.9rem; }
 dt { font-weight: 600; overflow-wrap: anywhere; } dd { margin: 0; font-family: ui-monospace, monospace; font-size: 0.82rem; }
 @media (max-width: 600px) { main { padding: 0.5rem 0.9rem 3rem; } dl { grid-template-columns: minmax(0, 1fr); }
-  dd { margin-bottom: 0.4rem; } }
+  dd { margin-bottom: 0.4rem; } th, td { padding-right: 0.5rem; } td.text { min-width: 4.5rem; }
+  article { padding: 0.7rem; } }
 @media print { section { break-inside: avoid; } }
 """
 
@@ -263,14 +264,15 @@ def groups_section(page: Page, evaluation: Evaluation) -> list[str]:
                 f"groups_{metric.replace('@', '_').lower()}", report_figures.intervals(labels, cells, metric, headings),
                 f"{metric} by group: " + described([name for name, _ in rows], {
                     method: [one for row, one in enumerate(of) if row not in headings] for method, of in cells.items()}),
-                f"{metric} of the model (filled circle) and of the user's history (hollow square), 95 % intervals. The "
-                "history knows no place that the user has not visited: in the groups unseen and not in prompt it is near "
-                "nothing, and that is where a model can gain.", metric))
+                f"{metric} of the model (filled circle) and of the user's history (hollow square), 95 % intervals.",
+                metric))
     heads = ["", "n", *(f"{metric}: {who}" for metric in (*ACC, "MRR") for who in ("model", "history"))]
     cells = [[name, methods[MODEL].get("n"), *(interval(methods[method], metric) for metric in (*ACC, "MRR")
                                                for method in (MODEL, HISTORY))] for name, methods in rows]
     return [paragraph("Users by their number of train trajectories, trajectories by their check-ins (the upper and lower "
-                      "30 % each); whether the user has been at the target before, and whether the prompt shows it."),
+                      "30 % each); whether the user has been at the target before, and whether the prompt shows it. The "
+                      "history knows no place that is new to the user: at unseen targets it is always wrong, and there a "
+                      "model can only gain."),
             panels(*figures, three=True), "<details><summary>The numbers</summary>",
             table(heads, cells, "By group: value [95 % interval]"), "</details>"]
 
@@ -286,15 +288,19 @@ def calibration_section(page: Page, evaluation: Evaluation, baseline: Baseline) 
     with np.errstate(invalid="ignore", divide="ignore"):
         bars = {name: report.wilson(one.right, one.n) for name, one in found.items()}
     known = ~np.isnan(evaluation.probability)
-    claims = "too much" if mean > right[known].mean() else "too little"
+    share = right[known].mean()
+    low, high = report.wilson(share, known.sum())
+    claims = ("it claims too much" if mean > high else "it claims too little" if mean < low else
+              "that is no difference beyond the drawing of test pairs")
     eces = "; ".join(f"{name} {one.ece:.3f}" for name, one in found.items())
     rows = [[f"{100 * i // report.BINS} to {100 * (i + 1) // report.BINS} %",
              *(text for one in found.values() for text in (int(one.n[i]), percent(one.probability[i]),
                                                            percent(one.right[i])))] for i in range(report.BINS)]
     heads = ["", *(f"{who}: {what}" for who in ("model", "history")[:len(found)] for what in ("pairs", "stated", RIGHT))]
     return [paragraph(f"Of first guesses that are given 30 %, 30 % should be right. On average the model gives its first "
-                      f"guess {percent(mean)}, and {percent(float(right[known].mean()))} are right: it claims {claims}. "
-                      f"Expected calibration error (mean |stated - right| over ten bins, weighted by their pairs): {eces}."),
+                      f"guess {percent(mean)}, and {percent(float(share))} [{percent(low)}, {percent(high)}] are right: "
+                      f"{claims}. Expected calibration error (mean |stated - right| over ten bins, weighted by their "
+                      f"pairs): {eces}."),
             panels(page.picture(
                 "calibration", report_figures.reliability(found, bars),
                 f"Reliability diagram. Expected calibration error: {eces}.",
@@ -328,7 +334,7 @@ def errors_section(page: Page, evaluation: Evaluation, mapping: GPSMapping, base
     limits = (0, 0.5, 1, 2, 5, 10)
     rows = [["right" if limit == 0 else f"within {limit:g} km", *(percent(float((values <= limit).mean()))
                                                                   for values in distances.values())] for limit in limits]
-    rows += [[f"{part} %, of those with a guess", *(km(float(np.percentile(values, part))) for values in known.values())]
+    rows += [[f"{part} % within (with a guess)", *(km(float(np.percentile(values, part))) for values in known.values())]
              for part in (50, 90)]
     shares = page.picture(
         "errors_km", report_figures.distance_shares(distances),
