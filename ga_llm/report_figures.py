@@ -65,7 +65,7 @@ def intervals(rows: Sequence[str], methods: dict[str, Sequence[tuple[float, floa
     for row in headings:
         axes.text(0.99, row, rows[row][:60], transform=axes.get_yaxis_transform(), ha="right", va="center",
                   style="italic", fontsize=9, parse_math=False)
-    axes.set_xlim(left=0)
+    axes.set_xlim(left=-0.02 * axes.get_xlim()[1])      # a dot at 0 is a whole one
     axes.set_xlabel(what)
     axes.grid(axis="x", color="0.9")
     figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=9)
@@ -124,20 +124,22 @@ def distance_shares(methods: dict[str, np.ndarray]) -> bytes:
     return _png(figure)
 
 
-def error_map(places, true: np.ndarray, guessed: np.ndarray, km: np.ndarray, most_km: float) -> bytes:
+def error_map(places, true: np.ndarray, guessed: np.ndarray, km: np.ndarray, right: np.ndarray, most_km: float) -> bytes:
     """A line from each guess to the true place. places: a GPSMapping; true, guessed: (pairs, 2) longitude, latitude.
 
-    km: (pairs,), 0 where the guess is right; most_km: where the scale ends.
+    km, right: (pairs,), between the two, and whether they are the same POI; most_km: where the scale ends.
     """
     figure, axes = _figure(_height(places) + 0.7)
     _ground(axes, places)
     order = np.argsort(-km, kind="stable")      # the near ones on top
-    wrong = order[km[order] > 0]
+    wrong = order[~right[order]]
+    km = np.maximum(km, SHORTEST_KM)            # a wrong POI may stand at the very spot
     lines = LineCollection(np.stack([guessed, true], axis=1)[wrong], array=km[wrong], cmap=FAR,
                            norm=LogNorm(SHORTEST_KM, max(most_km, 2 * SHORTEST_KM)), linewidths=1.1, alpha=0.75)
     axes.add_collection(lines)
     axes.scatter(*true[wrong].T, c=km[wrong], cmap=lines.cmap, norm=lines.norm, s=11, linewidths=0, zorder=3)
-    axes.scatter(*true[km == 0].T, s=16, facecolors="white", edgecolors="black", linewidths=0.8, zorder=4)
+    axes.scatter(*true[right].T, s=np.clip(6000 / len(km), 5, 16), facecolors="white", edgecolors="black",
+                 linewidths=0.7, zorder=4)
     figure.colorbar(lines, ax=axes, orientation="horizontal", label="km from the guess to the true place (dot)", pad=0.02,
                     shrink=0.9, aspect=30, format=PLAIN)
     return _png(figure)
@@ -165,7 +167,7 @@ def example(places, check_ins: np.ndarray, target: np.ndarray, top: np.ndarray, 
         # At least a kilometre or so, and as wide as high.
         middle = (shown.min(axis=0) + shown.max(axis=0)) / 2
         stretch = np.array([1, np.cos(np.radians(middle[1]))])
-        half = max(0.006, 0.58 * (np.ptp(shown, axis=0) * stretch[::-1]).max())
+        half = max(0.006, 0.64 * (np.ptp(shown, axis=0) * stretch[::-1]).max())
         bounds = [(middle[i] - half / stretch[1 - i], middle[i] + half / stretch[1 - i]) for i in range(2)]
         _ground(axes, places, *bounds)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=2, fontsize=9, frameon=False,

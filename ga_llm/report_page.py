@@ -111,7 +111,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence], caption: str, strong: 
 
 
 def is_number(cell) -> bool:
-    return not isinstance(cell, str) or cell in (NONE, RIGHT) or re.fullmatch(r"[\d.,]+( (%|km|\[[\d., -]+\]))?", cell)
+    return not isinstance(cell, str) or cell in (NONE, RIGHT) or re.fullmatch(r"(< )?[\d.,]+( (%|km|\[[\d., -]+\]))?", cell)
 
 
 def panels(*figures: str, three: bool = False) -> str:
@@ -135,6 +135,11 @@ def number(value: float, metric: str = "") -> str:
     return NONE if not math.isfinite(value) else f"{value:.2f}" if metric in metrics.KM else f"{value:.4f}"
 
 
+def count(summary: dict) -> str:
+    """How many pairs it is over."""
+    return f"{summary['n']:,}" if type(summary.get("n")) is int else NONE
+
+
 def interval(summary: dict, metric: str) -> str:
     found = cell(summary, metric)
     return NONE if found is None else f"{number(found[0], metric)} [{number(found[1], metric)}, {number(found[2], metric)}]"
@@ -145,7 +150,9 @@ def km(value: float) -> str:
 
 
 def percent(value: float | None) -> str:
-    return NONE if value is None or not math.isfinite(value) else f"{100 * value:.1f} %"
+    if value is None or not math.isfinite(value):
+        return NONE
+    return f"{100 * value:.1f} %" if value >= 0.01 or value == 0 else f"{100 * value:.2f} %" if value >= 1e-4 else "< 0.01 %"
 
 
 def build(evaluation: Evaluation, mapping: Callable[[], GPSMapping], baseline: Callable[[], Baseline],
@@ -208,8 +215,10 @@ def metrics_section(page: Page, evaluation: Evaluation) -> list[str]:
     methods = {name: summary for name, summary in found["all"].items() if isinstance(summary, dict)}
     shown = [metric for metric in ("Acc@1", "Acc@5", "Acc@10", "Acc@20", "MRR", metrics.WITHIN)
              if cell(methods[MODEL], metric)]
-    cells = {name: [cell(summary, metric) for metric in shown] for name, summary in methods.items()}
-    rows = [[name, summary.get("n"), *(interval(summary, column) for column in COLUMNS)]
+    # A name that is none of ours is shown in the table alone.
+    drawn = {name: summary for name, summary in methods.items() if name in report_figures.STYLES}
+    cells = {name: [cell(summary, metric) for metric in shown] for name, summary in drawn.items()}
+    rows = [[name, count(summary), *(interval(summary, column) for column in COLUMNS)]
             for name, summary in methods.items()]
     figures = [page.picture(
         "metrics", report_figures.intervals(shown, cells, "value, 95 % interval"),
@@ -218,7 +227,7 @@ def metrics_section(page: Page, evaluation: Evaluation) -> list[str]:
         "model. More is better: a result counts if the circle lies to the right of the hollow square.")]
     shown = [metric for metric in metrics.KM if cell(methods[MODEL], metric)]
     if shown:
-        cells = {name: [cell(summary, metric) for metric in shown] for name, summary in methods.items()}
+        cells = {name: [cell(summary, metric) for metric in shown] for name, summary in drawn.items()}
         figures.append(page.picture(
             "km", report_figures.intervals(shown, cells, "km, 95 % interval"), "Dots with intervals: " +
             described(shown, cells), "How far the first guess lies from the true place: less is better, and the circle "
@@ -227,7 +236,7 @@ def metrics_section(page: Page, evaluation: Evaluation) -> list[str]:
              table(["", "n", *COLUMNS], rows, "All pairs: value [95 % interval]; km: less is better", strong=[0])]
     fits = found.get("fits")
     if isinstance(fits, dict) and cell(fits.get(MODEL), "Acc@1") and fits[MODEL].get("n") != methods[MODEL]["n"]:
-        rows = [[name, summary.get("n"), *(interval(summary, column) for column in COLUMNS)]
+        rows = [[name, count(summary), *(interval(summary, column) for column in COLUMNS)]
                 for name, summary in fits.items() if isinstance(summary, dict)]
         parts.append(table(["", "n", *COLUMNS], rows, "Those pairs alone whose prompt fits --seq_len", strong=[0]))
     return parts
@@ -267,7 +276,7 @@ def groups_section(page: Page, evaluation: Evaluation) -> list[str]:
                 f"{metric} of the model (filled circle) and of the user's history (hollow square), 95 % intervals.",
                 metric))
     heads = ["", "n", *(f"{metric}: {who}" for metric in (*ACC, "MRR") for who in ("model", "history"))]
-    cells = [[name, methods[MODEL].get("n"), *(interval(methods[method], metric) for metric in (*ACC, "MRR")
+    cells = [[name, count(methods[MODEL]), *(interval(methods[method], metric) for metric in (*ACC, "MRR")
                                                for method in (MODEL, HISTORY))] for name, methods in rows]
     return [paragraph("Users by their number of train trajectories, trajectories by their check-ins (the upper and lower "
                       "30 % each); whether the user has been at the target before, and whether the prompt shows it. The "
@@ -294,7 +303,7 @@ def calibration_section(page: Page, evaluation: Evaluation, baseline: Baseline) 
               "that is no difference beyond the drawing of test pairs")
     eces = "; ".join(f"{name} {one.ece:.3f}" for name, one in found.items())
     rows = [[f"{100 * i // report.BINS} to {100 * (i + 1) // report.BINS} %",
-             *(text for one in found.values() for text in (int(one.n[i]), percent(one.probability[i]),
+             *(text for one in found.values() for text in (f"{one.n[i]:,}", percent(one.probability[i]),
                                                            percent(one.right[i])))] for i in range(report.BINS)]
     heads = ["", *(f"{who}: {what}" for who in ("model", "history")[:len(found)] for what in ("pairs", "stated", RIGHT))]
     return [paragraph(f"Of first guesses that are given 30 %, 30 % should be right. On average the model gives its first "
@@ -314,6 +323,7 @@ def errors_section(page: Page, evaluation: Evaluation, mapping: GPSMapping, base
     targets = np.array([record["target"] for record in evaluation.records])
     true = coordinates(targets, mapping)
     distances = {MODEL: evaluation.km, HISTORY: baseline.km}
+    right = {MODEL: evaluation.ranks == 1, HISTORY: baseline.ranks == 1}
     known = {name: values[~np.isnan(values)] for name, values in distances.items()}
     if not all(map(len, known.values())):
         raise Absent("no guess has a distance to the true place")
@@ -326,21 +336,22 @@ def errors_section(page: Page, evaluation: Evaluation, mapping: GPSMapping, base
         guessed, values = coordinates(tops, mapping), distances[name]
         drawn = shown[~np.isnan(values[shown]) & ~np.isnan(true[shown]).any(1) & ~np.isnan(guessed[shown]).any(1)]
         figures.append(page.picture(
-            file, report_figures.error_map(mapping, true[drawn], guessed[drawn], values[drawn], most),
+            file, report_figures.error_map(mapping, true[drawn], guessed[drawn], values[drawn], right[name][drawn], most),
             f"Map of {len(drawn):,} pairs: lines from the first guess of the {name} to the true place.",
             f"{len(drawn):,} of {len(targets):,} pairs; grey: the data set's places. A line leads from the first guess to "
             "the true place, which has the dot; light is near, dark is far. White circles: the first guess is right.",
             name))
-    limits = (0, 0.5, 1, 2, 5, 10)
-    rows = [["right" if limit == 0 else f"within {limit:g} km", *(percent(float((values <= limit).mean()))
-                                                                  for values in distances.values())] for limit in limits]
+    rows = [[RIGHT, *(percent(float(values.mean())) for values in right.values())]]
+    rows += [[f"within {limit:g} km", *(percent(float((values <= limit).mean())) for values in distances.values())]
+             for limit in (0.5, 1, 2, 5, 10)]
     rows += [[f"{part} % within (with a guess)", *(km(float(np.percentile(values, part))) for values in known.values())]
              for part in (50, 90)]
     shares = page.picture(
         "errors_km", report_figures.distance_shares(distances),
         "Shares of pairs by distance: " + "; ".join(f"{row[0]}: model {row[1]}, history {row[2]}" for row in rows) + ".",
-        "How many first guesses lie within so many km of the true place: the higher line is better. It begins at Acc@1 "
-        "(the place itself); at the thin line stands the share within 1 km. Pairs without a guess count as never.",
+        "How many first guesses lie within so many km of the true place: the higher line is better. It begins with the "
+        "guesses at the very spot (the right ones, and other POIs of the same coordinates); at the thin line stands the "
+        "share within 1 km. Pairs without a guess count as never.",
         "distance")
     return [panels(*figures), panels(shares, table(["", MODEL, HISTORY], rows, "Distance of the first guess"))]
 

@@ -10,11 +10,15 @@ from commands import evaluation
 from harness import call, refusal, snapshot
 from report_folder import write
 
+from ga_llm import report_figures
+
 SECTIONS = ["In short", "Metrics and baselines", "Accuracy by group", "Calibration of the probabilities",
             "Where the guesses are wrong", "Examples", "What the geo-encoder knows of distance", "Losses of the training",
             "Where this comes from"]
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 HOSTILE = '</td><script src="https://evil.example/{}.js">alert(1)</script><img src=//evil.example onerror="x">\u202e&amp;'
+
+FORMULA = r"$\frac{<b>"       # matplotlib takes it for a formula, and a broken one
 
 
 class Reader(HTMLParser):
@@ -69,6 +73,11 @@ def town(tmp_path_factory):
     """(root, the checkpoint's folder, the page, what the command said); its categories' names are hostile."""
     root = tmp_path_factory.mktemp("town")
     checkpoint = write(root, category=HOSTILE)
+    found = json.loads((checkpoint / "metrics.json").read_text())
+    found["all"][FORMULA] = found["all"]["popularity"]
+    found["groups"][FORMULA] = {FORMULA: found["all"]}
+    found["command"] = FORMULA
+    (checkpoint / "metrics.json").write_text(json.dumps(found))
     result = call(root, "report.py", "--output_dir", checkpoint)
     assert result.code == 0, result.err
     return root, checkpoint, (checkpoint / "report/report.html").read_text(), result
@@ -92,6 +101,7 @@ def test_names_of_strangers_are_text(town):
     page = town[2]
     assert "evil.example/7.js" in page and "<script" not in page and "\u202e" not in page
     assert "&lt;script src=&quot;https://evil.example/7.js&quot;&gt;" in page and "&amp;amp;" in page
+    assert page.count("frac{&lt;b&gt;") >= 4 and "<b>" not in page
 
 
 def test_what_it_says(town):
@@ -120,7 +130,14 @@ def test_the_same_bytes_again_and_nothing_left_of_before(town):
     assert snapshot(report) == before and (report / "report.html").read_text() == page
 
 
-def test_what_is_absent_is_one_line(tmp_path):
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """They take most of the time, and are tried above."""
+    for name in ("intervals", "reliability", "error_map", "distance_shares", "example", "colour_map", "distances", "losses"):
+        monkeypatch.setattr(report_figures, name, lambda *arguments: b"")
+
+
+def test_what_is_absent_is_one_line(tmp_path, no_pictures):
     """Neither encoder, nor logs, nor the data set: the metrics and groups are shown all the same, the rest is named."""
     checkpoint = write(tmp_path, encoder=False)
     (tmp_path / "stage2/trainer_log.jsonl").unlink()
@@ -136,7 +153,7 @@ def test_what_is_absent_is_one_line(tmp_path):
     assert "Acc@1 0.5000 [" in page
 
 
-def test_an_answer_without_probabilities_has_no_calibration(tmp_path):
+def test_an_answer_without_probabilities_has_no_calibration(tmp_path, no_pictures):
     """--decoding sample; and a test without an encoder."""
     checkpoint = write(tmp_path, encoder=False)
     records = [json.loads(line) for line in (checkpoint / "predictions.jsonl").open()]
@@ -166,11 +183,8 @@ def test_an_answer_without_probabilities_has_no_calibration(tmp_path):
     (lambda root, checkpoint: (root / "stage2/trainer_log.jsonl").write_text("?\n"), ["trainer_log.jsonl, line 1"])],
     ids=["no folder", "no metrics", "metrics cut off", "no settings", "predictions", "other questions", "other train",
          "mapping", "encoder", "log"])
-def test_a_mistake_is_one_line(tmp_path, monkeypatch, spoil, names):
-    """Before anything is written. No picture is drawn, which takes most of the time and is tried above."""
-    from ga_llm import report_figures
-    for name in ("intervals", "reliability", "error_map", "distance_shares", "example", "colour_map", "distances", "losses"):
-        monkeypatch.setattr(report_figures, name, lambda *arguments: b"")
+def test_a_mistake_is_one_line(tmp_path, no_pictures, spoil, names):
+    """Before anything is written."""
     checkpoint = write(tmp_path)
     spoil(tmp_path, checkpoint)
     refusal(call(tmp_path, "report.py", "--output_dir", checkpoint), *names)
