@@ -1,10 +1,10 @@
-"""A report on an output folder: one self-contained report.html, which opens offline, and its pictures as PNGs beside it.
+"""A report on an output folder: one self-contained report.html, which opens offline, and its pictures as PNGs.
 
     python report.py --output_dir O/checkpoint-N [--geoencoder_path O1/N/geo_encoder_merged.pth] [--report_dir DIR]
 
-Reads what test_next_gps.py wrote there (metrics.json, predictions.jsonl), the data set's files that it names, the logs of
-the trainings and the geo-encoder: metrics with intervals and baselines, accuracy by group, calibration, an error map,
-examples, what the encoder's vectors know of distance, losses. What is not there is named in the report, in one line.
+Reads what test_next_gps.py wrote there (metrics.json, predictions.jsonl), the data set's files that it names, the logs
+of the trainings and the geo-encoder: metrics with intervals and baselines, accuracy by group, calibration, an error
+map, examples, what the encoder's vectors know of distance, losses. What is not there is named in the report, in one line.
 """
 import argparse
 import functools

@@ -120,6 +120,7 @@ def read_evaluation(folder: Path) -> Evaluation:
     settings = found.get("settings")
     if not isinstance(settings, dict) or not all(isinstance(value, str) for value in settings.values()):
         raise UserError(f"{path}: has no settings; {AGAIN}")
+    artifacts.dataset_name(settings.get("dataset_name", ""), f"{path}: dataset_name")
     if "Acc@1" not in (found["all"].get(HISTORY) or {}):
         raise UserError(f"{path}: has no {HISTORY}, without which no result is shown; {AGAIN}")
     path = folder / artifacts.PREDICTIONS
@@ -151,8 +152,8 @@ def _check_figures(summary: dict, ranks: np.ndarray, path: Path) -> None:
 
 def data_folder(evaluation: Evaluation, data_path: Path | str | None = None) -> Path:
     """The preprocessed folder of the test, or the same data set's below `data_path`."""
-    name = evaluation.settings.get("dataset_name", "")
-    return artifacts.preprocessed(name, data_path or evaluation.settings.get("data_path", artifacts.DATASETS))
+    settings = evaluation.settings
+    return artifacts.preprocessed(settings["dataset_name"], data_path or settings.get("data_path", artifacts.DATASETS))
 
 
 def read_mapping(evaluation: Evaluation, folder: Path, given: Path | str | None, data_path_given: bool) -> GPSMapping:
@@ -160,7 +161,7 @@ def read_mapping(evaluation: Evaluation, folder: Path, given: Path | str | None,
     if given:
         return read_gps_mapping(given)
     of_test = [] if data_path_given else [Path(evaluation.settings.get("gps_mapping_path", ""))]
-    name = artifacts.gps_mapping(evaluation.settings.get("dataset_name", ""))
+    name = artifacts.gps_mapping(evaluation.settings["dataset_name"])
     return read_gps_mapping(_first([*of_test, folder / name], "the GPS mapping", "--gps_mapping_path"))
 
 
@@ -291,8 +292,9 @@ def read_encoder(evaluation: Evaluation, mapping: GPSMapping, given: Path | str 
     Raises Absent if the test had none or its file is gone.
     """
     path = given or evaluation.settings.get("geoencoder_path", "None")
-    if not given and path in ("", "None"):
-        raise Absent("the test had no geo-encoder; give --geoencoder_path")
+    if not given and (path in ("", "None") or evaluation.settings.get("test_type") == "base"
+                      or evaluation.settings.get("use_random_projector") == "True"):
+        raise Absent("the test had no trained geo-encoder; give --geoencoder_path")
     if not given and not Path(path).is_file():
         raise Absent(f"the geo-encoder is not at {path}; give --geoencoder_path")
     if len(mapping.ids) < 4:

@@ -124,7 +124,8 @@ def distance_shares(methods: dict[str, np.ndarray]) -> bytes:
     return _png(figure)
 
 
-def error_map(places, true: np.ndarray, guessed: np.ndarray, km: np.ndarray, right: np.ndarray, most_km: float) -> bytes:
+def error_map(places, true: np.ndarray, guessed: np.ndarray, km: np.ndarray, right: np.ndarray, most_km: float
+              ) -> bytes:
     """A line from each guess to the true place. places: a GPSMapping; true, guessed: (pairs, 2) longitude, latitude.
 
     km, right: (pairs,), between the two, and whether they are the same POI; most_km: where the scale ends.
@@ -140,8 +141,8 @@ def error_map(places, true: np.ndarray, guessed: np.ndarray, km: np.ndarray, rig
     axes.scatter(*true[wrong].T, c=km[wrong], cmap=lines.cmap, norm=lines.norm, s=11, linewidths=0, zorder=3)
     axes.scatter(*true[right].T, s=np.clip(6000 / len(km), 5, 16), facecolors="white", edgecolors="black",
                  linewidths=0.7, zorder=4)
-    figure.colorbar(lines, ax=axes, orientation="horizontal", label="km from the guess to the true place (dot)", pad=0.02,
-                    shrink=0.9, aspect=30, format=PLAIN)
+    figure.colorbar(lines, ax=axes, orientation="horizontal", label="km from the guess to the true place (dot)",
+                    pad=0.02, shrink=0.9, aspect=30, format=PLAIN)
     return _png(figure)
 
 
@@ -186,7 +187,7 @@ def colour_map(places, colours: np.ndarray) -> bytes:
 
 
 def distances(km: np.ndarray, distance: np.ndarray) -> bytes:
-    """Distance between vectors, as a share of its median, over km, (pairs,) each, with medians of twenty equal parts."""
+    """Distance between vectors, divided by its median, over km, (pairs,) each; with medians of twenty equal parts."""
     figure, axes = _figure(3.8)
     apart = km > 0
     km, distance = km[apart], distance[apart] / (np.median(distance) or 1)
@@ -237,8 +238,8 @@ def _frame(axes, places, across: tuple | None = None, up: tuple | None = None) -
     km = next(step * power for step in (5, 2, 1) if step * power <= longest)
     x, y = across[1] - 0.04 * (across[1] - across[0]), up[0] + 0.04 * (up[1] - up[0])
     axes.plot([x - km / km_per_degree, x], [y, y], color="black", linewidth=2.5, solid_capstyle="butt", zorder=5)
-    axes.text(x - km / km_per_degree / 2, y + 0.012 * (up[1] - up[0]), f"{km:g} km", ha="center", va="bottom", fontsize=9,
-              zorder=5, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1})
+    axes.text(x - km / km_per_degree / 2, y + 0.012 * (up[1] - up[0]), f"{km:g} km", ha="center", va="bottom",
+              fontsize=9, zorder=5, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1})
 
 
 def _margin(degrees: np.ndarray) -> tuple[float, float]:

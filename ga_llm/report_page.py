@@ -55,7 +55,7 @@ POLICY = ('<meta http-equiv="Content-Security-Policy" content="default-src \'non
 STYLE = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
-body { margin: 0; background: white; color: #1c2126; font: 16px/1.55 system-ui, "Segoe UI", "Helvetica Neue", sans-serif; }
+body { margin: 0; background: white; color: #1c2126; font: 16px/1.55 system-ui, "Segoe UI", sans-serif; }
 main { max-width: 74rem; margin: 0 auto; padding: 1rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 1rem 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.3rem; margin: 2.6rem 0 0.6rem; padding-top: 0.8rem; border-top: 1px solid #d5d9dd; }
@@ -81,8 +81,9 @@ tr.strong td, tr.strong th { font-weight: 600; background: #f0f3f6; }
 article { border: 1px solid #d5d9dd; border-radius: 6px; padding: 0.9rem 1rem; min-width: 0; }
 details { margin: 0.8rem 0; } summary { cursor: pointer; }
 .absent { color: #444c54; border-left: 3px solid #8b949c; padding-left: 0.7rem; }
-dl { display: grid; grid-template-columns: minmax(6rem, max-content) minmax(0, 1fr); gap: 0.2rem 1rem; font-size: 0.9rem; }
-dt { font-weight: 600; overflow-wrap: anywhere; } dd { margin: 0; font-family: ui-monospace, monospace; font-size: 0.82rem; }
+dl { display: grid; grid-template-columns: minmax(6rem, max-content) minmax(0, 1fr); gap: 0.2rem 1rem; }
+dt { font-weight: 600; font-size: 0.9rem; overflow-wrap: anywhere; }
+dd { margin: 0; font-family: ui-monospace, monospace; font-size: 0.82rem; }
 @media (max-width: 600px) { main { padding: 0.5rem 0.9rem 3rem; } dl { grid-template-columns: minmax(0, 1fr); }
   dd { margin-bottom: 0.4rem; } th, td { padding-right: 0.5rem; } td.text { min-width: 4.5rem; }
   article { padding: 0.7rem; } }
@@ -92,7 +93,8 @@ dt { font-weight: 600; overflow-wrap: anywhere; } dd { margin: 0; font-family: u
 
 def safe(text) -> str:
     """Text that HTML takes for nothing else; what cannot be seen or turns the writing round is shown as �."""
-    return html.escape("".join(char if char.isprintable() else " " if char.isspace() else "\ufffd" for char in str(text)))
+    return html.escape("".join(char if char.isprintable() else " " if char.isspace() else "\ufffd"
+                               for char in str(text)))
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence], caption: str, strong: Sequence[int] = ()) -> str:
@@ -100,9 +102,9 @@ def table(heads: Sequence[str], rows: Sequence[Sequence], caption: str, strong: 
 
     Numbers stand to the right.
     """
+    head = "".join(f'<th scope="col">{safe(text)}</th>' for text in heads)
     lines = [f'<div class="wide" role="region" tabindex="0" aria-label="{safe(caption)}"><table>',
-             f"<caption>{safe(caption)}</caption>",
-             "<thead><tr>" + "".join(f'<th scope="col">{safe(head)}</th>' for head in heads) + "</tr></thead>", "<tbody>"]
+             f"<caption>{safe(caption)}</caption>", f"<thead><tr>{head}</tr></thead>", "<tbody>"]
     for i, (first, *cells) in enumerate(rows):
         shown = "".join(f'<td class="{"number" if is_number(cell) else "text"}">{safe(cell)}</td>' for cell in cells)
         lines.append(f'<tr{" class=strong" * (i in strong)}><th scope="row"{" class=short" * (len(str(first)) < 25)}>'
@@ -111,7 +113,8 @@ def table(heads: Sequence[str], rows: Sequence[Sequence], caption: str, strong: 
 
 
 def is_number(cell) -> bool:
-    return not isinstance(cell, str) or cell in (NONE, RIGHT) or re.fullmatch(r"(< )?[\d.,]+( (%|km|\[[\d., -]+\]))?", cell)
+    return (not isinstance(cell, str) or cell in (NONE, RIGHT)
+            or re.fullmatch(r"(< )?[\d.,]+( (%|km|\[[\d., -]+\]))?", cell) is not None)
 
 
 def panels(*figures: str, three: bool = False) -> str:
@@ -142,7 +145,10 @@ def count(summary: dict) -> str:
 
 def interval(summary: dict, metric: str) -> str:
     found = cell(summary, metric)
-    return NONE if found is None else f"{number(found[0], metric)} [{number(found[1], metric)}, {number(found[2], metric)}]"
+    if found is None:
+        return NONE
+    value, low, high = (number(one, metric) for one in found)
+    return f"{value} [{low}, {high}]"
 
 
 def km(value: float) -> str:
@@ -152,14 +158,16 @@ def km(value: float) -> str:
 def percent(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return NONE
-    return f"{100 * value:.1f} %" if value >= 0.01 or value == 0 else f"{100 * value:.2f} %" if value >= 1e-4 else "< 0.01 %"
+    if 0 < value < 1e-4:
+        return "< 0.01 %"
+    return f"{100 * value:.{2 if 0 < value < 0.01 else 1}f} %"
 
 
 def build(evaluation: Evaluation, mapping: Callable[[], GPSMapping], baseline: Callable[[], Baseline],
           encoder: Callable[[], EncoderViews], losses: Callable[[], dict], folder: Path) -> Page:
     """The whole page. The functions give what `report` reads, or raise Absent; folder: the data set's preprocessed."""
-    dataset = evaluation.settings.get("dataset_name", "")
-    page = Page(f"Next-POI recommendation: {dataset}, {len(evaluation.records):,} test pairs")
+    dataset, pairs = evaluation.settings["dataset_name"], len(evaluation.records)
+    page = Page(f"Next-POI recommendation: {dataset}, {pairs:,} test pairs")
     page.section("In short", lambda: in_short(evaluation, baseline, encoder))
     page.section("Metrics and baselines", lambda: metrics_section(page, evaluation))
     page.section("Accuracy by group", lambda: groups_section(page, evaluation))
@@ -172,7 +180,8 @@ def build(evaluation: Evaluation, mapping: Callable[[], GPSMapping], baseline: C
     return page
 
 
-def in_short(evaluation: Evaluation, baseline: Callable[[], Baseline], encoder: Callable[[], EncoderViews]) -> list[str]:
+def in_short(evaluation: Evaluation, baseline: Callable[[], Baseline], encoder: Callable[[], EncoderViews]
+             ) -> list[str]:
     found = evaluation.metrics
     model, history = found["all"][MODEL], found["all"][HISTORY]
     lines = [f"Acc@1 {interval(model, 'Acc@1')}; the count of the user's own history reaches "
@@ -188,11 +197,12 @@ def in_short(evaluation: Evaluation, baseline: Callable[[], Baseline], encoder: 
         stated = report.reliability(evaluation.probability, evaluation.ranks == 1)
         lines.append(f"Expected calibration error of the first guess's probability: {stated.ece:.3f}.")
     except Absent as absent:
-        lines.append(f"No more can be said: {absent}.")
+        lines.append(f"Not told here: {absent}.")
     try:
         views = encoder()
-        lines.append(f"Distance between the geo-encoder's vectors and km: Pearson's correlation {views.after.pearson:.2f}"
-                     f", {views.before.pearson:.2f} in an encoder that has learned nothing.")
+        lines.append(f"Distance between the geo-encoder's vectors and km: Pearson's correlation "
+                     f"{number(views.after.pearson)}, {number(views.before.pearson)} in an encoder that has learned "
+                     "nothing.")
     except Absent:
         pass
     if evaluation.settings.get("test_type") != "llm":
@@ -251,7 +261,8 @@ def described(rows: Sequence[str], cells: dict[str, Sequence]) -> str:
 
 def groups_section(page: Page, evaluation: Evaluation) -> list[str]:
     found = evaluation.metrics.get("groups")
-    rows = [(f"{grouping}: {group}", methods) for grouping, by_group in (found if isinstance(found, dict) else {}).items()
+    found = found if isinstance(found, dict) else {}
+    rows = [(f"{grouping}: {group}", methods) for grouping, by_group in found.items()
             if isinstance(by_group, dict) for group, methods in by_group.items()
             if isinstance(methods, dict) and cell(methods.get(MODEL), "Acc@1") and cell(methods.get(HISTORY), "Acc@1")]
     if not rows:
@@ -272,16 +283,17 @@ def groups_section(page: Page, evaluation: Evaluation) -> list[str]:
             figures.append(page.picture(
                 f"groups_{metric.replace('@', '_').lower()}", report_figures.intervals(labels, cells, metric, headings),
                 f"{metric} by group: " + described([name for name, _ in rows], {
-                    method: [one for row, one in enumerate(of) if row not in headings] for method, of in cells.items()}),
+                    method: [one for row, one in enumerate(of_method) if row not in headings]
+                    for method, of_method in cells.items()}),
                 f"{metric} of the model (filled circle) and of the user's history (hollow square), 95 % intervals.",
                 metric))
     heads = ["", "n", *(f"{metric}: {who}" for metric in (*ACC, "MRR") for who in ("model", "history"))]
     cells = [[name, count(methods[MODEL]), *(interval(methods[method], metric) for metric in (*ACC, "MRR")
                                                for method in (MODEL, HISTORY))] for name, methods in rows]
-    return [paragraph("Users by their number of train trajectories, trajectories by their check-ins (the upper and lower "
-                      "30 % each); whether the user has been at the target before, and whether the prompt shows it. The "
-                      "history knows no place that is new to the user: at unseen targets it is always wrong, and there a "
-                      "model can only gain."),
+    return [paragraph("Users by their number of train trajectories, trajectories by their check-ins (the upper and "
+                      "lower 30 % each); whether the user has been at the target before, and whether the prompt shows "
+                      "it. The history knows no place that is new to the user: at unseen targets it is always wrong, "
+                      "and there a model can only gain."),
             panels(*figures, three=True), "<details><summary>The numbers</summary>",
             table(heads, cells, "By group: value [95 % interval]"), "</details>"]
 
@@ -305,18 +317,19 @@ def calibration_section(page: Page, evaluation: Evaluation, baseline: Baseline) 
     rows = [[f"{100 * i // report.BINS} to {100 * (i + 1) // report.BINS} %",
              *(text for one in found.values() for text in (f"{one.n[i]:,}", percent(one.probability[i]),
                                                            percent(one.right[i])))] for i in range(report.BINS)]
-    heads = ["", *(f"{who}: {what}" for who in ("model", "history")[:len(found)] for what in ("pairs", "stated", RIGHT))]
-    return [paragraph(f"Of first guesses that are given 30 %, 30 % should be right. On average the model gives its first "
-                      f"guess {percent(mean)}, and {percent(float(share))} [{percent(low)}, {percent(high)}] are right: "
-                      f"{claims}. Expected calibration error (mean |stated - right| over ten bins, weighted by their "
-                      f"pairs): {eces}."),
+    heads = ["", *(f"{who}: {what}" for who in ("model", "history")[:len(found)]
+                   for what in ("pairs", "stated", RIGHT))]
+    return [paragraph(f"Of first guesses that are given 30 %, 30 % should be right. On average the model gives its "
+                      f"first guess {percent(mean)}, and {percent(float(share))} [{percent(low)}, {percent(high)}] are "
+                      f"right: {claims}. Expected calibration error (mean |stated - right| over ten bins, weighted by "
+                      f"their pairs): {eces}."),
             panels(page.picture(
                 "calibration", report_figures.reliability(found, bars),
                 f"Reliability diagram. Expected calibration error: {eces}.",
                 "Above: points on the grey diagonal say what happens, points below it claim too much; bars are 95 % "
-                "intervals (Wilson). Below: how many pairs each point stands for. The model's probabilities are the LLM's "
-                "own of the id, not normalised over the places; the baseline's is the share of its guess among the user's "
-                "check-ins."), table(heads, rows, "Stated and right on average, by probability"))]
+                "intervals (Wilson). Below: how many pairs each point stands for. The model's probabilities are the "
+                "LLM's own of the id, not normalised over the places; the baseline's is the share of its guess among "
+                "the user's check-ins."), table(heads, rows, "Stated and right on average, by probability"))]
 
 
 def errors_section(page: Page, evaluation: Evaluation, mapping: GPSMapping, baseline: Baseline) -> list[str]:
@@ -336,10 +349,11 @@ def errors_section(page: Page, evaluation: Evaluation, mapping: GPSMapping, base
         guessed, values = coordinates(tops, mapping), distances[name]
         drawn = shown[~np.isnan(values[shown]) & ~np.isnan(true[shown]).any(1) & ~np.isnan(guessed[shown]).any(1)]
         figures.append(page.picture(
-            file, report_figures.error_map(mapping, true[drawn], guessed[drawn], values[drawn], right[name][drawn], most),
+            file, report_figures.error_map(mapping, true[drawn], guessed[drawn], values[drawn], right[name][drawn],
+                                           most),
             f"Map of {len(drawn):,} pairs: lines from the first guess of the {name} to the true place.",
-            f"{len(drawn):,} of {len(targets):,} pairs; grey: the data set's places. A line leads from the first guess to "
-            "the true place, which has the dot; light is near, dark is far. White circles: the first guess is right.",
+            f"{len(drawn):,} of {len(targets):,} pairs; grey: the data set's places. A line leads from the first guess "
+            "to the true place, which has the dot; light is near, dark is far. White circles: the guess is right.",
             name))
     rows = [[RIGHT, *(percent(float(values.mean())) for values in right.values())]]
     rows += [[f"within {limit:g} km", *(percent(float((values <= limit).mean())) for values in distances.values())]
@@ -348,10 +362,10 @@ def errors_section(page: Page, evaluation: Evaluation, mapping: GPSMapping, base
              for part in (50, 90)]
     shares = page.picture(
         "errors_km", report_figures.distance_shares(distances),
-        "Shares of pairs by distance: " + "; ".join(f"{row[0]}: model {row[1]}, history {row[2]}" for row in rows) + ".",
+        "Pairs by distance: " + "; ".join(f"{row[0]}: model {row[1]}, history {row[2]}" for row in rows) + ".",
         "How many first guesses lie within so many km of the true place: the higher line is better. It begins with the "
-        "guesses at the very spot (the right ones, and other POIs of the same coordinates); at the thin line stands the "
-        "share within 1 km. Pairs without a guess count as never.",
+        "guesses at the very spot (the right ones, and other POIs of the same coordinates); at the thin line stands "
+        "the share within 1 km. Pairs without a guess count as never.",
         "distance")
     return [panels(*figures), panels(shares, table(["", MODEL, HISTORY], rows, "Distance of the first guess"))]
 
@@ -367,8 +381,8 @@ def examples_section(page: Page, evaluation: Evaluation, mapping: GPSMapping, ba
     found = report.examples(evaluation, baseline, mapping, folder)
     counts = [int((evaluation.ranks == 1).sum()), int(((evaluation.ranks != 1) & (evaluation.km <= NEAR_KM)).sum())]
     return [paragraph(f"First guesses: {counts[0]:,} right, {counts[1]:,} near misses (wrong, within {NEAR_KM:g} km), "
-                      f"{len(evaluation.records) - sum(counts):,} far misses. Of each kind {report.EACH} are shown, at one "
-                      "and two thirds of its pairs in the test file's order; nobody has picked them."),
+                      f"{len(evaluation.records) - sum(counts):,} far misses. Of each kind {report.EACH} are shown, at "
+                      "one and two thirds of its pairs in the test file's order; nobody has picked them."),
             panels(*(example(page, i, one, mapping) for i, one in enumerate(found, start=1)))]
 
 
@@ -402,7 +416,7 @@ def example(page: Page, i: int, one: dict, mapping: GPSMapping) -> str:
              paragraph("The trajectory has no check-in before the target."))
     return (f"<article><h3>{safe(one['kind'].capitalize())}: pair {one['pair']}, user {safe(one['user'])}</h3>"
             + paragraph(f"The truth at {one['time'] or NONE}: {place(one['target'])} ({rank}).") + figure + shown
-            + table(["", "guess", "POI", "probability", "away"], top, "The model's top 5, and the history's first guess")
+            + table(["", "guess", "POI", "probability", "away"], top, "The model's top 5, the history's first guess")
             + "</article>")
 
 
@@ -412,22 +426,24 @@ def encoder_section(page: Page, views: EncoderViews) -> list[str]:
         when = f"{name} training"
         figures.append(page.picture(
             f"places_{name}", report_figures.colour_map(views.mapping, one.colours),
-            f"Map of {len(one.colours):,} places {when}, coloured by the first three principal components of their vectors.",
+            f"Map of {len(one.colours):,} places {when}, coloured by the principal components of their vectors.",
             f"Red, green and blue are the first three principal components, {percent(one.explained)} of the variance. "
-            "Where like colours lie side by side, neighbours have like vectors. Colours of the two maps cannot be compared "
-            "with each other, and say nothing in greyscale: see the pictures below.", f"Places, {when}"))
+            "Where like colours lie side by side, neighbours have like vectors. Colours of the two maps cannot be "
+            "compared with each other, and say nothing in greyscale: see the pictures below.", f"Places, {when}"))
     for name, one in (("before", views.before), ("after", views.after)):
+        correlations = f"Pearson {number(one.pearson)}, Spearman {number(one.spearman)}"
         figures.append(page.picture(
             f"distances_{name}", report_figures.distances(one.km, one.distance),
-            f"Distance of vectors over km, {name} training: Pearson {one.pearson:.3f}, Spearman {one.spearman:.3f}.",
-            f"Pearson {one.pearson:.3f}, Spearman {one.spearman:.3f} over {len(one.km):,} pairs of places. A line that rises "
-            "says that places far apart have different vectors; a flat one, that vectors do not tell distance. Darker: more "
-            "pairs. Distances are divided by their median, so that the two pictures can be compared.", f"Distance of vectors and km, {name} training"))
+            f"Distance of vectors over km, {name} training: {correlations}.",
+            f"{correlations} over {len(one.km):,} pairs of places. A line that rises "
+            "says that places far apart have different vectors; a flat one, that vectors do not tell distance. Darker: "
+            "more pairs. Distances are divided by their median, so that the two pictures can be compared.",
+            f"Distance of vectors and km, {name} training"))
     of = "" if len(views.mapping.ids) == views.places else f" of {views.places:,}, drawn with a fixed seed"
-    return [paragraph(f"The encoder {views.path} ({config.kind}, n-grams of {config.ngram}, level {config.level}, width "
-                      f"{config.hidden_size}, weights {views.digest}) on {len(views.mapping.ids):,} places{of}. \"Before\" is "
-                      f"an encoder of the same configuration, freshly initialised with seed {report.SEED}: not the very one "
-                      "that the training began with. Distances are Euclidean."), panels(*figures)]
+    return [paragraph(f"The encoder {views.path} ({config.kind}, n-grams of {config.ngram}, level {config.level}, "
+                      f"width {config.hidden_size}, weights {views.digest}) on {len(views.mapping.ids):,} places{of}. "
+                      f"\"Before\" is an encoder of the same configuration, newly initialised with seed {report.SEED}: "
+                      "not the very one that the training began with. Distances are Euclidean."), panels(*figures)]
 
 
 def losses_section(page: Page, found: dict[str, list[dict]]) -> list[str]:
@@ -440,7 +456,7 @@ def losses_section(page: Page, found: dict[str, list[dict]]) -> list[str]:
         said = (f"{lines[-1]['step']:,} steps in {took}; the mean loss of the first tenth of the log is "
                 f"{first:.3g}, of the last {last:.3g}")
         figures.append(page.picture(f"loss_{i}", report_figures.losses(lines), f"Training loss: {said}.",
-                                    f"{said}. It is the training's own loss: only the test above says what was learned.",
+                                    f"{said}. It is the training's own loss: what was learned, the test above says.",
                                     name[0].upper() + name[1:]))
     return [panels(*figures)]
 

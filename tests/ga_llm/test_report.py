@@ -45,7 +45,7 @@ def test_the_baseline_by_hand(town):
 
 
 def test_ece_by_hand():
-    """0.8 to 0.9: two of three right at 0.85 on average; 0.3 to 0.4: none of one; 1 belongs to the last bin, with 0.9."""
+    """0.8 to 0.9: two of three right at 0.85 on average; 0.3 to 0.4: none of one; 1 is in the last bin, with 0.9."""
     stated = np.array([0.80, 0.85, 0.899, 0.30, 1.0, 0.9, np.nan])
     found = report.reliability(stated, [True, True, False, False, True, False, True])
     assert found.n.tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 3, 2]
@@ -106,6 +106,13 @@ def test_correlation_by_hand_and_by_scipy():
     assert found.spearman == pytest.approx(stats.spearmanr(found.km, found.distance)[0])
 
 
+def test_an_encoder_that_tells_no_places_apart():
+    found = report.embeddings(np.ones((36, 4), dtype=np.float32), grid(6))
+    assert np.isnan(found.pearson) and np.isnan(found.spearman) and np.isfinite(found.colours).all()
+    assert report_figures.distances(found.km, found.distance).startswith(b"\x89PNG")
+    assert report_page.number(found.pearson) == report_page.percent(found.explained) == "–"
+
+
 def test_pairs_of_many_places_are_drawn_and_are_pairs():
     one, other = report.place_pairs(1000)
     assert len(one) == report.PAIRS and (one != other).all() and other.max() < 1000
@@ -158,7 +165,7 @@ def test_an_example(town):
     first, *others = near["top"]
     assert first["poi"] == 8 and first["probability"] == pytest.approx(0.35, abs=1e-4) and 0.3 < first["km"] < 0.5
     assert len(others) == 4 and others[1]["poi"] == 7 and near["history"]["poi"] == 1
-    assert near["history"]["km"] == pytest.approx(63.88, abs=0.1)       # 0.75° of longitude at 40°, cos(40°) · 111.19 km
+    assert near["history"]["km"] == pytest.approx(63.88, abs=0.1)       # 0.75° · cos(40°) · 111.19 km
 
 
 def test_without_the_test_sample_the_prompt_tells_the_trajectory(town, monkeypatch):
@@ -186,7 +193,8 @@ def test_losses_of_both_stages(town):
     evaluation.settings["geoencoder_path"], before = str(own), evaluation.settings["geoencoder_path"]
     try:
         assert list(report.read_losses(evaluation)) == ["stage 2: the LLM"]
-        (root / "stage2/run.json").write_text(json.dumps({"starts": [{"files": {"geoencoder_path": {"path": before}}}]}))
+        start = {"files": {"geoencoder_path": {"path": before}}}
+        (root / "stage2/run.json").write_text(json.dumps({"starts": [start]}))
         assert len(report.read_losses(evaluation)) == 2
     finally:
         evaluation.settings["geoencoder_path"] = before
@@ -209,7 +217,8 @@ def test_the_log_of_an_experiments_step(tmp_path):
 @pytest.mark.parametrize("change, why", [
     (lambda record: record | {"top": [["8", -1.0]]}, "top holds something else"),
     (lambda record: record | {"top": [[8, "x"]]}, "top holds something else"),
-    (lambda record: record | {"rank": 1}, "is not what metrics.json")], ids=["an id", "a log-probability", "other ranks"])
+    (lambda record: record | {"rank": 1}, "is not what metrics.json")],
+    ids=["an id", "a log-probability", "other ranks"])
 def test_predictions_that_are_none(town, tmp_path, change, why):
     _, evaluation, *_ = town
     (tmp_path / "metrics.json").write_text((evaluation.folder / "metrics.json").read_text())

@@ -82,13 +82,16 @@ def write(root: Path, category="Café {}", encoder=True) -> Path:
     for training in (stage_1, root / "stage2"):
         training.mkdir(exist_ok=True)
         (training / artifacts.TRAINER_LOG).write_text("".join(
-            json.dumps({"step": step, "loss": 3 / step, "elapsed_seconds": 60.0 * step}) + "\n" for step in range(1, 21)))
-    settings = {"dataset_name": "town", "data_path": str(root / "datasets"), "test_file": str(test_file), "decoding": "rank",
-                "gps_mapping_path": str(mapping_path), "geoencoder_path": str(encoder_path) if encoder else "None",
+            json.dumps({"step": step, "loss": 3 / step, "elapsed_seconds": 60.0 * step}) + "\n"
+            for step in range(1, 21)))
+    settings = {"dataset_name": "town", "data_path": str(root / "datasets"), "test_file": str(test_file),
+                "decoding": "rank", "gps_mapping_path": str(mapping_path),
+                "geoencoder_path": str(encoder_path) if encoder else "None",
                 "projector_path": "None", "test_type": "llm"}
     (checkpoint / artifacts.METRICS).write_text(json.dumps({
-        **found, "date": "2026-11-25", "command": "python test_next_gps.py …", "git": {"commit": "0123abc", "dirty": False},
-        "machine": {"cpu": "a processor", "cores": 2, "gpus": []}, "settings": settings}))
+        **found, "date": "2026-11-25", "command": "python test_next_gps.py …",
+        "git": {"commit": "0123abc", "dirty": False}, "machine": {"cpu": "a processor", "cores": 2, "gpus": []},
+        "settings": settings}))
     (checkpoint / artifacts.PREDICTIONS).write_text("".join(
         json.dumps({**record, "km": round(float(distance), 3)}) + "\n" for record, distance in zip(records, km)))
     return checkpoint

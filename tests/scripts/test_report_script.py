@@ -13,10 +13,11 @@ from report_folder import write
 from ga_llm import report_figures
 
 SECTIONS = ["In short", "Metrics and baselines", "Accuracy by group", "Calibration of the probabilities",
-            "Where the guesses are wrong", "Examples", "What the geo-encoder knows of distance", "Losses of the training",
-            "Where this comes from"]
+            "Where the guesses are wrong", "Examples", "What the geo-encoder knows of distance",
+            "Losses of the training", "Where this comes from"]
+LOADING = ("href", "srcset", "action", "data", "background", "poster")
 VOID = {"meta", "img", "br", "link", "input", "hr"}
-HOSTILE = '</td><script src="https://evil.example/{}.js">alert(1)</script><img src=//evil.example onerror="x">\u202e&amp;'
+HOSTILE = '</td><script src="https://evil.example/{}.js">x()</script><img src=//evil.example onerror="x">\u202e&amp;'
 
 FORMULA = r"$\frac{<b>"       # matplotlib takes it for a formula, and a broken one
 
@@ -53,7 +54,7 @@ def check_self_contained(page):
     found = Reader(page)
     assert not {tag for tag, _ in found.tags} & {"script", "link", "iframe", "object", "embed", "base", "form", "svg"}
     for tag, attributes in found.tags:
-        assert not [name for name in attributes if name.startswith("on") or name in ("href", "srcset", "action", "data")]
+        assert not [name for name in attributes if name.startswith("on") or name in LOADING]
         if "src" in attributes:
             assert tag == "img" and attributes["src"].startswith("data:image/png;base64,") and attributes["alt"].strip()
     style, = found.text("style")
@@ -133,7 +134,8 @@ def test_the_same_bytes_again_and_nothing_left_of_before(town):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """They take most of the time, and are tried above."""
-    for name in ("intervals", "reliability", "error_map", "distance_shares", "example", "colour_map", "distances", "losses"):
+    for name in ("intervals", "reliability", "error_map", "distance_shares", "example", "colour_map", "distances",
+                 "losses"):
         monkeypatch.setattr(report_figures, name, lambda *arguments: b"")
 
 
@@ -171,18 +173,21 @@ def test_an_answer_without_probabilities_has_no_calibration(tmp_path, no_picture
     (lambda root, checkpoint: shutil.rmtree(checkpoint), ["--output_dir"]),
     (lambda root, checkpoint: (checkpoint / "metrics.json").unlink(), ["metrics.json", "test_next_gps.py"]),
     (lambda root, checkpoint: (checkpoint / "metrics.json").write_text("{"), ["metrics.json", "not JSON"]),
+    (lambda root, checkpoint: (checkpoint / "metrics.json").write_text(json.dumps(
+        {**json.loads((checkpoint / "metrics.json").read_text()), "settings": [1]})), ["metrics.json", "settings"]),
     (lambda root, checkpoint: (checkpoint / "metrics.json").write_text(
-        json.dumps({**json.loads((checkpoint / "metrics.json").read_text()), "settings": [1]})), ["metrics.json", "settings"]),
+        (checkpoint / "metrics.json").read_text().replace('"town"', '"../town"')), ["metrics.json", "dataset_name"]),
     (lambda root, checkpoint: (checkpoint / "predictions.jsonl").write_text("{}\n"), ["predictions.jsonl, line 1"]),
     (lambda root, checkpoint: next(root.rglob("test_qa_*")).write_text("<question>: POI id 1 <answer>: POI id 2.\n"),
      ["test_qa_pairs", "line 1", "--data_path"]),
     (lambda root, checkpoint: next(root.rglob("train_sample.csv")).write_text("UserId,PoiId,TrajectoryId\n0,7,1\n"),
      ["train_sample.csv", "metrics.json"]),
-    (lambda root, checkpoint: next(root.rglob("town_gps_mapping.csv")).write_text("GPS_id\n1\n"), ["town_gps_mapping.csv"]),
+    (lambda root, checkpoint: next(root.rglob("town_gps_mapping.csv")).write_text("GPS_id\n1\n"),
+     ["town_gps_mapping.csv"]),
     (lambda root, checkpoint: next(root.rglob("geo_encoder_merged.pth")).write_text("?"), ["geo_encoder_merged.pth"]),
     (lambda root, checkpoint: (root / "stage2/trainer_log.jsonl").write_text("?\n"), ["trainer_log.jsonl, line 1"])],
-    ids=["no folder", "no metrics", "metrics cut off", "no settings", "predictions", "other questions", "other train",
-         "mapping", "encoder", "log"])
+    ids=["no folder", "no metrics", "metrics cut off", "no settings", "a path for a name", "predictions",
+         "other questions", "other train", "mapping", "encoder", "log"])
 def test_a_mistake_is_one_line(tmp_path, no_pictures, spoil, names):
     """Before anything is written."""
     checkpoint = write(tmp_path)
