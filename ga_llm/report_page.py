@@ -76,7 +76,7 @@ th, td { text-align: left; padding: 0.25rem 0.8rem 0.25rem 0; border-bottom: 1px
 th { font-weight: 600; }
 th.short { white-space: nowrap; }
 td.number { text-align: right; white-space: nowrap; }
-td.text { min-width: 5.5rem; max-width: 20rem; overflow-wrap: anywhere; }
+td.text { min-width: 5.5rem; max-width: 20rem; overflow-wrap: break-word; }
 tr.strong td, tr.strong th { font-weight: 600; background: #f0f3f6; }
 article { border: 1px solid #d5d9dd; border-radius: 6px; padding: 0.9rem 1rem; min-width: 0; }
 details { margin: 0.8rem 0; } summary { cursor: pointer; }
