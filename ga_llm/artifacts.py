@@ -29,6 +29,8 @@ RUN = "run.json"
 METRICS = "metrics.json"
 PREDICTIONS = "predictions.jsonl"
 LOG_PROBABILITIES = "log_probabilities.npy"
+REPORT = "report.html"
+REPORT_PICTURES = "report_*.png"    # beside it
 
 
 @dataclasses.dataclass(frozen=True)

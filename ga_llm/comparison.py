@@ -39,7 +39,7 @@ def differences(a: Path, b: Path, draws: int = 10_000, seed: int = 0) -> dict[st
     metrics of ranks beyond the first are left out.
     Raises UserError if a file is missing, a line is wrong, or the pairs are not the same.
     """
-    one, other = _read(a), _read(b)
+    one, other = read(a), read(b)
     _check_same(one, other, a, b)
     records = [list(one.values()), [other[key] for key in one]]
     (ranks_a, km_a), (ranks_b, km_b) = (_ranks_and_km(rows) for rows in records)
@@ -75,8 +75,11 @@ def _sampled(records: list[dict]) -> bool:
     return any(value is None for record in records for _, value in record["top"])
 
 
-def _read(path: Path) -> dict[tuple, dict]:
-    """{(pair, user, time, target): the line's object}, in the file's order."""
+def read(path: Path) -> dict[tuple, dict]:
+    """{(pair, user, time, target): the line's object} of a predictions.jsonl, in the file's order.
+
+    Raises UserError if the file is missing or a line is wrong.
+    """
     found = {}
     with open(require(path, MADE_BY), "rb") as file:
         for number, line in enumerate(file, start=1):

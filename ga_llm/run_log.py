@@ -179,14 +179,20 @@ def draw_log(output_dir: Path | str) -> None:
 
 
 def draw_loss(lines: list[dict], path: Path | str) -> None:
-    """Plot the loss over the steps, raw and as a running mean; nothing for fewer than two lines."""
+    """A picture of `plot_loss`; nothing for fewer than two lines."""
     lines = [line for line in lines if line["loss"] is not None]
     if len(lines) < 2:
         return
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    plot_loss(figure.subplots(), lines)
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=150)
+
+
+def plot_loss(axes, lines: list[dict]) -> None:
+    """Plot the loss over the steps, raw and as a running mean. lines: at least two, each with a loss."""
     steps, loss = [line["step"] for line in lines], pd.Series([line["loss"] for line in lines])
     window = max(3, len(lines) // 20)
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
     axes.plot(steps, loss, color="0.7", linewidth=0.8, label="as logged")
     axes.plot(steps, loss.rolling(window, center=True, min_periods=1).mean(), color="black", linewidth=1.8,
               label=f"mean of {window} log lines")
@@ -194,8 +200,6 @@ def draw_loss(lines: list[dict], path: Path | str) -> None:
     axes.set_ylabel("training loss (nats per answer token)")
     axes.grid(color="0.9")
     axes.legend()
-    with atomic_write(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=150)
 
 
 def add_start(path: Path, start: dict) -> None:

@@ -56,15 +56,15 @@ def digest(state_dict: dict[str, torch.Tensor]) -> str:
     return found.hexdigest()[:16]
 
 
-def load_encoder(path: Path | str, hidden_size: int) -> tuple[nn.Module, GeoEncoderConfig]:
-    """Load an encoder, ours or the released code's, for an LLM of width `hidden_size`; weights load strictly.
+def load_encoder(path: Path | str, hidden_size: int | None = None) -> tuple[nn.Module, GeoEncoderConfig]:
+    """Load an encoder, ours or the released code's, for an LLM of width `hidden_size` (None: any); strictly.
 
     Raises UserError if the file is missing, damaged, or of another width.
     """
     path = require(path, GCIM.made_by)
     state_dict = read_tensors(path)
     config = read_config(path, state_dict)
-    if config.hidden_size != hidden_size:
+    if hidden_size is not None and config.hidden_size != hidden_size:
         raise UserError(f"{path}: made for an LLM of width {config.hidden_size}, this one has {hidden_size}; give the "
                         "encoder that stage 1 trained with the same --model_name_or_path")
     with torch.device("meta"):      # which could be large

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 CODE = ("best_conf", "data-preprocess", "ds_configs", "ga_llm", "geo_encoder", "tools", "finetune_GCIM.py",
         "finetune_LLM_with_GCIM.py", "finetune_PAM.py", "test_next_gps.py", "export.py", "recommend.py", "run_experiment.py",
-        "results.py", "experiments")
+        "results.py", "experiments", "report.py")
 DATA = "datasets/sample/preprocessed"
 MAPPING = f"{DATA}/sample_gps_mapping.csv"
 README_FLAGS = f"""--model_name_or_path models/tiny --bf16 True --gps_mapping_path {MAPPING} --model_max_length 4096

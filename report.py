@@ -1,0 +1,82 @@
+"""A report on an output folder: one self-contained report.html, which opens offline, and its pictures as PNGs.
+
+    python report.py --output_dir O/checkpoint-N [--geoencoder_path O1/N/geo_encoder_merged.pth] [--report_dir DIR]
+
+Reads what test_next_gps.py wrote there (metrics.json, predictions.jsonl), the data set's files that it names, the logs
+of the trainings and the geo-encoder: metrics with intervals and baselines, accuracy by group, calibration, an error
+map, examples, what the encoder's vectors know of distance, losses. What is not there is named in the report, in one line.
+"""
+import argparse
+import functools
+import logging
+from pathlib import Path
+
+from ga_llm import artifacts, comparison, report, report_page, writing
+from ga_llm.artifacts import GCIM, require
+from ga_llm.cli import Parser, run
+from geo_encoder.gps_tokens import MADE_BY
+
+log = logging.getLogger("report")
+
+
+def arguments() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("--output_dir", type=Path, required=True, help=f"the folder where `{comparison.MADE_BY}` has "
+                        f"left {artifacts.METRICS}")
+    parser.add_argument("--report_dir", type=Path, help="default: the folder report in --output_dir")
+    parser.add_argument("--data_path", help="the root of the data sets' files (default: that of the test)")
+    parser.add_argument("--gps_mapping_path", help="default: that of the test")
+    parser.add_argument("--geoencoder_path", help="default: that of the test")
+    args = parser.parse_args()
+    args.report_dir = args.report_dir or args.output_dir / "report"
+    for path, made_by in ((args.geoencoder_path, GCIM.made_by), (args.gps_mapping_path, MADE_BY)):
+        if path:
+            require(path, made_by)
+    return args
+
+
+def main():
+    args = arguments()
+    evaluation = report.read_evaluation(args.output_dir)
+    with writing.alone(args.report_dir):
+        page = make(args, evaluation)
+        with writing.together() as new_file:
+            for name, png in page.pictures.items():
+                with new_file(args.report_dir / name, "wb") as file:
+                    file.write(png)
+            with new_file(args.report_dir / artifacts.REPORT) as file:
+                file.write(page.html())
+        for left in set(args.report_dir.glob(artifacts.REPORT_PICTURES)) - {args.report_dir / n for n in page.pictures}:
+            left.unlink()       # of an earlier report that showed more
+    print(f"wrote {args.report_dir / artifacts.REPORT} and {len(page.pictures)} pictures beside it")
+
+
+def make(args, evaluation: report.Evaluation) -> report_page.Page:
+    folder, other_data = report.data_folder(evaluation, args.data_path), bool(args.data_path)
+    # Each is read once, and only by the sections that need it.
+    mapping = remembered(lambda: report.read_mapping(evaluation, folder, args.gps_mapping_path, other_data))
+    baseline = remembered(lambda: report.read_baseline(evaluation, folder, mapping(), other_data))
+    encoder = remembered(lambda: report.read_encoder(evaluation, mapping(), args.geoencoder_path))
+    return report_page.build(evaluation, mapping, baseline, encoder,
+                             lambda: report.read_losses(evaluation, args.geoencoder_path), folder)
+
+
+def remembered(read):
+    """`read`, which is called once; if it says that something is absent, it says so again."""
+    @functools.cache
+    def outcome():
+        try:
+            return read(), None
+        except report.Absent as absent:
+            return None, absent
+
+    def again():
+        found, absent = outcome()
+        if absent is not None:
+            raise absent
+        return found
+    return again
+
+
+if __name__ == "__main__":
+    run(main)
