@@ -25,8 +25,10 @@ class TestPrompt:
 
     @functools.cached_property
     def current(self) -> list[int]:
-        """Those of the current trajectory alone; in another wording than ours, all."""
-        return _poi_ids(prompts.split(self.text)[0].rpartition(prompts.CURRENT)[2])
+        """Those of the current trajectory alone, if there is one; in another wording than ours, all."""
+        _, heading, current = prompts.split(self.text)[0].rpartition(prompts.CURRENT)
+        is_ours = self.user is not None and self.time is not None
+        return [] if is_ours and not heading else _poi_ids(current)
 
     @functools.cached_property
     def user(self) -> int | None:
