@@ -303,7 +303,7 @@ def read_encoder(evaluation: Evaluation, mapping: GPSMapping, given: Path | str 
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         untrained = build_encoder(config)
-    shown, name = some_places(mapping), digest(encoder)
+    shown, name = some_places(mapping), digest(encoder.state_dict())
     before, after = (embeddings(vectors(one, config, shown), shown) for one in (untrained, encoder))
     return EncoderViews(Path(path), config, name, shown, len(mapping.ids), before, after)
 
