@@ -106,3 +106,31 @@ def test_flags(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", [*__import__("sys").argv, "--corpus", str(tmp_path / "no.json")])
     with pytest.raises(UserError, match="--words, --corpus: exclude each other"):
         tool.main()
+
+
+def test_ids_of_near_places_begin_alike(tmp_path):
+    """Three places: two in one block, one in another state; the rest of the model is as without."""
+    mapping = gps_tokens.GPSMapping(np.array([5, 1, 2]), np.array([40.7127, 37.77, 40.7128]),
+                                    np.array([-74.0060, -122.42, -74.0059]))
+    options = {"style": "words", "corpus": pairs(), "vocab_size": 2000, "hidden": 256, "heads": 4, "tie_embeddings": True}
+    plain = make_tiny_llama(tmp_path / "plain", **options).state_dict()
+    model = make_tiny_llama(tmp_path / "places", **options, places=mapping)
+    tokenizer = load_tokenizer(str(tmp_path / "places"))
+    one, other, far, absent = tokenizer.convert_tokens_to_ids(["5", "2", "1", "7"])
+    rows = model.get_input_embeddings().weight
+
+    def cosine(a, b):
+        return torch.cosine_similarity(rows[a], rows[b], dim=0).item()
+
+    assert cosine(one, other) > 0.5 and abs(cosine(one, far)) < 0.3
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, plain[name])}
+    assert changed == {"model.embed_tokens.weight", "lm_head.weight"}
+    assert torch.equal(rows[absent], plain["model.embed_tokens.weight"][absent])
+    assert load_tokenizer(str(tmp_path / "plain")).get_vocab() == tokenizer.get_vocab()
+
+
+def test_places_need_words(tmp_path, monkeypatch):
+    import make_tiny_llama as tool
+    monkeypatch.setattr("sys.argv", ["x", "--places", "g.csv", "--output_dir", str(tmp_path / "o")])
+    with pytest.raises(UserError, match="--places: goes with --words"):
+        tool.main()
