@@ -57,13 +57,12 @@ def main():
         llm.train_by_name(model, args.trainable_params)
 
     # In the place of the <GPS n> and <POI n> embeddings: frozen, the encoders become tables (paper).
-    trainer_class, encoders = checkpoints.GATrainer, {}
     if args.train_encoders:
         injection.attach_trained(setup.model, loaded)
-        trainer_class = checkpoints.EncoderTrainer
-        encoders["trained"] = [checkpoints.Trained(one.injection.encoder, one.config, one.files) for one in loaded]
+        trained = [checkpoints.Trained(one.injection.encoder, one.config, one.files) for one in loaded]
+        trainer_class, encoders = checkpoints.EncoderTrainer, {"trained": trained, "encoders": {}}
     else:
-        encoders["encoders"] = injection.attach_encoders(setup.model, loaded)
+        trainer_class, encoders = checkpoints.GATrainer, {"encoders": injection.attach_encoders(setup.model, loaded)}
     if args.dropout:
         llm.add_dropout(setup.model, args.dropout)
     llm.trainable_to_fp32(model)
@@ -74,9 +73,9 @@ def main():
     if args.dry_run:
         dry_run.run(trainer, setup)
     else:
-        trained = checkpoints.train(trainer)
+        has_trained = checkpoints.train(trainer)
         if args.train_encoders:
-            trainer.save_final_encoders(trained)
+            trainer.save_final_encoders(has_trained)
     sharding.leave(trainer.accelerator)
 
 

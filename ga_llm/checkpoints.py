@@ -58,7 +58,7 @@ class GATrainer(LoggedTrainer):
     """Trainer whose checkpoints are whole or not there, hold what is trained beside LoRA, and are gone on from exactly.
 
     Its checkpoints are kept by their step: transformers' --load_best_model_at_end has no evaluation to choose by here.
-    encoders: of stage 2, what tells the frozen encoders apart (`injection.attach_encoders`).
+    encoders: of stage 2, what tells the frozen encoders apart (`injection.attach_encoders`); none are if all are trained.
     """
 
     def __init__(self, *args, encoders: dict[str, str] | None = None, **kwargs):
@@ -201,12 +201,14 @@ class EncoderTrainer(GATrainer):
     @functools.cached_property
     def agreement(self) -> dict:
         """The seed, too: what lies below the encoder's LoRA is drawn from it, and is not saved."""
-        return {**super().agreement, "seed": self.args.seed,
+        found = {name: value for name, value in super().agreement.items() if name != "encoders"}
+        return {**found, "seed": self.args.seed,
                 "encoder": {one.files.module: dataclasses.asdict(one.config) for one in self.trained}}
 
     @property
     def saved_with(self) -> dict:
-        return {"encoders": {one.files.module: digest(merged) for one, merged in zip(self.trained, self.merged)}}
+        """Of stage 2, which gives `encoders`, those that the model was saved with."""
+        return {} if self.encoders is None else {"encoders": {one.files.module: digest(merged) for one, merged in zip(self.trained, self.merged)}}
 
     def gather(self) -> None:
         """Merge the weights as they are now. Every rank must call it, for ZeRO-3 and FSDP gather them."""

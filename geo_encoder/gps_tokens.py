@@ -121,6 +121,11 @@ def add_rows(model, vocabulary: int, new: np.ndarray) -> None:
 
 
 def keep_rows(weight: torch.nn.Parameter, token_ids: np.ndarray) -> None:
-    """Let no gradient reach the rows of `token_ids`: where embeddings are tied, the loss would move them."""
+    """Let no gradient reach the rows of `token_ids`: where embeddings are tied, the loss would move them.
+
+    Call it when it is settled whether `weight` is trained at all.
+    """
+    if not weight.requires_grad:
+        return
     rows = torch.from_numpy(token_ids)
     weight.register_hook(lambda grad: grad.index_fill(0, rows.to(grad.device), 0))

@@ -50,7 +50,7 @@ def train(tiny_llama, mapping_csv, tmp_path):
                 llm.train_by_name(model, "embed,norm")
             if train_encoders:
                 injection.attach_trained(base, loaded)
-                trainer = checkpoints.EncoderTrainer(model=model, **common, trained=[
+                trainer = checkpoints.EncoderTrainer(model=model, **common, encoders={}, trained=[
                     checkpoints.Trained(one.injection.encoder, one.config, one.files) for one in loaded])
             else:
                 found = injection.attach_encoders(base, loaded)

@@ -99,11 +99,12 @@ def test_words_beyond_the_vocabulary_are_spelled(tmp_path):
 
 def test_flags(tmp_path, monkeypatch):
     import make_tiny_llama as tool
-    monkeypatch.setattr("sys.argv", ["x", "--words", str(tmp_path / "no.json"), "--output_dir", str(tmp_path / "o")])
+    words = ["x", "--words", str(tmp_path / "no.json"), "--output_dir", str(tmp_path / "o")]
+    monkeypatch.setattr("sys.argv", words)
     with pytest.raises(UserError, match="no.json: not found; make it with `python data-preprocess/process_llm_gps.py`"):
         tool.main()
     (tmp_path / "no.json").write_text(json.dumps([{"question": "<question>: a", "answer": "<answer>: POI id 1."}]))
-    monkeypatch.setattr("sys.argv", [*__import__("sys").argv, "--corpus", str(tmp_path / "no.json")])
+    monkeypatch.setattr("sys.argv", [*words, "--corpus", str(tmp_path / "no.json")])
     with pytest.raises(UserError, match="--words, --corpus: exclude each other"):
         tool.main()
 
