@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from ga_llm import (artifacts, baselines, comparison, decoding, history, llm, metrics, predictions, protocols,
+from ga_llm import (artifacts, baselines, comparison, decoding, ensemble, history, llm, metrics, predictions, protocols,
                     ranking, run_log, sft_data, spelling, trained, tree_attention, writing)
 from ga_llm.cli import Parser, UserError, boolean, run, share, token_count, whole_number
 from geo_encoder import gps_tokens, injection
@@ -38,6 +38,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--full_table", type=boolean, default=False, help="write log P of every POI, too")
     parser.add_argument("--history_weight", type=share, default=0.0, metavar="W",
                         help="mix W of the user's history by hour and recency with 1-W of the model (rank only)")
+    parser.add_argument("--average_with", nargs="+", default=[], metavar="FILE.npy",
+                        help="log_probabilities.npy of other runs: average their probabilities with this one's")
     parser.add_argument("--batch_size", type=whole_number(1), default=8)
     parser.add_argument("--seq_len", type=token_count, default=32768, help="longer prompts are cut from the left")
     parser.add_argument("--flash_attn", type=boolean, default=True)
@@ -51,7 +53,7 @@ def arguments() -> argparse.Namespace:
     for name in ("base_model", "output_dir", "dataset_name"):
         if not getattr(args, name):
             raise UserError(f"--{name} is required; see python test_next_gps.py --help")
-    args.full_table |= args.history_weight > 0      # the mixture needs every POI's probability
+    args.full_table |= args.history_weight > 0 or bool(args.average_with)       # every POI's probability
     decoding.check_table(args.decoding, args.full_table)
     args.folder = folder = artifacts.preprocessed(args.dataset_name, args.data_path)
     args.test_file = folder / (args.test_file or artifacts.questions("test", args.dataset_name, 2, use_sim=False))
@@ -59,6 +61,7 @@ def arguments() -> argparse.Namespace:
     # Only the trained model's ranking of all pairs lies beside the checkpoint itself; no other may replace it.
     variant = [value for value, default in ((args.test_type, "llm"), (args.decoding, "rank"), (args.protocol, "ga-llm"))
                if value != default] + ["always_end"] * args.always_end + (
+        [f"average{1 + len(args.average_with)}"] * bool(args.average_with)) + (
         [f"history{args.history_weight:g}"] * (args.history_weight > 0)) + [f"limit{args.limit}"] * bool(args.limit)
     args.results = Path(args.output_dir) / "_".join(variant)
     return args
@@ -75,6 +78,21 @@ def predict(args, model, tokenizer, test_prompts, trie) -> tuple[predictions.Sto
         store.add(chunk, results)
     new = len(store.done) - first
     return store, new / (time.perf_counter() - started) if new else None
+
+
+def mixed(args, store: predictions.Store, test_prompts, candidates, others: dict) -> tuple:
+    """What --average_with and --history_weight make of the model's probabilities, and what it stands beside."""
+    alone, table = store.ranking(test_prompts), store.rows[[prompt.pair for prompt in test_prompts]]
+    if args.average_with:
+        table = ensemble.average([table, *(ensemble.read(path, test_prompts, candidates)
+                                           for path in args.average_with)])
+    if args.history_weight:
+        shares = history.probabilities(args.folder / artifacts.SAMPLE, test_prompts, candidates)
+        store.replace(test_prompts, ensemble.rank(history.mix(table, shares, 1.0), test_prompts, candidates))
+        others = {"history by hour and recency": store.ranking(test_prompts), **others}
+        table = history.mix(table, shares, args.history_weight)
+    store.replace(test_prompts, ensemble.rank(table, test_prompts, candidates))
+    return store.ranking(test_prompts), {"model alone": alone, **others}
 
 
 def main():
@@ -103,13 +121,8 @@ def main():
     store, speed = predict(args, model, tokenizer, test_prompts, trie)
 
     found, others = store.ranking(test_prompts), baselines.rankings(train, test_prompts)
-    if args.history_weight:
-        shares = history.probabilities(args.folder / artifacts.SAMPLE, test_prompts, trie.candidates)
-        alone, table = found, store.rows[[prompt.pair for prompt in test_prompts]]
-        for weight, name in ((1.0, "history by hour and recency"), (args.history_weight, "model")):
-            store.replace(test_prompts, history.mix(table, shares, weight, test_prompts, trie.candidates))
-            found = others[name] = store.ranking(test_prompts)
-        others = {"model alone": alone, **{name: other for name, other in others.items() if name != "model"}}
+    if args.history_weight or args.average_with:
+        found, others = mixed(args, store, test_prompts, trie.candidates, others)
     report = metrics.report(test_prompts, found, others, train, mapping, speed, args.protocol, args.decoding)
     report |= run_log.describe_evaluation()
     report["settings"] = {name: str(value) for name, value in vars(args).items()}

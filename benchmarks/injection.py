@@ -65,7 +65,7 @@ def training_pairs(dataset: str, stage: int, fields: tuple[str, ...], wanted: in
         if 0 <= spare <= len(pair.history):
             cut.append(dataclasses.replace(pair, history=pair.history[spare:]))
     texts = questions.texts(train, fields)
-    records = questions.records(config, stage, train, texts, texts, cut, samples.load_places(config))
+    records = questions.records(config, stage, train, texts, train, texts, cut, samples.load_places(config))
     joined = sorted((prompts.join(record["question"], record["answer"]) for record in records), key=distinct_places)
     if not joined:
         raise SystemExit(f"{dataset}: no training question has {wanted} GPS tokens; give fewer with --gps_tokens")

@@ -32,7 +32,7 @@ def test_pairs(dataset: str, max_history: int, fields: tuple[str, ...]) -> list[
     """The joined test pairs, as process_llm_gps.py writes them with -max_history and -fields."""
     config = dataclasses.replace(configs.load(artifacts.config_file(dataset)), max_history=max_history)
     train, test = samples.load(config, "train"), samples.load(config, "test")
-    records = questions.records(config, 2, test, questions.texts(test, fields), questions.texts(train, fields),
+    records = questions.records(config, 2, test, questions.texts(test, fields), train, questions.texts(train, fields),
                                 questions.pairs(config, train, test, None), samples.load_places(config))
     return [prompts.join(record["question"], record["answer"]) for record in records]
 

@@ -42,7 +42,7 @@ def training_data(folder: Path, config, fields, tokenizer, length: int, mapping)
     train, path = samples.load(config, "train"), folder / "train.json"
     texts = questions.texts(train, fields)
     with path.open("wb") as file:
-        questions.write_json_array(file, questions.records(config, 2, train, texts, texts,
+        questions.write_json_array(file, questions.records(config, 2, train, texts, train, texts,
                                                            questions.pairs(config, train, train, None),
                                                            samples.load_places(config)))
     users = [int(train["UserId"].iat[pair.target]) for pair in questions.pairs(config, train, train, None)]

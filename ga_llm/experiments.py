@@ -27,7 +27,7 @@ SECTIONS = ("stage_1_questions", "questions", "similar", "embeddings", "training
             "test")
 LEFT_OUT = ("gcim", "pam")      # by `false`; `similar` is there only where the row has it
 ROW = ("table", "row", "dataset")
-ROW_OPTIONAL = ("reference", "group", "backbone", "published", "source", "note")
+ROW_OPTIONAL = ("reference", "group", "members", "backbone", "published", "source", "note")
 SCALE = ("model", "backbone", "processes")
 METRICS = tuple(f"Acc@{k}" for k in ACC_AT) + ("MRR", "MRR@5", "MRR@10", "NDCG@10")
 
@@ -42,6 +42,7 @@ class Experiment:
     sections: dict                      # section -> {flag: value}, or False
     reference: str | None = None        # the experiment that the table compares this one with
     group: tuple | None = None          # (grouping, group) of metrics.json; None: all pairs
+    members: tuple = ()                 # other experiments, whose probabilities are averaged with this one's
     backbone: str | None = None         # None: whatever the scale has
     published: dict = dataclasses.field(default_factory=dict)      # metric -> figure
     source: str | None = None           # of these
@@ -78,6 +79,8 @@ def read(path: Path | str) -> Experiment:
     group = values.get("group")
     check(group is None or isinstance(group, dict) and len(group) == 1 and all(map(_is_text, *group.items())), "group",
           "one grouping of metrics.json and its group, such as {user activity: inactive}")
+    members = values.get("members", [])
+    check(isinstance(members, list) and all(map(_is_text, members)), "members", "a list of other experiments' names")
     published = values.get("published", {})
     check(isinstance(published, dict) and all(metric in METRICS and isinstance(figure, float) and 0 <= figure <= 1
                                               for metric, figure in published.items()),
@@ -85,7 +88,8 @@ def read(path: Path | str) -> Experiment:
     check(not published or "source" in values, "source", "where the published figures stand")
     sections = {key: values[key] for key in SECTIONS if key in values}
     return Experiment(path, values["table"], values["row"], values["dataset"], sections, values.get("reference"),
-                      None if group is None else tuple(next(iter(group.items()))), values.get("backbone"), published,
+                      None if group is None else tuple(next(iter(group.items()))), tuple(members),
+                      values.get("backbone"), published,
                       values.get("source"), values.get("note"))
 
 
@@ -148,6 +152,8 @@ def chain_of(experiment: Experiment, scale: Scale, raw: Callable, work_dir: Path
         raise UserError(f"{experiment.path}: is about {experiment.backbone}, and {scale.path} has {scale.backbone}; "
                         "give the folder of that model by --model")
     asked_in_training = Made(questions, f"{data}/{artifacts.questions('train', name, 2, similar, pam)}")
+    averaged = [Made(chain_of(other, scale, raw, work_dir, model), f"{CHECKPOINT}/{artifacts.LOG_PROBABILITIES}")
+                for other in _members(experiment)]
     model = _model(model or scale.model, step, scale, {"{questions}": asked_in_training, "{mapping}": mapping})
 
     def train(kind, script, section, data_path, *flags):
@@ -181,7 +187,18 @@ def chain_of(experiment: Experiment, scale: Scale, raw: Callable, work_dir: Path
                 "--data_path", Made(questions), "--dataset_name", name,
                 "--test_file", artifacts.questions("test", name, 2, similar, pam), "--test_type", "llm",
                 "--gps_mapping_path", mapping, *modules, *_flags("--", sections["test"]),
+                *["--average_with"] * bool(averaged), *averaged,
                 links=[(Made(tuned, LAST_CHECKPOINT), CHECKPOINT)])
+
+
+def _members(experiment: Experiment) -> list[Experiment]:
+    """Raises UserError for one that is missing, or whose test leaves no table beside its checkpoint."""
+    found = [read(experiment.path.with_name(f"{name}.yml")) for name in experiment.members]
+    for other in found:
+        if other.members or other.sections.get("test", {}) != {"full_table": True}:
+            raise UserError(f"{experiment.path}: members: {other.name} leaves no {artifacts.LOG_PROBABILITIES} of its "
+                            "own; give it `test: {full_table: True}` and no members")
+    return found
 
 
 CHECKPOINT = "checkpoint"       # the test's own links to stage 2's last checkpoint, beside which its results lie

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ga_llm import ensemble
 from ga_llm.baselines import COLUMNS, read_check_ins
 from ga_llm.cli import UserError
-from ga_llm.ranking import TOP, Ranked
 from ga_llm.spelling import TestPrompt
 
 RECENT_DAYS = 60.0      # after so many a visit counts 1/e
@@ -64,19 +64,7 @@ def probabilities(sample_path: Path, test_prompts: Sequence[TestPrompt], candida
     return found
 
 
-def mix(log_probs: np.ndarray, shares: np.ndarray, weight: float, test_prompts: Sequence[TestPrompt],
-        candidates: Sequence[int]) -> list[Ranked]:
-    """The mixture's rankings. log_probs, shares: (pairs, candidates), of the model and of `probabilities`.
-
-    The model's are normalised over the candidates first: some of its probability is on what is no id.
-    """
-    place, found = {poi: i for i, poi in enumerate(candidates)}, []
-    for row, share, prompt in zip(log_probs.astype(np.float64), shares, test_prompts):
-        model = np.exp(row - np.logaddexp.reduce(row))
-        with np.errstate(divide="ignore"):
-            mixed = np.log((1 - weight) * model + weight * share)
-        best = np.argsort(-mixed, kind="stable")[:TOP]
-        target = place.get(prompt.target)
-        rank = None if target is None else int((mixed >= mixed[target]).sum())      # ties as in `ranking.rank_of`
-        found.append(Ranked(rank, [(candidates[i], float(mixed[i])) for i in best], None))
-    return found
+def mix(log_probs: np.ndarray, shares: np.ndarray, weight: float) -> np.ndarray:
+    """The mixture's log-probabilities. log_probs, shares: (pairs, candidates), of the model and of `probabilities`."""
+    with np.errstate(divide="ignore"):
+        return np.log((1 - weight) * ensemble.normalised(log_probs) + weight * shares)

@@ -9,7 +9,9 @@ Whoever reads it relies on `<question>:`, `<answer>:`, `POI id n`, `<GPS n>` and
 wording work too. (Evaluation also reads the user, the target's time and the current part, where they stand as here.)
 Where there are several `<answer>:`, as behind examples of answers, the last one counts.
 """
+import bisect
 import datetime
+import itertools
 import re
 from collections.abc import Container, Sequence
 
@@ -29,9 +31,13 @@ FIELDS = ("time", "user", "poi", "coordinates", "gps", "category")
 # Instead of `time`, for short prompts: the time of day alone, or the weekday and the hour, "Tue 13h".
 CLOCK, WEEK = "clock", "week"
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+# In front of all: how long after the check-in that is shown before, "after 2h".
+AFTER = "after"
+STEPS = {0: "0min", 5: "5min", 15: "15min", 30: "30min", 60: "1h", 120: "2h", 240: "4h", 480: "8h", 960: "16h", 1440: "1d",
+         2880: "2d", 5760: "4d", 10080: "1w", 20160: "2w", 40320: "4w", 80640: "8w"}      # minutes, at least
 # With the POI Alignment Module: `<POI n>`, behind `POI id n`.
 ALIGNED = "poi_token"
-ORDER = (WEEK, CLOCK, "time", "user", "poi", ALIGNED, "coordinates", "gps", "category")
+ORDER = (AFTER, WEEK, CLOCK, "time", "user", "poi", ALIGNED, "coordinates", "gps", "category")
 STAGE_1_FIELDS = tuple(field for field in FIELDS if field != "category")
 
 
@@ -55,9 +61,23 @@ def week(time: str) -> str:
     return f"{DAYS[datetime.date.fromisoformat(time[:10]).weekday()]} {time[11:13]}h"
 
 
+def in_a_row(texts: Sequence[str], seconds: Sequence[int], last: int | None = None) -> tuple[list[str], str]:
+    """Check-ins that are shown in a row, each behind how long after the one before it was: "after 1h" is 1 to 2 hours.
+
+    seconds: of each, from any moment on; last: of the target. Returns the texts, and these words of the target.
+    """
+    steps, shown = list(STEPS), [*seconds] + [last] * (last is not None)
+    minutes = [(time - before) / 60 for before, time in itertools.pairwise(shown)]
+    words = [f"{AFTER} none"] + [f"{AFTER} {STEPS[steps[bisect.bisect_right(steps, gap) - 1]]}" for gap in minutes]
+    return [f"{word} {text}" for word, text in zip(words, texts)], words[len(texts)] if last is not None else ""
+
+
 def check_in(fields: Sequence[str], time: str, user: int, poi: int, latitude: float, longitude: float,
              category_name: str, category: int) -> str:
-    """One check-in as text. `time` is local, `YYYY-MM-DD HH:MM:SS`; coordinates are degrees, shown to 6 decimals."""
+    """One check-in as text. `time` is local, `YYYY-MM-DD HH:MM:SS`; coordinates are degrees, shown to 6 decimals.
+
+    The field `after` is not among its own: it is whoever puts check-ins in a row that knows it (`in_a_row`).
+    """
     shown = {
         WEEK: lambda: week(time),
         CLOCK: lambda: time[11:],
@@ -69,7 +89,7 @@ def check_in(fields: Sequence[str], time: str, user: int, poi: int, latitude: fl
         "gps": lambda: gps_token(poi),
         "category": lambda: f"{category_name}, category id {category}",
     }
-    return " ".join(shown[field]() for field in ORDER if field in fields) + "."
+    return " ".join(shown[field]() for field in ORDER if field in fields and field in shown) + "."
 
 
 def question(user: int, similar: Sequence[str], history: Sequence[str], current: Sequence[str], ask: str) -> str:
@@ -89,9 +109,14 @@ def ask_poi(time: str, user: int, first_id: int, last_id: int) -> str:
     return f"At {time}, which POI will user {user} visit? POI ids range from {first_id} to {last_id}."
 
 
-def answer_poi(time: str, user: int, poi: int, fields: Sequence[str] = ()) -> str:
-    """The answer; with the field `week` the id stands behind the same words as in a check-in."""
-    moment = f"{week(time)} " if WEEK in fields else ""
+def answer_poi(time: str, user: int, poi: int, fields: Sequence[str] = (), after: str = "") -> str:
+    """The answer; with the fields `after` and `week` the id stands behind the same words as in a check-in.
+
+    after: of the target, as `in_a_row` tells it.
+    """
+    moment = f"{after} " if AFTER in fields else ""
+    if WEEK in fields:
+        moment += f"{week(time)} "
     return f"{ANSWER} At {time}, user {user} will visit {moment}POI id {poi}."
 
 

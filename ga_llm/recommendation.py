@@ -251,16 +251,21 @@ def split(check_ins: Sequence[CheckIn], time: datetime.datetime, asking: Asking)
 
 def pair(check_ins: Sequence[CheckIn], time: datetime.datetime, user: int, places: Places, asking: Asking) -> str:
     """The joined pair of these check-ins; the answer's POI id is a stand-in, for nobody knows it."""
-    def text(check_in: CheckIn) -> str:
-        return prompts.check_in(asking.questions["fields"], check_in.time.strftime(TIME_FORMAT), user, check_in.poi,
-                                *places.coordinates[check_in.poi], *places.category[check_in.poi])
-
+    fields = asking.questions["fields"]
     history, current = split(check_ins, time, asking)
+    shown = [prompts.check_in(fields, check_in.time.strftime(TIME_FORMAT), user, check_in.poi,
+                              *places.coordinates[check_in.poi], *places.category[check_in.poi])
+             for check_in in (*history, *current)]
+    after = ""
+    if prompts.AFTER in fields:
+        *seconds, last = (int((moment - datetime.datetime.min).total_seconds())
+                          for moment in (*(check_in.time for check_in in (*history, *current)), time))
+        shown, after = prompts.in_a_row(shown, seconds, last)
     first, last = int(places.mapping.ids.min()), int(places.mapping.ids.max())
     at = time.strftime(TIME_FORMAT)
-    question = prompts.question(user, [], list(map(text, history)), list(map(text, current)),
+    question = prompts.question(user, [], shown[:len(history)], shown[len(history):],
                                 prompts.ask_poi(at, user, first, last))
-    return prompts.join(question, prompts.answer_poi(at, user, first, asking.questions["fields"]))
+    return prompts.join(question, prompts.answer_poi(at, user, first, fields, after))
 
 
 def rank(model, tokenizer, places: Places, asked: str, context: int) -> tuple[np.ndarray, np.ndarray, float, bool]:

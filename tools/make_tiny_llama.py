@@ -175,14 +175,15 @@ def sentencepiece_tokenizer(corpus: Iterable[str], vocab_size: int) -> LlamaToke
 # repeat ("… At 2012-…, which POI …? … <answer>: At …, user 17 will visit Tue 13h POI id 9."), and the end of a sentence.
 PASSED_OVER = (r"At [0-9: -]{19}, which POI will user [0-9]+ visit\? POI ids range from [0-9]+ to [0-9]+\. "
                r"<answer>: At [0-9: -]{19}, user [0-9]+ will visit ", r"\.(?= )")
-ALONE = r"(?<=POI id )[0-9]+|user [0-9]+:?"     # what is a token by itself; all between two of them is another
+# What is a token by itself; all between two of them is another.
+ALONE = rf"(?<=POI id )[0-9]+|user [0-9]+:?| ?{prompts.AFTER} [0-9a-z]+"
 
 
 def words_tokenizer(corpus: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Joined pairs as whole words: each POI id, each user, and all that stands between two of them, is one token.
+    """Joined pairs as whole words: each POI id, each user, each "after 2h", and all between two of them, is one token.
 
     The most frequent pieces become words, POI ids before all others; what is none is spelled in bytes. It is made for
-    questions whose check-ins begin with their time (`-fields week,gps`): of the question and the answer it reads only
+    questions whose check-ins begin with their time (`-fields after,week,gps`): of the question and the answer it reads only
     what a check-in would show.
     """
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))

@@ -24,6 +24,7 @@ SPLITS = ("train", "test")
 VALIDATE = "validate"       # asked like test, where somebody must choose
 # A trajectory as text to search by: everything but the GPS tokens, which no text encoder knows.
 KEY_FIELDS = tuple(field for field in prompts.FIELDS if field != "gps")
+MISSING = 0.9       # of a history's trajectories at most, where it is thinned
 
 logger = logging.getLogger(__name__)
 
@@ -99,26 +100,49 @@ def covering(pairs_: Iterable[Pair], train: pd.DataFrame) -> Iterator[Pair]:
     yield from (pairs_[i] for i in sorted(kept))
 
 
-def records(config: Config, stage: int, split: pd.DataFrame, split_texts: list[str], train_texts: list[str],
-            pairs_: Iterable[Pair], places: pd.DataFrame, fields: tuple[str, ...] = ()) -> Iterator[dict]:
+def thinned(pairs_: Iterable[Pair], train: pd.DataFrame, copies: int, seed: int = 0) -> Iterator[Pair]:
+    """All of train's pairs `copies` times; each time trajectories are missing from their histories, at random.
+
+    For each pair of each copy a share is drawn between 0 and MISSING, and each trajectory is missing with that
+    probability. So a user's check-ins are seen with ever other pasts and, as in test, after weeks without any.
+    """
+    pairs_, draw = list(pairs_), np.random.default_rng(seed)
+    trajectory = train["TrajectoryId"].to_numpy()
+    for _ in range(copies):
+        for pair in pairs_:
+            shown = trajectory[pair.history]
+            distinct, which = np.unique(shown, return_inverse=True)
+            stays = draw.random(len(distinct)) >= draw.uniform(0, MISSING)
+            yield dataclasses.replace(pair, history=pair.history[stays[which]])
+
+
+def records(config: Config, stage: int, split: pd.DataFrame, split_texts: list[str], train: pd.DataFrame,
+            train_texts: list[str], pairs_: Iterable[Pair], places: pd.DataFrame, fields: tuple[str, ...] = ()
+            ) -> Iterator[dict]:
     """Each pair as {"question", "answer"}. Stage 1 asks for the coordinates of the target's POI, stage 2 for its id.
 
-    places: the GPS mapping by id; its coordinates are stage 1's answer, for they are what the encoder sees.
+    split, train: samples, and the texts of their check-ins. places: the GPS mapping by id; its coordinates are stage
+    1's answer, for they are what the encoder sees.
     """
     time, user, poi = (split[column].tolist() for column in ("LocalTime", "UserId", "PoiId"))
     coordinates = dict(zip(places.index.tolist(), zip(places["Latitude"].tolist(), places["Longitude"].tolist())))
     first_id, last_id = min(coordinates), max(coordinates)
+    seconds, train_seconds = (rows["Time"].to_numpy("datetime64[s]").astype(np.int64) for rows in (split, train))
     for pair in pairs_:
-        t = pair.target
+        t, after = pair.target, ""
+        similar, history = ([train_texts[row] for row in rows] for rows in (pair.similar, pair.history))
+        current = [split_texts[row] for row in pair.current]
+        if prompts.AFTER in fields:     # what a check-in says then depends on the one before
+            similar, _ = prompts.in_a_row(similar, train_seconds[pair.similar].tolist())
+            own, after = prompts.in_a_row(history + current, np.concatenate([
+                train_seconds[pair.history], seconds[pair.current]]).tolist(), int(seconds[t]))
+            history, current = own[:len(history)], own[len(history):]
         if stage == 1:
             ask, answer = prompts.ask_coordinates(poi[t]), prompts.answer_coordinates(*coordinates[poi[t]])
         else:
             ask = prompts.ask_poi(time[t], user[t], first_id, last_id)
-            answer = prompts.answer_poi(time[t], user[t], poi[t], fields)
-        yield {"question": prompts.question(user[t], [train_texts[row] for row in pair.similar],
-                                            [train_texts[row] for row in pair.history],
-                                            [split_texts[row] for row in pair.current], ask),
-               "answer": answer}
+            answer = prompts.answer_poi(time[t], user[t], poi[t], fields, after)
+        yield {"question": prompts.question(user[t], similar, history, current, ask), "answer": answer}
 
 
 def texts(rows: pd.DataFrame, fields: Iterable[str]) -> list[str]:
@@ -127,11 +151,11 @@ def texts(rows: pd.DataFrame, fields: Iterable[str]) -> list[str]:
     return [prompts.check_in(fields, *cells) for cells in zip(*(rows[column].tolist() for column in columns))]
 
 
-def write(config: Config, stage: int, use_sim: bool, fields: tuple[str, ...], cover: bool = False,
+def write(config: Config, stage: int, use_sim: bool, fields: tuple[str, ...], cover: bool = False, copies: int = 0,
           splits: tuple[str, ...] = SPLITS) -> None:
     """Write the question files of one stage, one for each split, and beside each its settings.
 
-    cover: of train only `covering` pairs.
+    cover: of train only `covering` pairs. copies: so many `thinned` ones of train's pairs instead of these; 0: none.
     """
     settings = {"dataset": config.dataset_name, "stage": stage, "fields": fields, "use_sim": use_sim,
                 "max_history": config.max_history, "history_step": config.history_step}
@@ -148,8 +172,10 @@ def write(config: Config, stage: int, use_sim: bool, fields: tuple[str, ...], co
             if cover and split == "train":
                 found = list(covering(found, rows))
                 count = len(found)
-            made = tqdm(records(config, stage, rows, split_texts, train_texts, found, places, fields), desc=split,
-                        total=count, unit="pair", disable=not cli.show_progress())
+            if copies and split == "train":
+                found, count = thinned(found, rows, copies), count * copies
+            made = tqdm(records(config, stage, rows, split_texts, split_rows["train"], train_texts, found, places,
+                                fields), desc=split, total=count, unit="pair", disable=not cli.show_progress())
             path = config.folder / artifacts.questions(split, config.dataset_name, stage, use_sim,
                                                        prompts.ALIGNED in fields)
             with new_file(artifacts.question_settings(path), "wb") as file:
@@ -232,6 +258,8 @@ def command(stage: int, description: str) -> None:
                              "row begin alike (for --shared_prefix)")
     parser.add_argument("-cover", type=cli.boolean, default=False, metavar="True|False",
                         help="of train only as many pairs as show every check-in (for --loss_on poi_ids)")
+    parser.add_argument("-thinned", type=cli.whole_number(1, 10_000), default=0, metavar="N",
+                        help="N copies of train's pairs, from whose histories trajectories are missing at random")
     parser.add_argument("-validate", type=cli.boolean, default=False, metavar="True|False",
                         help="questions of the validation split, too, asked like test's")
     args = parser.parse_args()
@@ -248,7 +276,8 @@ def command(stage: int, description: str) -> None:
                                 f"{config.max_history}")
         config = dataclasses.replace(config, history_step=args.history_step)
     fields = shown_fields(args.fields, default, stage, stage == 2 and args.use_pam)
-    write(config, stage, args.use_sim, fields, args.cover, (*SPLITS, VALIDATE) if args.validate else SPLITS)
+    write(config, stage, args.use_sim, fields, args.cover, args.thinned,
+          (*SPLITS, VALIDATE) if args.validate else SPLITS)
 
 
 def shown_fields(text: str, allowed: tuple[str, ...], stage: int, use_pam: bool = False) -> tuple[str, ...]:
@@ -257,7 +286,7 @@ def shown_fields(text: str, allowed: tuple[str, ...], stage: int, use_pam: bool 
     Raises UserError for an unknown one, or stage 1 without `gps`.
     """
     asked = {field.strip() for field in text.split(",")}
-    allowed = (prompts.WEEK, prompts.CLOCK, *allowed)
+    allowed = (prompts.AFTER, prompts.WEEK, prompts.CLOCK, *allowed)
     if asked - set(allowed):
         raise cli.UserError(f"-fields: stage {stage} has no {short(min(asked - set(allowed)))}; choose among "
                             + ",".join(allowed))
