@@ -58,7 +58,7 @@ class Scale:
     """One YAML of a scale, checked."""
     path: Path
     model: str | list                   # a folder, or the command that makes one, with {questions} (stage 2's, for
-                                        # training) and {mapping} in it where it needs them
+                                        # training), {mapping} and {train} (train_sample.csv) where it needs them
     backbone: str                       # what that is
     processes: int                      # of torchrun
     sections: dict
@@ -154,7 +154,9 @@ def chain_of(experiment: Experiment, scale: Scale, raw: Callable, work_dir: Path
     asked_in_training = Made(questions, f"{data}/{artifacts.questions('train', name, 2, similar, pam)}")
     averaged = [Made(chain_of(other, scale, raw, work_dir, model), f"{CHECKPOINT}/{artifacts.LOG_PROBABILITIES}")
                 for other in _members(experiment)]
-    model = _model(model or scale.model, step, scale, {"{questions}": asked_in_training, "{mapping}": mapping})
+    model = _model(model or scale.model, step, scale, {
+        "{questions}": asked_in_training, "{mapping}": mapping,
+        "{train}": Made(samples, f"{data}/{artifacts.split_sample('train')}")})
 
     def train(kind, script, section, data_path, *flags):
         common = _flags("--", {**sections["training"], **sections[section]})

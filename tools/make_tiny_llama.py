@@ -34,6 +34,7 @@ from tokenizers import (Regex, Tokenizer, decoders, models, normalizers, pre_tok
 from transformers import (GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaTokenizer,  # noqa: E402
                           PreTrainedTokenizerFast)
 
+from ga_llm.recommendation import read_categories  # noqa: E402
 from ga_llm.sft_data import iterate_pairs  # noqa: E402
 from geo_encoder.gps_tokens import GPSMapping, read_gps_mapping  # noqa: E402
 from geo_encoder.quadkey import quadkeys  # noqa: E402
@@ -56,6 +57,8 @@ def main():
     parser.add_argument("--corpus", type=Path, help="text to train the tokenizer on, such as a test question file")
     parser.add_argument("--words", type=Path, help="a training question file: whole POI ids, users and times as tokens")
     parser.add_argument("--places", type=Path, help="with --words: the GPS mapping; ids of near places begin alike")
+    parser.add_argument("--categories", type=Path,
+                        help="with --places: train_sample.csv; ids of a category begin alike, too")
     parser.add_argument("--vocab_size", type=whole_number(300, 2**24), default=1024, help="at most so many tokens")
     parser.add_argument("--hidden", type=whole_number(2, 2**20), default=64)
     parser.add_argument("--intermediate", type=whole_number(1, 2**20),
@@ -71,9 +74,12 @@ def main():
     if not cli.show_progress():
         transformers.utils.logging.disable_progress_bar()
     options = vars(args)
-    folder, corpus, words, places = (options.pop(name) for name in ("output_dir", "corpus", "words", "places"))
+    folder, corpus, words, places, categories = (
+        options.pop(name) for name in ("output_dir", "corpus", "words", "places", "categories"))
     if places is not None and words is None:
         raise UserError("--places: goes with --words, which makes every POI id a token; give both, or neither")
+    if categories is not None and places is None:
+        raise UserError("--categories: goes with --places; give both, or neither")
     if words is not None:
         if corpus is not None:
             raise UserError("--words, --corpus: exclude each other; give one of them")
@@ -83,7 +89,9 @@ def main():
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists and is not empty; remove it or choose another --output_dir")
     mapping = None if places is None else read_gps_mapping(places)
-    model = make_tiny_llama(folder, corpus=corpus, places=mapping, **options)
+    known = None if categories is None else read_categories(categories, mapping.ids.tolist(), unseen=-1)
+    category_of = known and {poi: category for poi, (_, category) in known.items()}
+    model = make_tiny_llama(folder, corpus=corpus, places=mapping, category_of=category_of, **options)
     log.info("wrote %s: random Llama, %.2f M parameters, %d tokens, tokenizer in the style of %s", folder,
              model.num_parameters() / 1e6, model.config.vocab_size, options["style"])
 
@@ -91,11 +99,12 @@ def main():
 def make_tiny_llama(folder: Path | str, *, style: str = STYLES[0], corpus: Iterable[str] | None = None,
                     vocab_size: int = 1024, hidden: int = 64, intermediate: int | None = None, layers: int = 2,
                     heads: int = 4, kv_heads: int | None = None, max_position: int = 2048,
-                    tie_embeddings: bool = False, seed: int = 0, places: GPSMapping | None = None) -> LlamaForCausalLM:
+                    tie_embeddings: bool = False, seed: int = 0, places: GPSMapping | None = None,
+                    category_of: dict[int, int] | None = None) -> LlamaForCausalLM:
     """Write a random float32 Llama and its tokenizer into `folder` and return the model.
 
     `corpus` yields texts to train the tokenizer on; by default prompts with random places. places: whose ids begin
-    alike where they are near (`neighbours_alike`). The global random state of torch is left as it was. Raises UserError
+    alike where they are near, category_of: or of one category ({POI id: category id}; `neighbours_alike`). The global random state of torch is left as it was. Raises UserError
     for sizes that do not make a Llama.
     """
     kv_heads = kv_heads or heads
@@ -114,7 +123,7 @@ def make_tiny_llama(folder: Path | str, *, style: str = STYLES[0], corpus: Itera
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
         if places is not None:
-            neighbours_alike(model, tokenizer, places)
+            neighbours_alike(model, tokenizer, places, category_of)
     model.generation_config = GenerationConfig(**special)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -122,8 +131,9 @@ def make_tiny_llama(folder: Path | str, *, style: str = STYLES[0], corpus: Itera
 
 
 @torch.no_grad()
-def neighbours_alike(model, tokenizer, places: GPSMapping) -> None:
-    """Add to the row of each POI id that is a token a random vector for each quadkey cell that it lies in.
+def neighbours_alike(model, tokenizer, places: GPSMapping, category_of: dict[int, int] | None = None) -> None:
+    """Add to the row of each POI id that is a token a random vector for each quadkey cell that it lies in, and one for
+    its category where `category_of` tells it.
 
     The more cells two places share, the more alike their rows: a model that is trained from scratch then learns of the
     one from the other. Levels 10 (tiles of some 30 km) to 18 (100 m).
@@ -131,8 +141,11 @@ def neighbours_alike(model, tokenizer, places: GPSMapping) -> None:
     digits = quadkeys(places.latitude, places.longitude, CELL_LEVELS[-1])
     ids = tokenizer.convert_tokens_to_ids([str(poi) for poi in places.ids])
     vectors = torch.zeros(len(ids), model.config.hidden_size)
-    for level in CELL_LEVELS:
-        _, cell = np.unique(digits[:, :level], axis=0, return_inverse=True)
+    kinds = [digits[:, :level] for level in CELL_LEVELS]
+    if category_of is not None:
+        kinds.append(np.array([[category_of[poi]] for poi in places.ids.tolist()]))
+    for kind in kinds:
+        _, cell = np.unique(kind, axis=0, return_inverse=True)
         vectors += torch.randn(int(cell.max()) + 1, model.config.hidden_size)[torch.from_numpy(cell.reshape(-1))]
     known = torch.tensor([token is not None for token in ids])
     rows = torch.tensor([token or 0 for token in ids])[known]

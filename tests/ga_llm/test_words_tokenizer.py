@@ -130,6 +130,26 @@ def test_ids_of_near_places_begin_alike(tmp_path):
     assert load_tokenizer(str(tmp_path / "plain")).get_vocab() == tokenizer.get_vocab()
 
 
+def test_ids_of_a_category_begin_alike(tmp_path):
+    """Of three places far from each other, two are of one category; the third of none that train knows, as 7's is."""
+    mapping = gps_tokens.GPSMapping(np.array([1, 2, 5]), np.array([40.7, 20.5, -30.1]), np.array([-74.0, 10.5, 100.0]))
+    options = {"style": "words", "corpus": pairs(), "vocab_size": 2000, "hidden": 256, "heads": 4, "places": mapping}
+    plain, alike = (make_tiny_llama(tmp_path / name, **options, category_of=of).get_input_embeddings().weight
+                    for name, of in (("plain", None), ("alike", {1: 9, 2: 9, 5: -1})))
+    tokenizer = load_tokenizer(str(tmp_path / "alike"))
+    one, other, third, absent = tokenizer.convert_tokens_to_ids(["1", "2", "5", "7"])
+    added = (alike - plain).detach()
+    assert torch.allclose(added[one], added[other], atol=1e-6) and added[one].std() > 0.01
+    assert not torch.allclose(added[one], added[third], atol=1e-2) and not added[absent].any()
+
+
+def test_categories_need_places(tmp_path, monkeypatch):
+    import make_tiny_llama as tool
+    monkeypatch.setattr("sys.argv", ["x", "--categories", "t.csv", "--output_dir", str(tmp_path / "o")])
+    with pytest.raises(UserError, match="--categories: goes with --places"):
+        tool.main()
+
+
 def test_places_need_words(tmp_path, monkeypatch):
     import make_tiny_llama as tool
     monkeypatch.setattr("sys.argv", ["x", "--places", "g.csv", "--output_dir", str(tmp_path / "o")])
