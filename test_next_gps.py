@@ -58,12 +58,7 @@ def arguments() -> argparse.Namespace:
     args.folder = folder = artifacts.preprocessed(args.dataset_name, args.data_path)
     args.test_file = folder / (args.test_file or artifacts.questions("test", args.dataset_name, 2, use_sim=False))
     args.gps_mapping_path = args.gps_mapping_path or folder / artifacts.gps_mapping(args.dataset_name)
-    # Only the trained model's ranking of all pairs lies beside the checkpoint itself; no other may replace it.
-    variant = [value for value, default in ((args.test_type, "llm"), (args.decoding, "rank"), (args.protocol, "ga-llm"))
-               if value != default] + ["always_end"] * args.always_end + (
-        [f"average{1 + len(args.average_with)}"] * bool(args.average_with)) + (
-        [f"history{args.history_weight:g}"] * (args.history_weight > 0)) + [f"limit{args.limit}"] * bool(args.limit)
-    args.results = Path(args.output_dir) / "_".join(variant)
+    args.results = Path(args.output_dir) / artifacts.results(vars(args))
     return args
 
 

@@ -131,3 +131,16 @@ def require(path: Path | str, made_by: str) -> Path:
     if path.is_file() and path.stat().st_size == 0:
         raise UserError(f"{path}: empty; make it again with `{made_by}`")
     return path
+
+
+def results(test: dict) -> str:
+    """The subfolder of a checkpoint for results with these flags of test_next_gps.py.
+
+    Only the trained model's ranking of all pairs lies beside the checkpoint itself (""): no other may replace it.
+    """
+    named = [test[flag] for flag, default in (("test_type", "llm"), ("decoding", "rank"), ("protocol", "ga-llm"))
+             if test.get(flag, default) != default]
+    weight, others, limit = (test.get(flag) for flag in ("history_weight", "average_with", "limit"))
+    return "_".join([*named, *["always_end"] * bool(test.get("always_end")),
+                     *[f"average{1 + len(others or ())}"] * bool(others), *[f"history{weight or 0:g}"] * bool(weight),
+                     *[f"limit{limit}"] * bool(limit)])

@@ -52,6 +52,10 @@ class Experiment:
     def name(self) -> str:
         return self.path.stem
 
+    def beside(self, name: str) -> "Experiment":
+        """Another one of the same folder."""
+        return read(self.path.with_name(f"{name}.yml"))
+
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
@@ -152,8 +156,8 @@ def chain_of(experiment: Experiment, scale: Scale, raw: Callable, work_dir: Path
         raise UserError(f"{experiment.path}: is about {experiment.backbone}, and {scale.path} has {scale.backbone}; "
                         "give the folder of that model by --model")
     asked_in_training = Made(questions, f"{data}/{artifacts.questions('train', name, 2, similar, pam)}")
-    averaged = [Made(chain_of(other, scale, raw, work_dir, model), f"{CHECKPOINT}/{artifacts.LOG_PROBABILITIES}")
-                for other in _members(experiment)]
+    averaged = [Made(chain_of(other, scale, raw, work_dir, model), _table(other, scale))
+                for other in map(experiment.beside, experiment.members)]
     model = _model(model or scale.model, step, scale, {
         "{questions}": asked_in_training, "{mapping}": mapping,
         "{train}": Made(samples, f"{data}/{artifacts.split_sample('train')}")})
@@ -193,14 +197,13 @@ def chain_of(experiment: Experiment, scale: Scale, raw: Callable, work_dir: Path
                 links=[(Made(tuned, LAST_CHECKPOINT), CHECKPOINT)])
 
 
-def _members(experiment: Experiment) -> list[Experiment]:
-    """Raises UserError for one that is missing, or whose test leaves no table beside its checkpoint."""
-    found = [read(experiment.path.with_name(f"{name}.yml")) for name in experiment.members]
-    for other in found:
-        if other.members or other.sections.get("test", {}) != {"full_table": True}:
-            raise UserError(f"{experiment.path}: members: {other.name} leaves no {artifacts.LOG_PROBABILITIES} of its "
-                            "own; give it `test: {full_table: True}` and no members")
-    return found
+def _table(member: Experiment, scale: Scale) -> str:
+    """Where its test leaves the table of its own probabilities. Raises UserError if it leaves none."""
+    flags = {**scale.sections.get("test", {}), **member.sections.get("test", {})}
+    if member.members or flags.get("history_weight") or not flags.get("full_table"):
+        raise UserError(f"{member.path}: leaves no {artifacts.LOG_PROBABILITIES} of its own, which others are averaged "
+                        "with; give it `test: {full_table: True}`, and neither members nor history_weight")
+    return str(Path(CHECKPOINT, artifacts.results(flags), artifacts.LOG_PROBABILITIES))
 
 
 CHECKPOINT = "checkpoint"       # the test's own links to stage 2's last checkpoint, beside which its results lie

@@ -24,6 +24,7 @@ METRICS = ("Acc@1", "Acc@5", "MRR@5", "MRR")
 COMPARED = ("Acc@1", "MRR")
 BASELINES = ("user-history frequency", "history by hour and recency", "Markov chain", "popularity")     # where they are
 NOISE = 0.05        # a p below it, or the 95 % interval, says that a difference is more than the drawing of test pairs
+APART = ("target's check-ins in train", "target in the user's history")     # of metrics.groups
 NONE = "–"
 OTHERS = "others, by their folder"
 MODEL = "model"
@@ -373,8 +374,32 @@ def _section(rows: Sequence[Row]) -> str:
         lines.append(_line([row.name, *_figures(row.found[MODEL]), *[_difference(row)] * differ, f"({number})"]))
     for name, summary in _baselines(rows):
         lines.append(_line([name, *_figures(summary), *[NONE] * differ, "same pairs"]))
+    lines += _apart(rows)
     lines += ["", *(f"{number}. {_note(row)}" for number, row in enumerate(rows, start=1))]
     return "\n".join(lines + _published(rows))
+
+
+def _apart(rows: Sequence[Row]) -> list[str]:
+    """How far the first guess is off, and MRR where the target is rare or new, of each row and the first one's history
+    count; nothing where the rows are about single groups, or of other pairs."""
+    first = rows[0]
+    groups = [(grouping, group) for grouping in APART for group in first.groups.get(grouping, {})]
+    if not groups or any(row.group or row.n != first.n for row in rows):
+        return []
+    heads = [f"{grouping}: {group} (n = {first.groups[grouping][group][MODEL]['n']:,})" for grouping, group in groups]
+    lines = ["", "Mean distance from the first guess to the true place, and MRR apart:", "",
+             *_heads("", "mean km [95 %]", "within 1 km", *heads)]
+    methods = [(row.name, row, MODEL) for row in rows] + [(BASELINES[0], first, BASELINES[0])] * (
+        BASELINES[0] in first.found)
+    for name, row, method in methods:
+        km = row.found[method].get("mean km")
+        cells = [NONE if km is None else f"{km['value']:.2f} [{km['low']:.2f}, {km['high']:.2f}]",
+                 _figure(row.found[method].get("share within 1 km", {}).get("value"))]
+        for grouping, group in groups:
+            found = row.groups.get(grouping, {}).get(group, {}).get(method, {})
+            cells.append(_figure(found.get("MRR", {}).get("value")))
+        lines.append(_line([name, *cells]))
+    return lines
 
 
 def _figures(summary: dict) -> list[str]:

@@ -105,6 +105,23 @@ def test_a_group_of_another_rows_pairs(work_dir):
     assert row.n == 10 and row.found["model"]["Acc@1"]["value"] == 1.0 and row.differences is None
 
 
+def test_distance_and_rare_targets_apart(work_dir):
+    """By hand: of the 20 pairs whose target is rare, `main` ranks all first and `worse` a half; km as given."""
+    for name, rare in (("main", [1] * 20), ("worse", [1] * 10 + [2] * 10), ("same", [1] * 20)):
+        path = work_dir / "steps" / name / "metrics.json"
+        report = json.loads(path.read_text())
+        report["groups"] = {"target's check-ins in train": {"at most 2": {
+            "model": summary(rare), "user-history frequency": summary([4] * 20)}}}
+        report["all"]["model"] |= {"mean km": {"value": 2.5, "low": 2.0, "high": 3.0},
+                                   "share within 1 km": {"value": 0.5, "low": 0.4, "high": 0.6}}
+        path.write_text(json.dumps(report))
+    text = results.markdown(results.gather(work_dir))
+    assert "| mean km [95 %] | within 1 km | target's check-ins in train: at most 2 (n = 20) |" in text
+    assert "| main | 2.50 [2.00, 3.00] | .5000 | 1.0000 |" in text
+    assert "| worse | 2.50 [2.00, 3.00] | .5000 | .7500 |" in text
+    assert "| user-history frequency | – | – | .2500 |" in text
+
+
 def test_files_of_no_experiment_stand_by_their_folder(work_dir, tmp_path):
     measured(tmp_path / "elsewhere/checkpoint-6", [1, 2], [3, 3])
     rows = results.gather(work_dir, [tmp_path / "elsewhere"])

@@ -104,10 +104,14 @@ def test_rows_of_one_table_share_what_they_can(place):
     ("table: t\nrow: x\ndataset: nyc\nstage_3: {}\n", [], ["stage_3"]), ("a: [", [], ["bad.yml", "not YAML"]),
     ("table: t\nrow: x\ndataset: nyc\npublished: {Acc@1: 39.88}\nsource: s\n", [], ["published"]),
     ("table: t\nrow: x\ndataset: nyc\nstage_2: false\n", [], ["stage_2"]),
+    ("table: t\nrow: x\ndataset: nyc\nmembers: main_nyc\n", [], ["bad.yml", "members"]),
+    ("table: t\nrow: x\ndataset: nyc\nmembers: [nobody]\n", [], ["experiments/nobody.yml"]),
+    ("table: t\nrow: x\ndataset: nyc\nmembers: [main_nyc]\n", [], ["main_nyc.yml", "full_table: True"]),
     ("table: t\nrow: x\ndataset: nyc\nbackbone: GPT-9\n", [], ["GPT-9", "--model"]),
     ("table: t\nrow: x\ndataset: nyc\n", ["--model", "nowhere"], ["nowhere", "--model"]),
     ("table: t\nrow: x\ndataset: nyc\nembeddings: {from: data/none.npy}\n", [], ["data/none.npy", "128"])],
-    ids=["scale", "kind", "no table", "path", "no data set", "section", "YAML", "percent", "left out", "backbone",
+    ids=["scale", "kind", "no table", "path", "no data set", "section", "YAML", "percent", "left out", "members",
+         "a member that is not there", "a member without a table", "backbone",
          "model", "vectors"])
 def test_refusals(place, change, flags, names):
     (place / "experiments/bad.yml").write_text(change or "table: t\nrow: x\ndataset: nyc\n")
@@ -117,14 +121,18 @@ def test_refusals(place, change, flags, names):
 
 @pytest.mark.slow
 def test_from_raw_check_ins_to_the_table(repo):
-    """A row by one command, a second row that shares all but GCIM, and both in the table; again, nothing runs."""
+    """A row by one command, a second that shares all but GCIM, a third that is both of them averaged, and all in the
+    table; again, nothing runs."""
     (repo / "experiments/scales/tiny.yml").write_text(yaml.safe_dump(SCALE))
-    (repo / "experiments/with.yml").write_text(ROW.format(row="with") + "published: {Acc@1: 0.5}\nsource: nobody\n")
+    (repo / "experiments/with.yml").write_text(ROW.format(row="with") + "published: {Acc@1: 0.5}\nsource: nobody\n"
+                                               "test: {full_table: True}\n")
     (repo / "experiments/without.yml").write_text(ROW.format(row="without") + "gcim: false\nreference: with\n")
-    command = [sys.executable, "run_experiment.py", "experiments/with.yml", "experiments/without.yml", "--scale", "tiny"]
+    (repo / "experiments/mean.yml").write_text(ROW.format(row="mean") + "gcim: false\nmembers: [with]\n")
+    command = [sys.executable, "run_experiment.py", *(f"experiments/{name}.yml" for name in ("with", "without", "mean")),
+               "--scale", "tiny"]
     first, again = (run(repo, *command) for _ in range(2))
-    assert first.stderr.count("done in") == 7 + 3 and first.stderr.count("done before") == 2, first.stderr
-    assert "done in" not in again.stderr and again.stderr.count("done before") == 7 + 5
+    assert first.stderr.count("done in") == 7 + 3 + 1 and first.stderr.count("done before") == 2 + 9, first.stderr
+    assert "done in" not in again.stderr and again.stderr.count("done before") == 7 + 5 + 10
     told = json.loads((repo / "runs/experiments/tiny/with.json").read_text())
     test, = (repo / "runs/experiments/steps").glob(f"{told['step']}/step.json")
     assert re.search(r"--geoencoder_path \S*/stage2-\w+/out/geo_encoder_final_merged.pth", test.read_text())
@@ -132,7 +140,12 @@ def test_from_raw_check_ins_to_the_table(repo):
     assert metrics["n"] == 8 and told["published"] == {"Acc@1": 0.5}
     table = run(repo, sys.executable, "results.py", "--others", "nowhere", "--out", "runs/table")
     assert "| with | 8 | " in table.stdout and "| with | .5000 (" in table.stdout and "user-history" in table.stdout
-    assert Path(repo / "runs/table.csv").read_text().count("\n") == 3
+    assert Path(repo / "runs/table.csv").read_text().count("\n") == 4
+    mean = json.loads((repo / "runs/experiments/tiny/mean.json").read_text())
+    both = json.loads((repo / "runs/experiments" / mean["metrics"]).read_text())["all"]
+    without = json.loads((repo / "runs/experiments/tiny/without.json").read_text())
+    assert "average2" in mean["metrics"] and both["model"]["n"] == 8
+    assert both["model alone"] == json.loads((repo / "runs/experiments" / without["metrics"]).read_text())["all"]["model"]
     run(repo, sys.executable, "results.py", "--keep")
     kept = json.loads((repo / "results/tiny/with.json").read_text())
     assert kept["found"] == metrics["all"] and kept["training"].keys() == {"gcim", "stage2"}
