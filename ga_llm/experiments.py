@@ -115,15 +115,17 @@ def read_scale(name: str) -> Scale:
                  {key: values[key] for key in SECTIONS if key in values})
 
 
-def chain_of(experiment: Experiment, scale: Scale, raw: Callable, work_dir: Path | str, model: str | None = None
-             ) -> Step:
-    """The last step, the test, of the chain from raw check-ins to metrics.
+def chain_of(experiment: Experiment, scale: Scale, raw: Callable, work_dir: Path | str, model: str | None = None,
+             full_table: bool = False) -> Step:
+    """The last step, the test, of the chain from raw check-ins to metrics; full_table: which others average with.
 
     raw(data set): (files that its samples are made of, command that makes these first or None). model: the folder of
     the base LLM, instead of the scale's. Raises UserError if something from outside is missing.
     """
     name, root = experiment.dataset, Path(work_dir) / "steps"
     sections = {key: {**scale.sections.get(key, {}), **(experiment.sections.get(key) or {})} for key in SECTIONS}
+    if full_table:
+        sections["test"]["full_table"] = True
     gcim, pam = (experiment.sections.get(key) is not False for key in LEFT_OUT)
     similar = "similar" in experiment.sections
     data = f"{name}/preprocessed"
@@ -156,7 +158,7 @@ def chain_of(experiment: Experiment, scale: Scale, raw: Callable, work_dir: Path
         raise UserError(f"{experiment.path}: is about {experiment.backbone}, and {scale.path} has {scale.backbone}; "
                         "give the folder of that model by --model")
     asked_in_training = Made(questions, f"{data}/{artifacts.questions('train', name, 2, similar, pam)}")
-    averaged = [Made(chain_of(other, scale, raw, work_dir, model), _table(other, scale))
+    averaged = [Made(chain_of(other, scale, raw, work_dir, model, full_table=True), _table(other, scale))
                 for other in map(experiment.beside, experiment.members)]
     model = _model(model or scale.model, step, scale, {
         "{questions}": asked_in_training, "{mapping}": mapping,
@@ -198,11 +200,11 @@ def chain_of(experiment: Experiment, scale: Scale, raw: Callable, work_dir: Path
 
 
 def _table(member: Experiment, scale: Scale) -> str:
-    """Where its test leaves the table of its own probabilities. Raises UserError if it leaves none."""
+    """Where its test leaves the table of its own probabilities. Raises UserError for what is a mean or mixture itself."""
     flags = {**scale.sections.get("test", {}), **member.sections.get("test", {})}
-    if member.members or flags.get("history_weight") or not flags.get("full_table"):
-        raise UserError(f"{member.path}: leaves no {artifacts.LOG_PROBABILITIES} of its own, which others are averaged "
-                        "with; give it `test: {full_table: True}`, and neither members nor history_weight")
+    if member.members or flags.get("history_weight"):
+        raise UserError(f"{member.path}: others are averaged with a model's own probabilities; leave members and "
+                        "history_weight out, or name another member")
     return str(Path(CHECKPOINT, artifacts.results(flags), artifacts.LOG_PROBABILITIES))
 
 

@@ -27,7 +27,8 @@ SCALE = {"model": ["tools/make_tiny_llama.py", "--hidden", "32", "--kv_heads", "
          "training": {"bf16": False, "load_in_4bit": False, "model_max_length": 2048, "max_steps": 2, "save_steps": 2,
                       "logging_steps": 1, "save_strategy": "steps", "per_device_train_batch_size": 2},
          "gcim": {"lora_r": 4, "lora_alpha": 8},
-         "stage_2": {"train_encoders": True, "loss_on": "poi_ids", "dropout": 0.1}, "test": {"limit": 8, "seq_len": 2048, "context_size": 2048}}
+         "stage_2": {"train_encoders": True, "loss_on": "poi_ids", "dropout": 0.1},
+         "test": {"limit": 8, "seq_len": 2048, "context_size": 2048, "full_table": True}}
 
 
 @pytest.fixture
@@ -106,12 +107,12 @@ def test_rows_of_one_table_share_what_they_can(place):
     ("table: t\nrow: x\ndataset: nyc\nstage_2: false\n", [], ["stage_2"]),
     ("table: t\nrow: x\ndataset: nyc\nmembers: main_nyc\n", [], ["bad.yml", "members"]),
     ("table: t\nrow: x\ndataset: nyc\nmembers: [nobody]\n", [], ["experiments/nobody.yml"]),
-    ("table: t\nrow: x\ndataset: nyc\nmembers: [main_nyc]\n", [], ["main_nyc.yml", "full_table: True"]),
+    ("table: t\nrow: x\ndataset: nyc\nmembers: [small_mean_nyc]\n", [], ["small_mean_nyc.yml", "leave members"]),
     ("table: t\nrow: x\ndataset: nyc\nbackbone: GPT-9\n", [], ["GPT-9", "--model"]),
     ("table: t\nrow: x\ndataset: nyc\n", ["--model", "nowhere"], ["nowhere", "--model"]),
     ("table: t\nrow: x\ndataset: nyc\nembeddings: {from: data/none.npy}\n", [], ["data/none.npy", "128"])],
     ids=["scale", "kind", "no table", "path", "no data set", "section", "YAML", "percent", "left out", "members",
-         "a member that is not there", "a member without a table", "backbone",
+         "a member that is not there", "a member that is a mean", "backbone",
          "model", "vectors"])
 def test_refusals(place, change, flags, names):
     (place / "experiments/bad.yml").write_text(change or "table: t\nrow: x\ndataset: nyc\n")
@@ -124,8 +125,7 @@ def test_from_raw_check_ins_to_the_table(repo):
     """A row by one command, a second that shares all but GCIM, a third that is both of them averaged, and all in the
     table; again, nothing runs."""
     (repo / "experiments/scales/tiny.yml").write_text(yaml.safe_dump(SCALE))
-    (repo / "experiments/with.yml").write_text(ROW.format(row="with") + "published: {Acc@1: 0.5}\nsource: nobody\n"
-                                               "test: {full_table: True}\n")
+    (repo / "experiments/with.yml").write_text(ROW.format(row="with") + "published: {Acc@1: 0.5}\nsource: nobody\n")
     (repo / "experiments/without.yml").write_text(ROW.format(row="without") + "gcim: false\nreference: with\n")
     (repo / "experiments/mean.yml").write_text(ROW.format(row="mean") + "gcim: false\nmembers: [with]\n")
     command = [sys.executable, "run_experiment.py", *(f"experiments/{name}.yml" for name in ("with", "without", "mean")),
