@@ -24,7 +24,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
@@ -183,6 +182,7 @@ def draw_loss(lines: list[dict], path: Path | str) -> None:
     lines = [line for line in lines if line["loss"] is not None]
     if len(lines) < 2:
         return
+    from matplotlib.figure import Figure    # here, for it takes long to import, and every start would wait for it
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     plot_loss(figure.subplots(), lines)
     with atomic_write(path, "wb") as file:

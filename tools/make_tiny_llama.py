@@ -34,7 +34,6 @@ from tokenizers import (Regex, Tokenizer, decoders, models, normalizers, pre_tok
 from transformers import (GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaTokenizer,  # noqa: E402
                           PreTrainedTokenizerFast)
 
-from ga_llm.recommendation import read_categories  # noqa: E402
 from ga_llm.sft_data import iterate_pairs  # noqa: E402
 from geo_encoder.gps_tokens import GPSMapping, read_gps_mapping  # noqa: E402
 from geo_encoder.quadkey import quadkeys  # noqa: E402
@@ -89,8 +88,11 @@ def main():
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists and is not empty; remove it or choose another --output_dir")
     mapping = None if places is None else read_gps_mapping(places)
-    known = None if categories is None else read_categories(categories, mapping.ids.tolist(), unseen=-1)
-    category_of = known and {poi: category for poi, (_, category) in known.items()}
+    category_of = None
+    if categories is not None:
+        from ga_llm.recommendation import read_categories       # here, for it takes seconds to import
+        category_of = {poi: category for poi, (_, category) in
+                       read_categories(categories, mapping.ids.tolist(), unseen=-1).items()}
     model = make_tiny_llama(folder, corpus=corpus, places=mapping, category_of=category_of, **options)
     log.info("wrote %s: random Llama, %.2f M parameters, %d tokens, tokenizer in the style of %s", folder,
              model.num_parameters() / 1e6, model.config.vocab_size, options["style"])
