@@ -37,19 +37,27 @@ def raw_ids(repo, field):
     return dict(enumerate(encoding["values"], start=encoding["first_id"]))
 
 
-def test_the_prompt_is_that_of_the_test_file(exported, tmp_path, monkeypatch):
-    """Each test pair's own check-ins make the line that process_llm_gps.py wrote of them."""
+@pytest.mark.parametrize("fields", [None, "after,week,gps"])
+def test_the_prompt_is_that_of_the_test_file(exported, tmp_path, monkeypatch, fields):
+    """Each test pair's own check-ins make the line that process_llm_gps.py wrote of them, up to the answer's id."""
     monkeypatch.chdir(exported)
     asking = recommendation.read_asking(exported / MODEL)
-    places = recommendation.read_places("sample", "datasets", asking)
-    lines = (exported / DATA / "test_qa_pairs_kqt_200items_sample_llm_without_sim_gps.txt").read_text().splitlines()
+    places, folder = recommendation.read_places("sample", "datasets", asking), exported / DATA
+    if fields:
+        folder = tmp_path / "sample/preprocessed"
+        shutil.copytree(exported / DATA, folder)
+        result = call(exported, "data-preprocess/process_llm_gps.py", "-dataset_name", "sample", "-datasets", str(tmp_path),
+                      "-fields", fields, "-max_history", "10")
+        assert result.code == 0, result.err
+        asking.questions["fields"] = ["after", "week", "poi", "gps"]
+    lines = (folder / "test_qa_pairs_kqt_200items_sample_llm_without_sim_gps.txt").read_text().splitlines()
     made, file = [], tmp_path / "mine.csv"
     for user, time, rows in histories(exported):
         rows.rename(columns={"PoiId": "GPS_id"})[["LocalTime", "GPS_id"]].to_csv(file, index=False)
         at = recommendation.read_time(time)
         past = recommendation.before(recommendation.read_check_ins(str(file), places, None), at, "it")
-        made.append(recommendation.pair(past, at, user, places, asking).partition(" <answer>:")[0])
-    assert made == [line.partition(" <answer>:")[0] for line in lines] and len(made) > 20
+        made.append(recommendation.pair(past, at, user, places, asking).rpartition("POI id ")[0])
+    assert made == [line.rpartition("POI id ")[0] for line in lines] and len(made) > 20
 
 
 @pytest.mark.parametrize("hours, gap, most, step, with_history, history, current", [
