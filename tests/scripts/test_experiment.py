@@ -66,7 +66,7 @@ def known_flags():
     return found
 
 
-@pytest.mark.parametrize("scale", ["cpu", "cpu_pretrained", "gpu"])
+@pytest.mark.parametrize("scale", ["cpu", "cpu_joined", "cpu_pretrained", "gpu"])
 def test_every_row_can_be_planned(place, known_flags, scale):
     """All rows at once, by one command; each command names a script and flags that there are."""
     result = call(place, "run_experiment.py", *(f"experiments/{name}" for name in ROWS), "--scale", scale, "--plan",
