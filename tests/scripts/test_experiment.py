@@ -107,7 +107,7 @@ def test_rows_of_one_table_share_what_they_can(place):
     ("table: t\nrow: x\ndataset: nyc\nstage_2: false\n", [], ["stage_2"]),
     ("table: t\nrow: x\ndataset: nyc\nmembers: main_nyc\n", [], ["bad.yml", "members"]),
     ("table: t\nrow: x\ndataset: nyc\nmembers: [nobody]\n", [], ["experiments/nobody.yml"]),
-    ("table: t\nrow: x\ndataset: nyc\nmembers: [small_mean_nyc]\n", [], ["small_mean_nyc.yml", "leave members"]),
+    ("table: t\nrow: x\ndataset: nyc\nmembers: [mean_nyc]\n", [], ["mean_nyc.yml", "leave members"]),
     ("table: t\nrow: x\ndataset: nyc\nbackbone: GPT-9\n", [], ["GPT-9", "--model"]),
     ("table: t\nrow: x\ndataset: nyc\n", ["--model", "nowhere"], ["nowhere", "--model"]),
     ("table: t\nrow: x\ndataset: nyc\nembeddings: {from: data/none.npy}\n", [], ["data/none.npy", "128"])],
