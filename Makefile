@@ -29,7 +29,7 @@ demo: env
 	cd $(ROOT) && bash demo.sh
 
 test: env
-	cd $(ROOT) && python -m pytest
+	cd $(ROOT) && python -m pytest --numprocesses 2 --dist loadfile
 
 soak: env
 	cd $(ROOT) && python -m pytest tests/reliability -m soak
