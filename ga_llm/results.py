@@ -355,7 +355,7 @@ def markdown(rows: Sequence[Row]) -> str:
     """A section for each table and scale: ours, baselines on the same pairs, where each row came from, published."""
     if not rows:
         return "No result is kept yet."
-    sections = [f"### {table}{scale and f' (scale {scale})'}\n\n{_section(members)}"
+    sections = [f"### {table}{scale and f' (scale {scale})'}\n\n{_section(members, rows)}"
                 for (table, scale), members in _grouped(rows).items()]
     return "\n\n".join([ABOUT, *sections])
 
@@ -367,11 +367,16 @@ def _grouped(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
     return found
 
 
-def _section(rows: Sequence[Row]) -> str:
+def _section(rows: Sequence[Row], all_rows: Sequence[Row]) -> str:
     differ = any(row.differences for row in rows)
+    compared = {(row.scale, row.reference) for row in rows if row.differences}
+    elsewhere = [row for row in all_rows if (row.scale, row.experiment) in compared and row not in rows]
     lines = _heads("", "n", "Acc@1 [95 %]", "Acc@5", "MRR", *["Acc@1 − reference"] * differ, "")
     for number, row in enumerate(rows, start=1):
         lines.append(_line([row.name, *_figures(row.found[MODEL]), *[_difference(row)] * differ, f"({number})"]))
+    for row in elsewhere:
+        lines.append(_line([f"{row.name} (reference)", *_figures(row.found[MODEL]), *[NONE] * differ,
+                            f"see {row.table}"]))
     for name, summary in _baselines(rows):
         lines.append(_line([name, *_figures(summary), *[NONE] * differ, "same pairs"]))
     lines += _apart(rows)

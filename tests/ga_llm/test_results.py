@@ -91,6 +91,13 @@ def test_rows_with_differences_and_baselines(work_dir):
     assert "code 0123456 and changes; `python run worse`" in text and "reference: main" in text
 
 
+def test_a_reference_of_another_table_is_shown(work_dir):
+    link(work_dir, "main", "main", table="main results")
+    text = results.markdown(results.gather(work_dir)).partition("### modules")[2]
+    assert "| main (reference) | 100 | .6000 [.5000, .7000] | 1.0000 | .8000 | – | see main results |" in text
+    assert text.count("(reference)") == 1 and "| worse | 100 |" in text
+
+
 def test_csv_holds_the_same(work_dir):
     found = list(csv.DictReader(io.StringIO(results.table(results.gather(work_dir)))))
     main = next(row for row in found if row["row"] == "main")
