@@ -54,6 +54,8 @@ def arguments() -> argparse.Namespace:
         if not getattr(args, name):
             raise UserError(f"--{name} is required; see python test_next_gps.py --help")
     args.full_table |= args.history_weight > 0 or bool(args.average_with)       # every POI's probability
+    for path in args.average_with:
+        artifacts.require(path, ensemble.MADE_BY)
     decoding.check_table(args.decoding, args.full_table)
     args.folder = folder = artifacts.preprocessed(args.dataset_name, args.data_path)
     args.test_file = folder / (args.test_file or artifacts.questions("test", args.dataset_name, 2, use_sim=False))
