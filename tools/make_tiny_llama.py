@@ -112,7 +112,8 @@ def make_tiny_llama(folder: Path | str, *, style: str = STYLES[0], corpus: Itera
     """Write a random float32 Llama and its tokenizer into `folder` and return the model.
 
     `corpus` yields texts to train the tokenizer on; by default prompts with random places. places: whose ids begin
-    alike where they are near, category_of: or of one category ({POI id: category id}; `neighbours_alike`). The global random state of torch is left as it was. Raises UserError
+    alike where they are near, category_of: or of one category ({POI id: category id}; `neighbours_alike`).
+    joined: as `words_tokenizer` takes it (`times_alike`). The global random state of torch is left as it was. Raises UserError
     for sizes that do not make a Llama.
     """
     kv_heads = kv_heads or heads
@@ -166,11 +167,12 @@ def neighbours_alike(model, tokenizer, places: GPSMapping, category_of: dict[int
 @torch.no_grad()
 def times_alike(model, tokenizer) -> None:
     """Add to the row of each token that holds "after 2h Tue 13h" a random vector for "after 2h", and one for "Tue 13h"."""
-    words = [(row, re.fullmatch(r"Ġ(after)Ġ(\w+)Ġ(\w+Ġ\w+)ĠPOIĠidĠ", token))
-             for token, row in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])]
-    rows = torch.tensor([row for row, found in words if found], dtype=torch.long)
-    for part in (2, 3):
-        _, which = np.unique([found[part] for _, found in words if found], return_inverse=True)
+    by_row = sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
+    words = {row: found for token, row in by_row
+             if (found := re.fullmatch(rf"Ġ{prompts.AFTER}Ġ(\w+)Ġ(\w+Ġ\w+)ĠPOIĠidĠ", token))}
+    rows = torch.tensor(list(words), dtype=torch.long)
+    for part in (1, 2):
+        _, which = np.unique([found[part] for found in words.values()], return_inverse=True)
         vectors = torch.randn(len(rows), model.config.hidden_size)      # of which as many are taken as there are words
         model.get_input_embeddings().weight[rows] += model.config.initializer_range * vectors[torch.from_numpy(which)]
 
@@ -220,8 +222,8 @@ def words_tokenizer(corpus: Iterable[str], vocab_size: int, joined: bool = False
     """Joined pairs as whole words: each POI id, each user, each "after 2h", and all between two of them, is one token.
 
     The most frequent pieces become words, POI ids before all others; what is none is spelled in bytes. It is made for
-    questions whose check-ins begin with their time (`-fields after,week,gps`): of the question and the answer it reads only
-    what a check-in would show. joined: "after 2h" is one with what stands behind it.
+    questions whose check-ins begin with their time (`-fields after,week,gps`): of the question and the answer it reads
+    only what a check-in would show. joined: "after 2h" is one with what stands behind it.
     """
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
     tokenizer.normalizer = normalizers.Sequence([*(normalizers.Replace(Regex(part), "") for part in PASSED_OVER),
