@@ -191,6 +191,16 @@ def add_dropout(model, share: float) -> None:
         module.register_forward_hook(drop)
 
 
+def compile_layers(model) -> None:
+    """Compile each layer's feed-forward part and norms (`--torch_compile`), in place; their parameters keep their names.
+
+    Not the attention, whose groups and trees follow from the lengths, nor the whole layer, which is checkpointed.
+    """
+    for name, module in model.named_modules():
+        if ".layers." in name and name.endswith((".mlp", "norm")):
+            module.compile()
+
+
 def train_by_name(model, parts: str) -> None:
     """Make all parameters trainable whose name contains one of the comma-separated `parts` ("embed,norm").
 
