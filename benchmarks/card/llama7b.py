@@ -60,7 +60,8 @@ def ours(attention: str, length: int, args, four_bit: bool):
     """The model as finetune_LLM_with_GCIM.py trains it: places from a table, LoRA, embeddings and norms in fp32."""
     torch.manual_seed(0)
     base = shape.draw(shape.config(args.toy, length), args.device, attention, four_bit)
-    injection.attach_untrained(base, *shape.places(args.toy))
+    with torch.device(args.device):
+        injection.attach_untrained(base, *shape.places(args.toy))
     model = llm.add_lora(base, RANK, 2 * RANK, dropout=0.1)
     llm.train_by_name(model, "embed,norm")
     llm.trainable_to_fp32(model)
@@ -174,7 +175,7 @@ def profile(record, step, inputs, name: str) -> None:
     with torch.profiler.profile(activities=kinds) as found:
         step(inputs)
         torch.cuda.synchronize()
-    table = found.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90)
+    table = found.key_averages().table(sort_by="self_device_time_total", row_limit=45, max_name_column_width=90)
     (record.folder / f"profile_{name}.txt").write_text(table)
 
 

@@ -32,7 +32,8 @@ def run(record, args) -> None:
     config = shape.config(args.toy, shared + own + 8)
     model = shape.draw(config, args.device, TREE, args.four_bit and shape.has_bitsandbytes())
     mapping, places = shape.places(args.toy)
-    injection.attach_untrained(model, mapping, places)
+    with torch.device(args.device):
+        injection.attach_untrained(model, mapping, places)
     model.eval()
     trie = Trie({poi: [DIGITS[int(digit)] for digit in str(poi)] + [END] for poi in mapping.ids.tolist()})
     prompts = drawn(places, shared, own, len(mapping.ids))
