@@ -213,6 +213,7 @@ def test_a_command_that_does_not_parse_is_found_out(parses, command, error):
 
 
 def test_variables_are_put_in(monkeypatch):
-    page = '# A\n```bash\nD=a/b\nF="--x $D/c\n    --y 1"\nnohup python run.py $F \\\n    --z "1 2" > out 2>&1 &\n```\n`make …`, `make`\n'
+    page = ('# A\n```bash\nD=a/b\nF="--x $D/c\n    --y 1"\nnohup python run.py $F \\\n    --z "1 2" > out 2>&1 &\n```\n'
+            "`make …`, `make`\n")
     monkeypatch.setitem(globals(), "text_of", lambda _: page)
     assert commands("") == [["python", "run.py", "--x", "a/b/c", "--y", "1", "--z", "1 2"], ["make"]]
