@@ -2,12 +2,12 @@
 
     python results.py                           # of what was run here: runs/results.md and runs/results.csv
     python results.py --keep                    # put the rows of experiments into results/, to be committed
-    python results.py --readme README.md        # write the README's tables, from results/ alone
+    python results.py --readme README.md --tables docs/tables.md    # write the pages' tables, from results/ alone
 
-Rows of experiments stand in their tables; without --keep and --readme, every other metrics.json below --work_dir and
---others is named by its folder. Each with n, 95 % interval, baselines on the same pairs, protocol, decoding, date,
-command, hardware, and with the difference to the table's reference row, which may be within noise. A row is kept as
-results/<scale>/<experiment>.json: figures, and nothing about a single test pair.
+Rows of experiments stand in their tables. Without --keep, --readme and --tables, every other metrics.json below
+--work_dir and --others is named by its folder. Each row has n, 95 % interval, baselines on the same pairs, protocol,
+decoding, date, command, hardware, and the difference to the table's reference row, which may be within noise. A row is
+kept as results/<scale>/<experiment>.json: figures, and nothing about a single test pair.
 """
 from pathlib import Path
 
@@ -22,17 +22,21 @@ def main():
                         help="where other metrics.json may lie (default: runs outputs)")
     parser.add_argument("--out", default="runs/results", help="the files' name, without .md and .csv (default: %(default)s)")
     parser.add_argument("--keep", action="store_true", help="keep the rows of --work_dir in --kept")
-    parser.add_argument("--readme", type=Path, help="the file whose tables to write anew, from --kept")
+    parser.add_argument("--readme", type=Path, help="the page whose short table to write anew, from --kept")
+    parser.add_argument("--tables", type=Path, help="the page whose tables to write anew, from --kept")
     parser.add_argument("--kept", type=Path, default=results.KEPT, help="where results are kept (default: %(default)s)")
     args = parser.parse_args()
     if args.keep:
         for path in results.keep(results.gather(args.work_dir), args.kept):
             print(f"wrote {path}")
-    if args.readme:
+    pages = {args.readme: results.short, args.tables: results.markdown}
+    pages.pop(None, None)
+    if pages:
         rows = results.kept(args.kept)
-        write_readme(args.readme, rows)
-        print(f"wrote {args.readme}, {len(rows)} rows")
-    if args.keep or args.readme:
+        for path, made in pages.items():
+            write_page(path, made(rows))
+            print(f"wrote {path}, of {len(rows)} rows")
+    if args.keep or pages:
         return
     rows = results.gather(args.work_dir, args.others)
     text = "# Results\n\n" + results.markdown(rows) + "\n"
@@ -44,12 +48,12 @@ def main():
     print(f"wrote {args.out}.md and {args.out}.csv, {len(rows)} rows")
 
 
-def write_readme(path: Path, rows: list[results.Row]) -> None:
+def write_page(path: Path, tables: str) -> None:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise UserError(f"--readme {path}: not a text in UTF-8; give the README.md") from None
-    written = results.readme(text, rows, str(path))
+        raise UserError(f"{path}: not a text in UTF-8; give README.md or docs/tables.md") from None
+    written = results.between_marks(text, tables, str(path))
     with writing.atomic_write(path) as file:
         file.write(written)
 

@@ -16,7 +16,7 @@ stage 1: the encoder with LoRA (r 256) and its dropouts, the LLM frozen but for 
 stage 2: the encoder frozen, as a table; the LLM with LoRA (r 8), embeddings and norms trained.
 by itself: the encoder is called for one `<GPS n>` at a time, with gradient, as in the paper's code.
 
-The limits that the README claims, against the same step without injection (the median of the ratios of two
+The limits that docs/measured.md claims, against the same step without injection (the median of the ratios of two
 neighbouring steps): stage 2 at most 3 % more, on the median prompt, since a table costs the same for any places;
 stage 1 at most 25 % more, on either prompt. And the injection (encoder, forward and backward, and the vectors put in
 place) at least 20 times faster than token by token, on the median prompt: how much faster it is depends on how often

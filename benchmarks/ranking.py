@@ -5,7 +5,7 @@
 Needs the data set's samples (run.py) and a base model (tools/get_smollm2.py). All sides read the same prompts with the
 same model in one run: those of whole users, drawn evenly from all users in order of their number of prompts, with as
 much history as the context holds. The beam search, which reads a prompt once for every beam, is timed on every few of
-them, drawn evenly in order of length. The limits that the README claims: 3.5 times the prompts per second of sampling,
+them, drawn evenly in order of length. The limits in docs/measured.md: 3.5 times the prompts per second of sampling,
 20 times those of the beam search, 1.25 times the time of reading each distinct token once. The exit code is 1 if one is
 missed.
 """

@@ -10,7 +10,7 @@ begin with alike is computed once. It also counts what padding costs ordinary ba
 Then both sides train on the same pairs of whole users, drawn evenly from all users in order of their tokens: prompts
 one by one as the README's command does, and trees of at most --tree_tokens. The model is the base model's first
 --layers layers, in bf16 with stage 2's LoRA, norms trained, full attention, activation checkpointing; a step is forward
-and backward. Users are taken in turn, so that a busy machine does not decide. The limit that the README claims: 4 times
+and backward. Users are taken in turn, so that a busy machine does not decide. The limit in docs/measured.md: 4 times
 fewer check-ins with -history_step 100. The exit code is 1 if it is missed.
 """
 import argparse

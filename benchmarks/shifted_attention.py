@@ -7,7 +7,7 @@ default: the attention alone (queries, keys and values given, with gradient), an
 weights frozen, as in LoRA training, with the gradient of its input). Full attention is transformers' own `sdpa`,
 which stage 2 trains with under --use_full_attn True; both sides run in turn.
 
-Predicted is the ratio of attended pairs (query, key), counted from the groups. The limit that the README claims: the
+Predicted is the ratio of attended pairs (query, key), counted from the groups. The limit in docs/measured.md: the
 attention alone reaches at least 80 % of it. It cannot reach all: the CPU's kernel computes whole blocks of queries at
 the diagonal, which are a larger part of a small group, and the groups are cut out and put together again. The exit
 code is 1 if the limit is missed.

@@ -166,6 +166,8 @@ def _fit_to_machine(flags):
         # Without it torchrun's processes would each train the whole job into one folder.
         given["use_cpu"] = ["True"]
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if "RANK" in os.environ:        # torch's own number of threads: without one accelerate warns, and takes as many
+            os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
         if _is_true("tf32", given.pop("tf32", ["False"])):
             log.info("--tf32 is for GPUs: ignored")
         for precision in ("bf16", "fp16"):

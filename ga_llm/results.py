@@ -1,7 +1,7 @@
 """Rows of tables: ours beside baselines, with differences, what they were measured on, and the published figures.
 
 A row is read from a run (its link and metrics.json below --work_dir) or from `results/`, where `keep` has written the
-same row: committed, so that the README's tables are made, and tested, without the runs.
+same row: committed, so that the tables of README.md and docs/tables.md are made, and tested, without the runs.
 Published figures are their authors' and are not verified here; each row says where it came from.
 """
 import csv
@@ -30,7 +30,12 @@ OTHERS = "others, by their folder"
 MODEL = "model"
 KEPT = Path("results")
 KEEP_AGAIN = "write it again with `python results.py --keep`, or remove it"
-BEGIN, END = "<!-- results: made by python results.py --readme README.md -->", "<!-- /results -->"
+# The rows of the short table, where they are kept; experiments of any scale.
+SHORT = tuple(f"{name}_{dataset}" for dataset in ("nyc", "tky", "ca")
+              for name in ("main", "without_gcim", "without_pam", "without_both", "mean", "mean_history"))
+COMMAND = "python results.py --readme README.md --tables docs/tables.md"
+BEGIN, END = f"<!-- results: made by {COMMAND} -->", "<!-- /results -->"
+NO_RESULT = "No result is kept yet."
 ABOUT = """\
 Every figure is over the row's n test pairs; in brackets stands its 95 % percentile bootstrap interval over them. A
 difference is row − reference over the same pairs, by paired bootstrap, with its 95 % interval and p (two-sided, not
@@ -202,7 +207,7 @@ def _cost(steps: Path, test: str | None) -> tuple[dict | None, dict | None]:
     """`seconds` and `training` of a Row whose chain ends in the step `test`; None where they are not all told."""
     if test is None:
         return None, None
-    from ga_llm import chain, run_log       # here, for they take seconds to import, which --readme need not wait for
+    from ga_llm import chain, run_log       # here, for they take seconds to import, which --tables need not wait for
     seconds, training, left = {}, {}, [test]
     try:
         for step in left:                   # grows by the steps that a step builds on
@@ -342,19 +347,36 @@ def verdict(difference: dict) -> str:
         "better" if difference["difference"] > 0 else "worse")
 
 
-def readme(text: str, rows: Sequence[Row], name: str) -> str:
-    """`text`, of the file `name`, with the tables between BEGIN and END. Raises UserError unless each is there once."""
+def between_marks(text: str, tables: str, name: str) -> str:
+    """`text`, of the file `name`, with `tables` between BEGIN and END. Raises UserError unless each is there once."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
         raise UserError(f"{name}: lacks the lines `{BEGIN}` and `{END}`, each once and in this order; put them where "
                         "the tables are to stand")
     before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{markdown(rows)}\n\n{END}{rest.partition(END)[2]}"
+    return f"{before}{BEGIN}\n\n{tables}\n\n{END}{rest.partition(END)[2]}"
+
+
+def short(rows: Sequence[Row]) -> str:
+    """One table: the rows named in SHORT, and below those over the same pairs the baselines on them."""
+    chosen = sorted((row for row in rows if row.experiment in SHORT),
+                    key=lambda row: (row.scale, SHORT.index(row.experiment)))
+    if not chosen:
+        return NO_RESULT
+    lines = _heads("", "model", "data", "n", "Acc@1 [95 %]", "Acc@5", "MRR")
+    same_pairs = {}
+    for row in chosen:
+        same_pairs.setdefault((row.scale, row.dataset, row.protocol, row.n), []).append(row)
+    for members in same_pairs.values():
+        data = members[0].dataset or NONE
+        lines += [_line([row.name, row.model or NONE, data, *_figures(row.found[MODEL])]) for row in members]
+        lines += [_line([f"*{name}*", NONE, data, *_figures(summary)]) for name, summary in _baselines(members)]
+    return "\n".join(lines)
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """A section for each table and scale: ours, baselines on the same pairs, where each row came from, published."""
     if not rows:
-        return "No result is kept yet."
+        return NO_RESULT
     sections = [f"### {table}{scale and f' (scale {scale})'}\n\n{_section(members, rows)}"
                 for (table, scale), members in _grouped(rows).items()]
     return "\n\n".join([ABOUT, *sections])

@@ -1,5 +1,6 @@
 """The README's flags: old names, booleans, what the machine lacks, what is unknown."""
 import logging
+import os
 
 import pytest
 import torch
@@ -36,6 +37,18 @@ def test_readme_flags_on_a_cpu(inputs, caplog):
     for line in ("--evaluation_strategy is --eval_strategy", "no GPU: training on the CPU", "--tf32 is for GPUs",
                  "--overwrite_output_dir no longer exists", "--warmup_ratio is --warmup_steps"):
         assert line in caplog.text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about training on a CPU")
+def test_threads_under_torchrun(monkeypatch):
+    """As many as torch takes by itself, said so that accelerate does not warn; a number that is given stays."""
+    monkeypatch.setenv("RANK", "0")
+    for given, expected in (("3", "3"), (None, str(torch.get_num_threads()))):
+        monkeypatch.setenv("OMP_NUM_THREADS", given or "")
+        if given is None:
+            monkeypatch.delenv("OMP_NUM_THREADS")
+        arguments._fit_to_machine([])
+        assert os.environ["OMP_NUM_THREADS"] == expected
 
 
 @pytest.mark.parametrize("text, value", [("True", True), ("False", False), ("false", False), ("0", False),

@@ -229,27 +229,41 @@ def test_prompts_that_do_not_fit_are_told(work_dir):
     assert text.count("prompts fit") == 1 and "4 prompts fit --seq_len, Acc@1 .5000 [.4000, .6000]" in text
 
 
-def test_readme_is_what_is_kept():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert results.readme(text, results.kept(ROOT / results.KEPT), "README.md") == text
+def test_pages_are_what_is_kept():
+    rows = results.kept(ROOT / results.KEPT)
+    for name, tables in (("README.md", results.short(rows)), ("docs/tables.md", results.markdown(rows))):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert results.between_marks(text, tables, name) == text
 
 
-def test_readme_is_written_between_its_marks(work_dir):
+def test_short_table_has_baselines_below_their_pairs(work_dir, monkeypatch):
+    """Rows by scale, in the order of SHORT; a row that it does not name is left out."""
+    monkeypatch.setattr(results, "SHORT", ("worse", "main"))
+    assert results.short(results.gather(work_dir)).splitlines()[2:] == [
+        "| worse | tiny | – | 100 | .2000 [.1000, .3000] | 1.0000 | .6000 |",
+        "| main | tiny | – | 100 | .6000 [.5000, .7000] | 1.0000 | .8000 |",
+        "| *user-history frequency* | – | – | 100 | .0000 [-0.1000, .1000] | 1.0000 | .3333 |"]
+    monkeypatch.setattr(results, "SHORT", ())
+    assert results.short(results.gather(work_dir)) == results.NO_RESULT
+
+
+@pytest.mark.parametrize("flag, first", [("--readme", "|  | model |"), ("--tables", "Every figure")])
+def test_a_page_is_written_between_its_marks(work_dir, flag, first):
     """Without a result it says so; again, nothing changes; what stands around the marks stays."""
-    readme = work_dir / "README.md"
-    readme.write_text(f"# before\n{results.BEGIN}\nold\n{results.END}\nbehind é\n", encoding="utf-8")
-    assert call(work_dir, "results.py", "--readme", "README.md").code == 0
+    page = work_dir / "page.md"
+    page.write_text(f"# before\n{results.BEGIN}\nold\n{results.END}\nbehind é\n", encoding="utf-8")
+    assert call(work_dir, "results.py", flag, "page.md").code == 0
     none = f"# before\n{results.BEGIN}\n\nNo result is kept yet.\n\n{results.END}\nbehind é\n"
-    assert readme.read_text(encoding="utf-8") == none
-    result = call(work_dir, "results.py", "--work_dir", work_dir, "--keep", "--readme", "README.md")
-    assert result.code == 0 and "wrote README.md, 3 rows" in result.out
-    text = readme.read_text(encoding="utf-8")
-    assert text.startswith(f"# before\n{results.BEGIN}\n\nEvery figure")
-    assert text.endswith(f"{results.END}\nbehind é\n")
-    assert "### modules (scale cpu)" in text and results.readme(text, results.kept(work_dir / "results"), "") == text
-    readme.write_text(f"{results.END}\n{results.BEGIN}\n")
-    refusal(call(work_dir, "results.py", "--readme", "README.md"), "README.md", results.BEGIN)
-    refusal(call(work_dir, "results.py", "--readme", "none.md"), "none.md")
+    assert page.read_text(encoding="utf-8") == none
+    link(work_dir, "main_nyc", "main")
+    result = call(work_dir, "results.py", "--work_dir", work_dir, "--keep", flag, "page.md")
+    assert result.code == 0 and "wrote page.md, of 4 rows" in result.out
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith(f"# before\n{results.BEGIN}\n\n{first}") and text.endswith(f"{results.END}\nbehind é\n")
+    assert call(work_dir, "results.py", flag, "page.md").code == 0 and page.read_text(encoding="utf-8") == text
+    page.write_text(f"{results.END}\n{results.BEGIN}\n")
+    refusal(call(work_dir, "results.py", flag, "page.md"), "page.md", results.BEGIN)
+    refusal(call(work_dir, "results.py", flag, "none.md"), "none.md")
 
 
 @pytest.mark.parametrize("change, names", [

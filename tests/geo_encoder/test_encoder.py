@@ -1,5 +1,7 @@
 """The encoders against torch's own modules and the paper's formulas; LoRA where it must reach."""
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,12 @@ from geo_encoder.quadkey import quadkeys
 from geo_encoder.weights import add_lora, load_encoder, merged_state_dict, save_encoder
 
 DIGITS = torch.from_numpy(quadkeys(np.linspace(40.5, 40.9, 7), np.linspace(-74.2, -73.7, 7)))
+
+
+def test_ga_llm_comes_before_the_libraries_that_it_prepares():
+    """It keeps bitsandbytes quiet, which peft imports; no script that imports geo_encoder first is an exception."""
+    code = "import sys, geo_encoder.weights; names = list(sys.modules); assert names.index('ga_llm') < names.index('peft')"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
 
 
 def encoder(kind="hierarchical", width=16, **options):
