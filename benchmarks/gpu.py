@@ -26,10 +26,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data-preprocess"), str(ROOT / "tools"), s
 from ga_llm import cli  # noqa: E402 (before transformers)
 
 import torch  # noqa: E402
+from transformers.utils import is_liger_kernel_available  # noqa: E402
 
 from card import llama7b, numerics, processes, ranking, real  # noqa: E402
 from card.record import Record  # noqa: E402
 
+VARIANTS = ("compile", "liger", "compile+liger")
 PARTS = {"numerics": numerics.run, "llama7b": llama7b.run, "ranking": ranking.run, "real": real.run,
          "processes": processes.run}
 
@@ -42,7 +44,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--toy", action="store_true", help="toy sizes everywhere")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--four_bit", type=cli.boolean, default=True, help="llama7b, ranking: the base in NF4")
-    parser.add_argument("--variants", default="", help="llama7b, also: compile, liger, comma-separated")
+    parser.add_argument("--variants", help="llama7b, also with: compile (--torch_compile), liger (--use_liger_kernel), "
+                        "compile+liger; comma-separated; default: all that are installed, none at toy sizes")
     parser.add_argument("--profile", action="store_true", help="llama7b: the kernels of a step, in profile.txt")
     parser.add_argument("--dataset_name", default="nyc", help="real")
     parser.add_argument("--model", type=Path, default=Path("models/smollm2-135m"), help="real: the base model")
@@ -50,6 +53,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--learning_rate", default="3e-4", help="real")
     args = parser.parse_args()
     args.chosen = args.parts.split(",")
+    if args.variants is None:
+        args.variants = "" if args.toy else "compile,liger,compile+liger" if is_liger_kernel_available() else "compile"
+    args.variants = list(filter(None, args.variants.split(",")))
+    for variant in args.variants:
+        if variant not in VARIANTS:
+            raise cli.UserError(f"--variants {variant}: unknown; choose among {', '.join(VARIANTS)}")
     for part in args.chosen:
         if part not in PARTS:
             raise cli.UserError(f"--parts {part}: unknown; choose among {', '.join(PARTS)}")

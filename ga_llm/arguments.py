@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
+from transformers.utils import is_liger_kernel_available
 
 from ga_llm import checkpoints
 from ga_llm.artifacts import require
@@ -84,6 +85,14 @@ class SFTArguments(TrainingArguments):
         if self.dry_run:    # before DeepSpeed's configuration is filled in
             self.planned_accumulation_steps, self.gradient_accumulation_steps = self.gradient_accumulation_steps, 1
             self.save_strategy, self.logging_strategy, self.report_to = "no", "no", "none"
+        # The layers' parts are compiled by us, one by one: transformers would compile the model as a whole.
+        options = {"backend": self.torch_compile_backend, "mode": self.torch_compile_mode}
+        self.compile_options = {name: value for name, value in options.items() if value}
+        self.compiles_layers = self.torch_compile or bool(self.compile_options)
+        self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
+        if self.use_liger_kernel and not self.liger_kernel_config:
+            # Our logits are those of the answer alone, so that the fused loss has nothing to save.
+            self.liger_kernel_config = {"fused_linear_cross_entropy": False}
         super().__post_init__()
         if self.deepspeed:
             import deepspeed
@@ -168,13 +177,17 @@ def _fit_to_machine(flags):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if "RANK" in os.environ:        # torch's own number of threads: without one accelerate warns, and takes as many
             os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
-        if _is_true("tf32", given.pop("tf32", ["False"])):
-            log.info("--tf32 is for GPUs: ignored")
+        for flag in ("tf32", "use_liger_kernel"):
+            if _is_true(flag, given.pop(flag, ["False"])):
+                log.info("--%s is for GPUs: ignored", flag)
         for precision in ("bf16", "fp16"):
             wanted = precision in given and _is_true(precision, given[precision])
             if wanted and not (precision == "bf16" and _cpu_has_bf16()):
                 log.info("--%s: this CPU has no fast %s, training in fp32", precision, precision)
                 given[precision] = ["False"]
+    if _is_true("use_liger_kernel", given.get("use_liger_kernel", ["False"])) and not is_liger_kernel_available():
+        raise UserError("--use_liger_kernel: liger-kernel is not installed; pip install liger-kernel, or leave the flag "
+                        "out")
     for flag in ("deepspeed", "fsdp"):
         if flag in given and "RANK" not in os.environ:
             raise UserError(f"--{flag}: start with `torchrun --nproc_per_node=N finetune_….py …`, not with python")

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -166,9 +167,14 @@ def add_lora(model, r: int, alpha: int, dropout: float):
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS, bias="none",
                         task_type="CAUSAL_LM")
     try:
-        return get_peft_model(model, config)
+        model = get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"LoRA finds no {', '.join(LORA_TARGETS)} in {type(model).__name__} ({error})") from None
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            # PEFT would cast what comes in to LoRA's fp32, and autocast back to bf16, at each map.
+            module.cast_input_dtype_enabled = False
+    return model
 
 
 def add_dropout(model, share: float) -> None:
@@ -191,14 +197,32 @@ def add_dropout(model, share: float) -> None:
         module.register_forward_hook(drop)
 
 
-def compile_layers(model) -> None:
-    """Compile each layer's feed-forward part and norms (`--torch_compile`), in place; their parameters keep their names.
+def round_norms(model) -> None:
+    """Under autocast, let the norms in front of attention and feed-forward give bf16, which the maps behind them read.
 
-    Not the attention, whose groups and trees follow from the lengths, nor the whole layer, which is checkpointed.
+    The residual stream is fp32 where embeddings are trained, and each map would round it anew.
+    """
+    def round_output(module, _, output):
+        kind = output.device.type
+        return output.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else output
+
+    for layer in (module for module in model.modules() if hasattr(module, "self_attn") and hasattr(module, "mlp")):
+        if hasattr(layer, "post_feedforward_layernorm"):    # norms behind, whose output is added to the stream
+            continue
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            if hasattr(layer, name):
+                getattr(layer, name).register_forward_hook(round_output)
+
+
+def compile_layers(model, **options) -> None:
+    """Compile each layer's attention, feed-forward and norms in place (--torch_compile); parameters keep their names.
+
+    Not the layer as a whole, which is checkpointed, nor S²-Attn and trees, whose groups and blocks follow from the
+    lengths. options: of torch.compile.
     """
     for name, module in model.named_modules():
-        if ".layers." in name and name.endswith((".mlp", "norm")):
-            module.compile()
+        if name.endswith((".self_attn", ".mlp", "_layernorm")):
+            module.compile(**options)
 
 
 def train_by_name(model, parts: str) -> None:

@@ -144,6 +144,7 @@ class TreeCollator:
                 "logits_to_keep": row[3][0], "layout": layout}
 
 
+@torch.compiler.disable     # its blocks follow from the trees
 def shared_prefix_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, layout=None,
                             **kwargs):
     """The AttentionInterface function: every block attends to the parts that it sees, causally to its own.

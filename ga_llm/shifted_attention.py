@@ -46,6 +46,7 @@ def dense_mask(length: int, group: int, heads: int, window: int | None = None) -
     return torch.stack([masks[0 if head < heads // 2 else 1] for head in range(heads)])
 
 
+@torch.compiler.disable     # its groups follow from the length
 def shifted_sparse_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
                              sliding_window=None, **kwargs):
     """The AttentionInterface function.
@@ -53,6 +54,8 @@ def shifted_sparse_attention(module, query, key, value, attention_mask, scaling=
     query (B, H, S, D), key and value (B, KV heads, S, D), all after RoPE; attention_mask (B, S) bool or None;
     sliding_window: how many tokens one sees, itself included, or None. Returns (B, S, H, D) and None.
     """
+    # Under autocast an fp32 model's RoPE leaves fp32, which would be copied into groups, and which flash-attn refuses.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     heads, length = query.shape[1:3]
     if key.shape[1] != heads:
         # Halving the heads may cut through a group of queries that share a key, so give each query its own.

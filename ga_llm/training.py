@@ -59,6 +59,7 @@ def set_up(args: SFTArguments) -> Setup:
                          llm.training_attention(args.use_flash_attn, args.use_full_attn, args.shared_prefix),
                          dtype=torch.bfloat16 if args.bf16 and frozen else torch.float32,
                          four_bit=args.load_in_4bit and frozen, cache_dir=args.cache_dir)
+    llm.round_norms(model)
     added = np.concatenate([token_ids, poi_token_ids]) if poi_path else token_ids
     add_rows(model, len(tokenizer), added[added >= known])
     return Setup(mapping, token_ids, poi_embeddings, poi_token_ids, tokenizer, dataset, train_dataset, collator, model)

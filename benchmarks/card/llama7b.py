@@ -1,6 +1,7 @@
 """A step of stage 2 at Llama-2-7B's shape: tokens/s, TFLOP/s, memory; beside the same step written plainly."""
 import contextlib
 import dataclasses
+import statistics
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from transformers.integrations.liger import apply_liger_kernel
 
 from card import shape
 from card.chain import Chain
-from card.record import free, timed
+from card.record import free, median_time, timed
 from checkins import config as configs
 from checkins import questions, samples
 from ga_llm import artifacts, llm, plan
@@ -25,6 +26,7 @@ TOKENS_A_CHECK_IN = 68.2    # Llama-2's, of our full wording
 GOAL, MEMORY_OFF, MEMORY_MOST = 0.45, 0.10, 40 * 1e9 / GIB
 STEPS = 3
 RANK = 8
+NAMES = {SHIFTED_SPARSE: "S²-Attn", "sdpa": "full attention"}
 
 
 def run(record, args) -> None:
@@ -35,35 +37,33 @@ def run(record, args) -> None:
     peak = measured_peak(device, 256 if args.toy else 8192)
     record.add(PART, "bf16 matrix product, random data", peak / 1e12, "TFLOP/s")
     steps = {}
-    for attention in (SHIFTED_SPARSE, "sdpa"):
+    for attention in NAMES:
         model = ours(attention, lengths[-1], args, four_bit)
         for length in lengths:
             if record.left > 0:
                 steps[attention, length] = measure(record, args, model, attention, length, peak)
         del model
         free(device)
-    for variant in filter(None, args.variants.split(",")):
-        if record.left > 0:
-            compare_variant(record, args, variant, four_bit, lengths[0], peak, steps)
     if record.left > 0:
-        compare_plain(record, args, four_bit, lengths[0], steps)
+        compare(record, args, four_bit, lengths[0], peak)
     days(record, args, steps, lengths)
 
 
 def measured_peak(device: str, size: int) -> float:
     """FLOP/s of a bf16 matrix product."""
     one, other = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
-    return 2 * size**3 / timed(device, lambda: one @ other, 10)
+    return 2 * size**3 / median_time(device, lambda: one @ other, 10)
 
 
 def ours(attention: str, length: int, args, four_bit: bool):
     """The model as finetune_LLM_with_GCIM.py trains it: places from a table, LoRA, embeddings and norms in fp32."""
     torch.manual_seed(0)
     base = shape.draw(shape.config(args.toy, length), args.device, attention, four_bit)
-    with torch.device(args.device):
-        injection.attach_untrained(base, *shape.places(args.toy))
+    llm.round_norms(base)
     model = llm.add_lora(base, RANK, 2 * RANK, dropout=0.1)
     llm.train_by_name(model, "embed,norm")
+    with torch.device(args.device):
+        injection.attach_untrained(base, *shape.places(args.toy))
     llm.trainable_to_fp32(model)
     checkpoint_activations(base)
     return model.train()
@@ -139,34 +139,78 @@ def planned(model, args, attention: str, length: int) -> tuple[plan.Model, plan.
 class Measured:
     seconds: float
     flops: float
-    bytes: int
 
 
-def measure(record, args, model, attention: str, length: int, peak: float, name: str = "") -> Measured:
+def measure(record, args, model, attention: str, length: int, peak: float) -> Measured:
     """Time the step, and compare speed and memory with the plan's."""
     size, chosen = planned(model, args, attention, length)
-    name = name or {SHIFTED_SPARSE: "S²-Attn", "sdpa": "full attention"}[attention]
     step, inputs = Step(model, args.device), batch(args, length)
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds = timed(args.device, lambda: step(inputs), STEPS)
-    work = plan.flops(size, chosen, length, plan.attended_pairs(length, size.heads, chosen.full_attention), ANSWER + 1)
+    seconds = median_time(args.device, lambda: step(inputs), STEPS)
+    work = flops(size, chosen)
     total, useful = sum(work.values()), work["forward"] + work["backward"]
-    where = f"{length:,} tokens, {name}"
+    where = f"{length:,} tokens, {NAMES[attention]}"
     record.add(PART, f"{where}: tokens/s", length / seconds, "tokens/s")
     record.add(PART, f"{where}: with what is computed again", total / seconds / 1e12, "TFLOP/s")
-    goal = {"least": GOAL} if args.device == "cuda" and length == 8192 and attention == SHIFTED_SPARSE else {}
-    record.add(PART, f"{where}: share of the measured peak", total / seconds / peak, **goal)
+    record.add(PART, f"{where}: share of the measured peak", total / seconds / peak)
     record.add(PART, f"{where}: share without what is computed again", useful / seconds / peak)
-    found = 0
     if args.device == "cuda":
         found, expected = torch.cuda.max_memory_allocated(), plan.memory(size, chosen)["total"]
         limit = {"most": MEMORY_MOST} if length == 32768 else {}
         record.add(PART, f"{where}: peak memory", found / GIB, "GiB", **limit)
         record.add(PART, f"{where}: the plan's memory is off by", abs(expected / found - 1), most=MEMORY_OFF)
-    if args.profile and not name.startswith("with"):
-        profile(record, step, inputs, f"{attention}_{length}")
-    return Measured(seconds, total, found)
+    return Measured(seconds, total)
+
+
+def flops(size: plan.Model, chosen: plan.Run) -> dict[str, float]:
+    pairs = plan.attended_pairs(chosen.length, size.heads, chosen.full_attention)
+    return plan.flops(size, chosen, chosen.length, pairs, chosen.answer)
+
+
+def compare(record, args, four_bit: bool, length: int, peak: float) -> None:
+    """Steps of ours, in turn with the same step written plainly."""
+    theirs, all_logits = Step(plain(length, args, four_bit), args.device), batch(args, length, all_logits=True)
+    inputs, shares = batch(args, length), {}
+    speeds = []
+    for attention, variant in [("sdpa", ""), *((SHIFTED_SPARSE, variant) for variant in ("", *args.variants))]:
+        name = NAMES[attention] + (f" + {variant}" if variant else "")
+        if record.left <= 0:
+            record.note(PART, f"{name}, in turn with a plain step", "no minutes left")
+            continue
+        model = ours(attention, length, args, four_bit)
+        if "compile" in variant:
+            llm.compile_layers(model)
+        if "liger" in variant:
+            apply_liger_kernel(model, {"fused_linear_cross_entropy": False})
+        step, chosen = Step(model, args.device), planned(model, args, attention, length)
+        own, other = in_turn(args.device, STEPS, lambda: step(inputs), lambda: theirs(all_logits))
+        speeds += other
+        shares[name] = sum(flops(*chosen).values()) / statistics.median(own) / peak
+        where = f"{length:,} tokens, {name}"
+        record.add(PART, f"{where}: tokens/s in turn", length / statistics.median(own), "tokens/s")
+        record.add(PART, f"{where}: share of the measured peak", shares[name])
+        record.add(PART, f"{where}: against a plain step", statistics.median(b / a for a, b in zip(own, other)),
+                   "times", **({} if args.toy else {"least": 1}))
+        if args.profile:
+            profile(record, step, inputs, name.replace(" ", ""))
+        del model, step
+        free(args.device)
+    record.add(PART, f"{length:,} tokens, written plainly: tokens/s", length / statistics.median(speeds), "tokens/s")
+    if args.profile:
+        profile(record, theirs, all_logits, "plain")
+    if shares:
+        record.add(PART, f"{length:,} tokens, the fastest of these: share of the peak", max(shares.values()),
+                   **({} if args.toy else {"least": GOAL}))
+
+
+def in_turn(device: str, rounds: int, *works) -> list[list[float]]:
+    """Seconds of each of `works` in each round, after one round that is not counted."""
+    times = [[] for _ in works]
+    for _ in range(rounds + 1):
+        for taken, work in zip(times, works):
+            taken.append(timed(device, work))
+    return [taken[1:] for taken in times]
 
 
 def profile(record, step, inputs, name: str) -> None:
@@ -175,39 +219,8 @@ def profile(record, step, inputs, name: str) -> None:
     with torch.profiler.profile(activities=kinds) as found:
         step(inputs)
         torch.cuda.synchronize()
-    table = found.key_averages().table(sort_by="self_device_time_total", row_limit=45, max_name_column_width=90)
+    table = found.key_averages().table(sort_by="self_device_time_total", row_limit=40, max_name_column_width=90)
     (record.folder / f"profile_{name}.txt").write_text(table)
-
-
-def compare_variant(record, args, variant: str, four_bit: bool, length: int, peak: float, steps: dict) -> None:
-    """The same step with --torch_compile or --use_liger_kernel."""
-    model = ours(SHIFTED_SPARSE, length, args, four_bit)
-    if variant == "compile":
-        llm.compile_layers(model)
-    elif variant == "liger":
-        apply_liger_kernel(model, None)
-    else:
-        raise UserError(f"--variants {variant}: unknown; choose among compile, liger")
-    found = measure(record, args, model, SHIFTED_SPARSE, length, peak, f"with {variant}")
-    record.add(PART, f"{length:,} tokens: with {variant} against without",
-               steps[SHIFTED_SPARSE, length].seconds / found.seconds, "times")
-    del model
-    free(args.device)
-
-
-def compare_plain(record, args, four_bit: bool, length: int, steps: dict) -> None:
-    step, inputs = Step(plain(length, args, four_bit), args.device), batch(args, length, all_logits=True)
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    seconds = timed(args.device, lambda: step(inputs), STEPS)
-    where = f"{length:,} tokens, written plainly"
-    record.add(PART, f"{where}: tokens/s", length / seconds, "tokens/s")
-    if args.device == "cuda":
-        record.add(PART, f"{where}: peak memory", torch.cuda.max_memory_allocated() / GIB, "GiB")
-    for attention, name, limit in ((SHIFTED_SPARSE, "S²-Attn", {"least": 1}), ("sdpa", "full attention", {"least": 1})):
-        if (attention, length) in steps:
-            record.add(PART, f"{length:,} tokens: our step with {name} against that",
-                       seconds / steps[attention, length].seconds, "times", **({} if args.toy else limit))
 
 
 def days(record, args, steps: dict, lengths) -> None:

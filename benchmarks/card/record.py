@@ -110,13 +110,15 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def timed(device: str, work, times: int) -> float:
+def timed(device: str, work) -> float:
+    """Seconds of a call."""
+    wait(device)
+    began = time.perf_counter()
+    work()
+    wait(device)
+    return time.perf_counter() - began
+
+
+def median_time(device: str, work, times: int) -> float:
     """Median seconds of `times` calls, after one that is not counted."""
-    taken = []
-    for _ in range(times + 1):
-        wait(device)
-        began = time.perf_counter()
-        work()
-        wait(device)
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken[1:])
+    return statistics.median([timed(device, work) for _ in range(times + 1)][1:])
