@@ -31,8 +31,8 @@ class Setup:
 def set_up(args: SFTArguments) -> Setup:
     """Fix the seed, read and check all inputs, then load the LLM: frozen in 4 bits, unless it is trained itself.
 
-    Raises UserError if another run is writing into --output_dir, which this one keeps until its process ends. So long it
-    takes SIGTERM and SIGUSR1 for the wish that it stop in good order.
+    Raises UserError if another run is writing into --output_dir, which this one keeps until its process ends. Until
+    then SIGTERM and SIGUSR1 ask it to stop in good order, unless it is a dry run.
     """
     if not args.dry_run:
         preemption.listen()
