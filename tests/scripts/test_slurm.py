@@ -15,7 +15,7 @@ from ga_llm.artifacts import FINAL_ENCODER, TRAINER_LOG
 
 ONE_NODE, SEVERAL = SCRIPTS = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```",
                                          (ROOT / "docs/recipe.md").read_text(encoding="utf-8"), re.S)
-STEPS = 60
+STEPS = 24
 # The training's last two flags come from the script: how it resumes. `srun` starts two tasks and tells who they are.
 STAND_INS = {
     "torchrun": 'exec "$BIN/torchrun" --nproc_per_node=1 --master_port=$PORT finetune_GCIM.py $TRAINING "${@: -2}"',
