@@ -117,8 +117,19 @@ class Step:
                 raise UserError(f"{self.id}: failed with exit code {code} after {seconds:.0f} s: "
                                 f"{_last_words(self.folder / LOG)}; see {self.folder / LOG}, the command was "
                                 f"`{shlex.join(command)}`")
+            self._check_ended()
             self._finish(command, started, seconds)
             log.info("%s: done in %.1f s", self.id, seconds)
+
+    def _check_ended(self) -> None:
+        """A training that is told to stop succeeds, too, and is not at its end. Raises UserError."""
+        if self.command[0] == "torchrun":
+            from ga_llm import checkpoints, staging     # as below
+            last = staging.last_checkpoint(self.out)
+            state = last and checkpoints.read_state(last)
+            if not state or state.global_step < state.max_steps:
+                raise UserError(f"{self.id}: told to stop {f'after step {state.global_step}' if state else 'early'}, see "
+                                f"{self.folder / LOG}; run it again, and it goes on")
 
     def _finish(self, command: list[str], started: str, seconds: float) -> None:
         from ga_llm import run_log      # here, for it takes seconds to import, which --plan need not wait for

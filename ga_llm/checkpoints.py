@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from transformers import Trainer, TrainerState
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
-from ga_llm import staging
+from ga_llm import preemption, staging
 from ga_llm.artifacts import GCIM, TRAINABLE_PARAMS, EncoderFiles, question_settings, require
 from ga_llm.cli import UserError
 from ga_llm.llm import compile_layers, rope_factor
@@ -66,6 +66,8 @@ class GATrainer(LoggedTrainer):
         self.encoders = encoders
         if self.args.compiles_layers:
             compile_layers(self.model, **self.args.compile_options)
+        self.preemption = preemption.Preemption()
+        self.add_callback(self.preemption)
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
@@ -230,8 +232,10 @@ class EncoderTrainer(GATrainer):
     def save_final_encoders(self, trained: bool) -> None:
         """Every rank must call it at the end; files appear whole. Not `trained` now: they are the last checkpoint's.
 
-        Raises UserError if that has been deleted.
+        A run that was told to stop has none. Raises UserError if that checkpoint has been deleted.
         """
+        if self.preemption.stopped:
+            return
         output_dir, hidden = Path(self.args.output_dir), staging.staging(self.args.output_dir) / "final"
         if trained:
             with saving(output_dir):
@@ -303,10 +307,11 @@ def read_state(checkpoint: Path | str) -> TrainerState:
         raise UserError(f"{path}: not transformers' ({reason(error)}); {WAY_OUT}") from None
 
 
-def train(trainer: Trainer) -> bool:
+def train(trainer: GATrainer) -> bool:
     """Train from the start or from where --resume_from_checkpoint says; returns whether anything was left to train.
 
-    transformers itself takes one more step when it resumes a run that had finished.
+    Told to stop, it leaves a checkpoint and says how to go on. transformers itself takes one more step when it resumes a
+    run that had finished.
     """
     check_tied(trainer)
     if trainer.args.should_save:
@@ -324,7 +329,9 @@ def train(trainer: Trainer) -> bool:
         log.info("resuming from %s", checkpoint)
     elif _resumes(trainer.args):
         log.info("resuming from nothing: no checkpoint yet")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if not trainer.preemption.before_training(trainer.args):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.preemption.report(trainer.args, trainer.state)
     return True
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import set_seed
 
-from ga_llm import llm, sft_data, shared_prefix, token_cache, writing
+from ga_llm import llm, preemption, sft_data, shared_prefix, token_cache, writing
 from ga_llm.arguments import SFTArguments
 from ga_llm.cli import UserError
 from geo_encoder.alignment import POIEmbeddings, read_poi_embeddings
@@ -31,8 +31,11 @@ class Setup:
 def set_up(args: SFTArguments) -> Setup:
     """Fix the seed, read and check all inputs, then load the LLM: frozen in 4 bits, unless it is trained itself.
 
-    Raises UserError if another run is writing into --output_dir, which this one keeps until its process ends.
+    Raises UserError if another run is writing into --output_dir, which this one keeps until its process ends. Until
+    then SIGTERM and SIGUSR1 ask it to stop in good order, unless it is a dry run.
     """
+    if not args.dry_run:
+        preemption.listen()
     if args.process_index == 0 and not args.dry_run:
         writing.hold(args.output_dir)
     set_seed(args.seed)

@@ -198,3 +198,25 @@ def test_stopped_it_stops_its_command_and_goes_on_when_run_again(tmp_path, scrip
     assert not step.done
     step.run()
     assert step.done
+
+
+def test_a_training_that_was_told_to_stop_is_not_done(tmp_path, monkeypatch):
+    """It ends with 0, too; run again it goes on."""
+    step = Step("gcim", ("torchrun", "finetune_GCIM.py", OWN), tmp_path / "steps")
+    came_to = iter([None, 3, 6])
+
+    def call(command, log_file):
+        reached = next(came_to)
+        if reached:
+            (step.out / f"checkpoint-{reached}").mkdir(parents=True)
+            (step.out / f"checkpoint-{reached}/trainer_state.json").write_text(json.dumps(
+                {"global_step": reached, "max_steps": 6, "num_train_epochs": 1, "log_history": []}))
+        return 0
+
+    monkeypatch.setattr(chain, "_call", call)
+    for when in ("early", "after step 3"):
+        with pytest.raises(UserError, match=f"told to stop {when}, see .*log.txt; run it again, and it goes on"):
+            step.run()
+        assert not step.done
+    step.run()
+    assert step.done

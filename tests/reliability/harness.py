@@ -5,9 +5,12 @@ import hashlib
 import io
 import os
 import runpy
+import signal
 import sys
 import traceback
 from pathlib import Path
+
+from ga_llm import preemption
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,6 +25,7 @@ class Result:
 def call(folder: Path, script: str, *arguments) -> Result:
     """Run a script of the repository in this process, as from the command line in `folder`."""
     before, argv, code = os.getcwd(), sys.argv, 0
+    handlers = {number: signal.getsignal(number) for number in preemption.SIGNALS}
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
     os.chdir(folder)
     sys.argv = [script, *map(str, arguments)]
@@ -37,6 +41,8 @@ def call(folder: Path, script: str, *arguments) -> Result:
     finally:
         os.chdir(before)
         sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     for stream in (out, err):
         stream.flush()
     return Result(code, *(stream.buffer.getvalue().decode(errors="replace") for stream in (out, err)))

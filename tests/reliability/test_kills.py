@@ -156,16 +156,18 @@ def test_training_killed(repo, tmp_path, stage, kills):
 
 
 @pytest.mark.parametrize("name", TRAININGS)
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
-def test_training_stopped(name, number, code, trial, tmp_path):
-    """While its second checkpoint is written."""
+@pytest.mark.parametrize("number, code, steps, words", [
+    (signal.SIGINT, 130, [2], "interrupted"), (signal.SIGTERM, 0, [2, 4], "told to stop by SIGTERM: step 4 of 6"),
+    (signal.SIGUSR1, 0, [2, 4], "told to stop by SIGUSR1: step 4 of 6")])
+def test_training_stopped(name, number, code, steps, words, trial, tmp_path):
+    """While its second checkpoint is written: SIGINT at once, those that ask for good order when it is."""
     trial = trial(name)
     trial.begin(earlier=False)
     second = staging.checkpoint(staging.staging(trial.folder), 4)
     process = trial.launch(functools.partial(forked.watch, str(second), str(tmp_path / "trace"), 2, number))
     result = trial.end(process)
-    assert result.code == code and "Traceback" not in result.err and staging.steps(trial.folder) == [2]
-    assert number == signal.SIGTERM or result.err.splitlines()[-1] == "interrupted"
+    assert result.code == code and "Traceback" not in result.err and staging.steps(trial.folder) == steps
+    assert words in result.err.splitlines()[-1] and not (trial.folder / FINAL_ENCODER).exists()
     check_whole(trial.folder, int(name[-1]))
 
 
