@@ -200,18 +200,13 @@ def layer_activations(model: Model, run: Run) -> int:
     attention = c * (2 * q + 2 * (k if run.full_attention else q)) + FP32 * model.heads
     # silu(gate) · up: gate, silu(gate), up.
     feed_forward = 3 * c * i
-    # What goes into a linear map is saved if that map is trained. PEFT casts to LoRA's type, and autocast back again,
-    # for each map anew. S²-Attn's output is put together from two halves, a copy.
-    own_copy = run.autocast and (s != c or run.lora_rank > 0)
+    # What goes into a linear map is saved if that map is trained, once for all maps that read it (llm.round_norms, and
+    # LoRA takes it as it is). S²-Attn's output is put together from two halves, a copy.
     if run.lora_rank and run.lora_dropout:      # the dropped-out input, and the mask, a byte each
         inputs = (c + 1) * (3 * h + q)
     else:
-        inputs = c * h * (3 if own_copy else 1)
-        inputs += c * q if not run.full_attention or (run.lora_rank and own_copy) else 0
-    if run.lora_rank:
-        inputs += c * 4 * run.lora_rank
-    else:
-        inputs += c * h * (2 if own_copy else 1) + c * i
+        inputs = c * h + (0 if run.full_attention else c * q)
+    inputs += c * 4 * run.lora_rank if run.lora_rank else c * h + c * i
     return norms + attention + feed_forward + inputs
 
 

@@ -25,7 +25,8 @@ TAIL_TOKENS = 2048          # of one pass over several prompts' tails: bounds it
 CHECKED = 256               # tokens of the prompt that the check before an evaluation reads
 LEAST_SHARED = 32           # tokens; a shorter common beginning is not worth a group
 WIDTH = 16                  # nodes of a prompt that are tried at a time while its best k are not certain
-PASS_NODES = 96             # or more, up to so many in all prompts: a pass over fewer takes hardly less time
+# Or more, up to so many in all prompts: a pass over fewer takes hardly less time.
+PASS_NODES, PASS_NODES_GPU = 96, 1024
 
 
 @dataclasses.dataclass
@@ -312,7 +313,8 @@ class _Search:
         # All that may beat the target is needed for its rank. For the best k it is what beats the k-th best so far;
         # as that grows with every leaf, a few nodes at a time spare the others.
         open_ &= self.log_p >= torch.minimum(kth, goal)
-        width = max(WIDTH, PASS_NODES // max(1, int(open_.any(1).sum())))
+        size = PASS_NODES if self.tree.model.device.type == "cpu" else PASS_NODES_GPU
+        width = max(WIDTH, size // max(1, int(open_.any(1).sum())))
         best = torch.where(open_, self.log_p, -torch.inf).topk(min(width, self.log_p.shape[1]))
         among_best = torch.zeros_like(open_).scatter_(1, best.indices, True)
         return open_ & ((self.log_p >= goal) | among_best)

@@ -2,11 +2,13 @@
 import contextlib
 import dataclasses
 import statistics
+import unittest.mock
 
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers.integrations.liger import apply_liger_kernel
+from transformers.models.llama import modeling_llama
 
 from card import shape
 from card.chain import Chain
@@ -26,6 +28,7 @@ TOKENS_A_CHECK_IN = 68.2    # Llama-2's, of our full wording
 GOAL, MEMORY_OFF, MEMORY_MOST = 0.45, 0.10, 40 * 1e9 / GIB
 STEPS = 3
 RANK = 8
+ROTATE = modeling_llama.apply_rotary_pos_emb
 NAMES = {SHIFTED_SPARSE: "S²-Attn", "sdpa": "full attention"}
 
 
@@ -183,8 +186,14 @@ def compare(record, args, four_bit: bool, length: int, peak: float) -> None:
             llm.compile_layers(model)
         if "liger" in variant:
             apply_liger_kernel(model, {"fused_linear_cross_entropy": False})
+        rotate, modeling_llama.apply_rotary_pos_emb = modeling_llama.apply_rotary_pos_emb, ROTATE
         step, chosen = Step(model, args.device), planned(model, args, attention, length)
-        own, other = in_turn(args.device, STEPS, lambda: step(inputs), lambda: theirs(all_logits))
+
+        def with_own_rotation():        # Liger replaces it for all models
+            with unittest.mock.patch.object(modeling_llama, "apply_rotary_pos_emb", rotate):
+                step(inputs)
+
+        own, other = in_turn(args.device, STEPS, with_own_rotation, lambda: theirs(all_logits))
         speeds += other
         shares[name] = sum(flops(*chosen).values()) / statistics.median(own) / peak
         where = f"{length:,} tokens, {name}"
@@ -193,12 +202,12 @@ def compare(record, args, four_bit: bool, length: int, peak: float) -> None:
         record.add(PART, f"{where}: against a plain step", statistics.median(b / a for a, b in zip(own, other)),
                    "times", **({} if args.toy else {"least": 1}))
         if args.profile:
-            profile(record, step, inputs, name.replace(" ", ""))
+            profile(record, with_own_rotation, name.replace(" ", ""))
         del model, step
         free(args.device)
     record.add(PART, f"{length:,} tokens, written plainly: tokens/s", length / statistics.median(speeds), "tokens/s")
     if args.profile:
-        profile(record, theirs, all_logits, "plain")
+        profile(record, lambda: theirs(all_logits), "plain")
     if shares:
         record.add(PART, f"{length:,} tokens, the fastest of these: share of the peak", max(shares.values()),
                    **({} if args.toy else {"least": GOAL}))
@@ -213,11 +222,11 @@ def in_turn(device: str, rounds: int, *works) -> list[list[float]]:
     return [taken[1:] for taken in times]
 
 
-def profile(record, step, inputs, name: str) -> None:
+def profile(record, work, name: str) -> None:
     """Which kernels a step spends its time in."""
     kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=kinds) as found:
-        step(inputs)
+        work()
         torch.cuda.synchronize()
     table = found.key_averages().table(sort_by="self_device_time_total", row_limit=40, max_name_column_width=90)
     (record.folder / f"profile_{name}.txt").write_text(table)

@@ -2,10 +2,14 @@
 import copy
 import functools
 import shutil
+import unittest.mock
 
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.integrations.liger import apply_liger_kernel
+from transformers.models.llama import modeling_llama
+from transformers.utils import is_liger_kernel_available
 
 from card import shape
 from card.chain import Chain
@@ -28,6 +32,7 @@ def run(record, args) -> None:
     attentions(record, args.device)
     rank(record, args.device)
     flash(record, args.device)
+    liger(record, args.device)
     nf4(record, args.device)
     inject(record, args.device)
     resume(record, args)
@@ -123,6 +128,20 @@ def flash(record, device: str) -> None:
     ours, sdpa = (attend(query, key, value, bounds, **options) for attend in
                   (shifted_attention._attend_flash, shifted_attention._attend_sdpa))
     record.add(PART, "S²-Attn through flash-attn against SDPA, bf16", error(ours, sdpa), most=1e-2)
+
+
+def liger(record, device: str) -> None:
+    """--use_liger_kernel: the gradient of a training step."""
+    if device == "cpu" or not is_liger_kernel_available():
+        return record.note(PART, "Liger kernels", "for GPUs" if device == "cpu" else "liger-kernel is not installed")
+    batch = sft_data.AnswerCollator(0)([Pairs([LENGTH], shared=0)[0]])
+    _, gradient = step(model("sdpa"), batch, "cpu", torch.float32)
+    own = copy.deepcopy(model("sdpa"))
+    with unittest.mock.patch.object(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb):
+        apply_liger_kernel(own, {"fused_linear_cross_entropy": False})      # replaces that, too
+        for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            _, found = step(own, batch, device, dtype)
+            record.add(PART, f"Liger kernels, {kind}: gradient", error(found, gradient), most=LIMITS[kind])
 
 
 @torch.no_grad()
