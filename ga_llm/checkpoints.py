@@ -32,7 +32,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_AR
 from ga_llm import preemption, staging
 from ga_llm.artifacts import GCIM, TRAINABLE_PARAMS, EncoderFiles, question_settings, require
 from ga_llm.cli import UserError
-from ga_llm.llm import compile_layers, rope_factor
+from ga_llm.llm import compile_layers, prepare_for_autocast, rope_factor
 from ga_llm.reading import (WAY_OUT, check_finite, check_pickle, fingerprint, listed, read_json, read_shapes,
                             read_tensors, reason, weights_files)
 from ga_llm.run_log import LoggedTrainer, draw_log
@@ -64,6 +64,8 @@ class GATrainer(LoggedTrainer):
     def __init__(self, *args, encoders: dict[str, str] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.encoders = encoders
+        if self.args.bf16 or self.args.fp16:
+            prepare_for_autocast(self.model)
         if self.args.compiles_layers:
             compile_layers(self.model, **self.args.compile_options)
         self.preemption = preemption.Preemption()

@@ -26,13 +26,14 @@ def decode(decoding: str, model, tokenizer, trie: Trie, test_prompts: Sequence[T
            full: bool = False, done=frozenset(), seed: int = 0) -> Iterator[tuple[list[TestPrompt], list[Ranked]]]:
     """Yield (prompts, their results) chunk by chunk, the longest first; pairs in `done` need no result.
 
-    Which prompts share a chunk depends on the prompts and `batch_size` alone, and the random numbers on the chunk, so
+    Which prompts share a chunk depends on the prompts, `batch_size` and the kind of device alone, and the random numbers on the chunk, so
     that an interrupted evaluation goes on with the same numbers.
     """
     progress = tqdm(total=len(test_prompts), initial=len(done), disable=not show_progress(), unit="prompt")
     if decoding == "rank":
         ranking.check(model, trie, min(test_prompts, key=lambda prompt: len(prompt.input_ids)))
-        chunks = (found for group in ranking.plan(test_prompts, batch_size)
+        tail = ranking.TAIL_TOKENS if model.device.type == "cpu" else ranking.TAIL_TOKENS_GPU
+        chunks = (found for group in ranking.plan(test_prompts, batch_size, tail)
                   for found in ranking.rank(model, trie, group, full=full, done=done))
     else:
         answer = {"beam": beam, "sample": sample}[decoding]

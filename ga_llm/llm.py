@@ -167,14 +167,9 @@ def add_lora(model, r: int, alpha: int, dropout: float):
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS, bias="none",
                         task_type="CAUSAL_LM")
     try:
-        model = get_peft_model(model, config)
+        return get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"LoRA finds no {', '.join(LORA_TARGETS)} in {type(model).__name__} ({error})") from None
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            # PEFT would cast what comes in to LoRA's fp32, and autocast back to bf16, at each map.
-            module.cast_input_dtype_enabled = False
-    return model
 
 
 def add_dropout(model, share: float) -> None:
@@ -195,6 +190,13 @@ def add_dropout(model, share: float) -> None:
 
     for module in (model.get_input_embeddings(), *inside):
         module.register_forward_hook(drop)
+
+
+def prepare_for_autocast(model) -> None:
+    """Let LoRA take what comes in as it is: PEFT would cast it to LoRA's fp32 at each map, and autocast back to bf16."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False
 
 
 def round_norms(model) -> None:

@@ -21,7 +21,8 @@ from ga_llm.spelling import TestPrompt
 
 TOP = 20                    # how many of the best candidates are given exactly
 LOGITS_BYTES = 2 ** 28      # what the logits of one pass over trie nodes may take
-TAIL_TOKENS = 2048          # of one pass over several prompts' tails: bounds its attention mask
+# Of one pass over several prompts' tails: bounds its attention mask.
+TAIL_TOKENS, TAIL_TOKENS_GPU = 2048, 8192
 CHECKED = 256               # tokens of the prompt that the check before an evaluation reads
 LEAST_SHARED = 32           # tokens; a shorter common beginning is not worth a group
 WIDTH = 16                  # nodes of a prompt that are tried at a time while its best k are not certain
@@ -210,7 +211,6 @@ class Tree:
         Returns the logits (1, K, vocabulary) of the K tokens that `keep` (K,) names.
         """
         self.positions = torch.cat([self.positions, positions])
-        seen = torch.cat([torch.ones(len(tokens), self.trunk, dtype=torch.bool), seen], dim=1)
         return self._forward(tokens[None], self._mask(seen, positions), positions, keep)
 
     def crop(self, slots: int) -> None:
@@ -228,20 +228,23 @@ class Tree:
                           past_key_values=self.cache, use_cache=True, logits_to_keep=keep.to(device)).logits
 
     def _mask(self, seen, positions):
-        """The additive mask (1, 1, M, slots), one for each kind of layer where a model has windows of attention."""
+        """The additive mask (1, 1, M, trunk and slots), one for each kind of layer where a model has windows."""
         config = self.model.config.get_text_config()
         window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
         if window is None:
             return self._additive(seen)
+        seen = torch.cat([torch.ones(len(seen), self.trunk, dtype=torch.bool), seen], dim=1)
         near = self._additive(seen & (positions[:, None] - self.positions[None] < window))
         if "full_attention" in (getattr(config, "layer_types", None) or ()):
             return {"full_attention": self._additive(seen), "sliding_attention": near}
         return near
 
     def _additive(self, seen):
+        """Of the last columns of the cache that `seen` tells of; those before are seen."""
         dtype, device = self.model.dtype, self.model.device
-        bias = torch.zeros(seen.shape, dtype=dtype, device=device)
-        return bias.masked_fill_(~seen.to(device), torch.finfo(dtype).min)[None, None]
+        bias = torch.zeros(len(seen), len(self.positions), dtype=dtype, device=device)
+        bias[:, len(self.positions) - seen.shape[1]:].masked_fill_(~seen.to(device), torch.finfo(dtype).min)
+        return bias[None, None]
 
 
 class _Search:

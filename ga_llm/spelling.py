@@ -3,9 +3,12 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 
-from ga_llm import prompts
+from ga_llm import prompts, token_cache
 from ga_llm.cli import UserError
 from ga_llm.sft_data import first_after, truncate
+
+
+CHECKED_EVERY = 100     # prompts; of these one is tokenized in two ways
 
 
 @dataclasses.dataclass
@@ -41,6 +44,14 @@ class TestPrompt:
         """The target's local time, `YYYY-MM-DD HH:MM:SS`, where the answer names it as ours does."""
         match = prompts.TIME.search(prompts.split(self.text)[1])
         return match[0] if match else None
+
+
+def _until_id(ids, marks) -> tuple[list[int], int]:
+    """A text's tokens, and the first of its last POI id, whose digits `marks` tells."""
+    first = int(marks.nonzero()[0][-1])
+    while first > 0 and marks[first - 1]:
+        first -= 1
+    return ids.tolist(), first
 
 
 def _poi_ids(text: str) -> list[int]:
@@ -92,19 +103,42 @@ class Spelling:
             for poi, ids, _ in self._spell(list(self.full), before):
                 if ids != self.full[poi]:
                     raise self._otherwise(source, 0, poi)
-        return [self._prompt(i, pair, max_length, source) for i, pair in enumerate(pairs)]
+        found = [answer_id(pair) for pair in pairs]
+        texts = [pair[:start] + str(target) + self.end for pair, (start, target, _) in zip(pairs, found)]
+        encoded = self._encoded(texts, [start for start, _, _ in found])
+        return [self._prompt(i, pair[:start], target, ids, cut, max_length, source)
+                for i, (pair, (start, target, _), (ids, cut)) in enumerate(zip(pairs, found, encoded))]
 
-    def _prompt(self, pair: int, text: str, max_length: int, source="the test file") -> TestPrompt:
-        start, target, _ = answer_id(text)
-        encoded = self.tokenizer(text[:start] + str(target) + self.end, return_offsets_mapping=True)
-        cut = first_after(encoded["offset_mapping"], start)
-        ids = encoded["input_ids"][:cut]
-        tail, eos = encoded["input_ids"][cut:], self.tokenizer.eos_token_id
-        tail = tail[:-1] if tail and tail[-1] == eos else tail
+    def _encoded(self, texts: list[str], starts: list[int]) -> Iterator[tuple[list[int], int]]:
+        """The tokens of each text, and the first that reaches beyond `start` of its characters, where its id begins.
+
+        As training does it, each distinct piece of text is tokenized once; some texts are tokenized as wholes, too, and
+        all are if one of those differs.
+        """
+        def whole(text, start):
+            encoding = self.tokenizer(text, return_offsets_mapping=True)
+            ids = encoding["input_ids"]
+            return ids if ids[-1:] == [self.tokenizer.eos_token_id] else [*ids, self.tokenizer.eos_token_id], (
+                first_after(encoding["offset_mapping"], start))
+
+        checked = {i: whole(texts[i], starts[i]) for i in range(0, len(texts), CHECKED_EVERY)}
+        try:
+            pieces = token_cache.Pieces(self.tokenizer, "uint32", mark=True)
+            encoded = [_until_id(ids, marks) for first in range(0, len(texts), token_cache.PAIRS_AT_ONCE)
+                       for ids, _, marks in pieces.encode(texts[first:first + token_cache.PAIRS_AT_ONCE])]
+            if all(encoded[i] == expected for i, expected in checked.items()):
+                return iter(encoded)
+        except token_cache.UnknownPlace:        # is text here, and refused where that is wrong
+            pass
+        return map(whole, texts, starts)
+
+    def _prompt(self, pair: int, text: str, target: int, ids: list[int], cut: int, max_length: int,
+                source) -> TestPrompt:
+        tail, eos = ids[cut:-1], self.tokenizer.eos_token_id
         if target in self.full and tail + ([] if self.end else [eos]) != self.full[target]:
             raise self._otherwise(source, pair, target)
-        kept = truncate(ids, max_length, self.tokenizer.bos_token_id)
-        return TestPrompt(pair, text[:start], target, kept, len(ids), len(ids) <= max_length)
+        kept = truncate(ids[:cut], max_length, self.tokenizer.bos_token_id)
+        return TestPrompt(pair, text, target, kept, cut, cut <= max_length)
 
     def _otherwise(self, source, pair: int, poi: int) -> UserError:
         return UserError(f"{source}, line {pair + 1}: the tokenizer spells {poi} otherwise in this answer than behind "

@@ -68,6 +68,7 @@ def ours(attention: str, length: int, args, four_bit: bool):
     with torch.device(args.device):
         injection.attach_untrained(base, *shape.places(args.toy))
     llm.trainable_to_fp32(model)
+    llm.prepare_for_autocast(model)
     checkpoint_activations(base)
     return model.train()
 

@@ -103,6 +103,7 @@ def trained(way, layers, attention, dropout=0.0, **shape):
         model = llm.add_lora(model, rank, 16, dropout)
         llm.train_by_name(model, names)
         llm.trainable_to_fp32(model)
+    llm.prepare_for_autocast(model)
     if deepspeed:
         model.to(torch.bfloat16)
     own = beside = 0

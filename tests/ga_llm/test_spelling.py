@@ -33,6 +33,21 @@ def test_prompts_that_do_not_fit_are_cut_from_the_left(tiny_llama):
 
 @pytest.mark.parametrize("style", ["llama3", "sentencepiece"])
 @pytest.mark.parametrize("end", [".", ""])
+def test_prompts_in_pieces_have_the_tokens_of_the_whole_text(tiny_llama, style, end):
+    tokenizer = load_tokenizer(tiny_llama(style))
+    tokenizer.add_special_tokens({"extra_special_tokens": [prompts.gps_token(i) for i in CANDIDATES]})
+    texts = [pair([f"{poi} {prompts.gps_token(poi)}" for poi in CANDIDATES[:n]], CANDIDATES[n], end)
+             for n in range(1, len(CANDIDATES))]
+    found = Spelling(tokenizer, CANDIDATES, end).prompts(texts, 2048)
+    for prompt, text in zip(found, texts):
+        start, _, _ = answer_id(text)
+        encoded = tokenizer(text, return_offsets_mapping=True)
+        cut = next(i for i, (_, stop) in enumerate(encoded["offset_mapping"]) if stop > start)
+        assert prompt.input_ids == encoded["input_ids"][:cut]
+
+
+@pytest.mark.parametrize("style", ["llama3", "sentencepiece"])
+@pytest.mark.parametrize("end", [".", ""])
 def test_ids_end_where_others_begin_with_them(tiny_llama, style, end):
     tokenizer = load_tokenizer(tiny_llama(style))
     some, all_ = (Spelling(tokenizer, CANDIDATES, end, always_end=always) for always in (False, True))
@@ -55,7 +70,9 @@ def test_ids_must_be_spelled_in_the_answer_as_they_are_alone(tiny_llama):
     with pytest.raises(UserError, match="line 1: the tokenizer spells 999 otherwise"):
         spelled.prompts([pair([1], 2)], 2048)
     with pytest.raises(UserError, match="line 2: the tokenizer spells 999 otherwise.*'POI id 999.'"):
-        spelled._prompt(1, pair([1], 999), 2048)
+        text = pair([1], 999)
+        (ids, cut), = spelled._encoded([text], [text.rindex("999")])
+        spelled._prompt(1, text, 999, ids, cut, 2048, "the test file")
 
 
 def test_answers_must_name_an_id_and_end_alike():
