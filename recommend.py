@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from ga_llm import artifacts, llm, places_map, recommendation, tree_attention, writing
-from ga_llm.cli import Parser, UserError, run, whole_number
+from ga_llm import artifacts, llm, recommendation, tree_attention, writing
+from ga_llm.cli import Parser, UserError, needed, run, whole_number
 
 log = logging.getLogger("recommend")
 
@@ -39,6 +39,8 @@ def arguments() -> argparse.Namespace:
     args.at = recommendation.read_time(args.time)
     if args.at is None:
         raise UserError(f"--time {args.time[:60]!r}: no local time; give one such as \"2013-01-05 18:00\"")
+    if args.map:
+        needed("folium", "--map")     # found here, not when the model has run
     return args
 
 
@@ -77,6 +79,7 @@ def main():
               f"and {len(current)} of the current trajectory. Probabilities are normalised over all\n"
               f"places; km are from the last check-in.\n\n{recommendation.table(found)}")
     if args.map:
+        from ga_llm import places_map       # which imports folium
         shown = recommendation.visits(history + current or past[-1:], places)
         with writing.atomic_write(args.map) as file:
             file.write(places_map.draw(found, shown, f"Where to at {at}?"))
