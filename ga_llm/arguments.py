@@ -78,6 +78,9 @@ class SFTArguments(TrainingArguments):
     def __post_init__(self):
         # The reentrant kind needs inputs with a gradient, which a frozen base does not have.
         self.activation_checkpointing_kwargs = {"use_reentrant": False}
+        if not hasattr(TrainingArguments, "activation_checkpointing"):      # transformers 5.17: it has another name
+            self.gradient_checkpointing = self.activation_checkpointing
+            self.gradient_checkpointing_kwargs = self.activation_checkpointing_kwargs
         self.ddp_find_unused_parameters = False
         self.dataloader_pin_memory = torch.cuda.is_available()
         self.disable_tqdm = self.disable_tqdm or not sys.stderr.isatty()
