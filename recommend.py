@@ -39,8 +39,6 @@ def arguments() -> argparse.Namespace:
     args.at = recommendation.read_time(args.time)
     if args.at is None:
         raise UserError(f"--time {args.time[:60]!r}: no local time; give one such as \"2013-01-05 18:00\"")
-    if args.map:
-        needed("folium", "--map")     # found here, not when the model has run
     return args
 
 
@@ -59,6 +57,8 @@ def main():
         log.warning("trained with check-ins of similar trajectories in the questions; this question has none")
     asked = recommendation.pair(past, args.at, user, places, asking)
 
+    if args.map:
+        needed("folium", "--map")     # told here, not when the model has run
     # Ranking hands the model a mask of the trie, which flash-attn does not take.
     tokenizer = llm.load_tokenizer(str(args.model))
     dtype = getattr(torch, args.dtype or llm.default_dtype())

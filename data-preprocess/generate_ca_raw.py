@@ -12,9 +12,9 @@ from ga_llm import artifacts, cli, writing
 
 def main() -> None:
     cli.Parser(__doc__).parse_args()
+    conf = config.load(artifacts.config_file("ca"))
     cli.needed("shapely", "the states' polygons")
     from checkins import gowalla    # which imports it
-    conf = config.load(artifacts.config_file("ca"))
     path = gowalla.output(conf)
     with writing.alone(path.parent):
         rows = gowalla.join(conf)

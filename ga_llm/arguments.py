@@ -213,7 +213,7 @@ def _check_deepspeed(path: str) -> None:
 
 def _deepspeed_lacks() -> str | None:
     if importlib.util.find_spec("deepspeed") is None:
-        return "deepspeed is not installed: pip install deepspeed"
+        return "deepspeed is not installed; pip install deepspeed"
     if not torch.cuda.is_available() and not (shutil.which("g++") and shutil.which("ninja")):
         return "on a CPU it compiles its communication, which needs g++ and ninja"
     return None

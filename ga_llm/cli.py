@@ -32,7 +32,7 @@ def needed(package: str, by: str):
     except ModuleNotFoundError as error:
         if error.name != package:
             raise
-        raise UserError(f"{by}: needs {package}, which is not installed: pip install {package}") from None
+        raise UserError(f"{by}: needs {package}, which is not installed; pip install {package}") from None
 
 
 def boolean(text: str) -> bool:

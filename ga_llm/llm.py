@@ -112,7 +112,7 @@ def training_attention(use_flash: bool, full: bool, shared_prefix: bool = False)
     if shared_prefix:       # through SDPA, which has a flash kernel of its own
         return SHARED_PREFIX
     if use_flash and not flash_attention_available():
-        log.info("attention runs through SDPA: %s", "flash-attn is not installed: pip install flash-attn "
+        log.info("attention runs through SDPA: %s", "flash-attn is not installed; pip install flash-attn "
                  "--no-build-isolation" if torch.cuda.is_available() else "flash-attn needs a GPU")
     if not full:
         return SHIFTED_SPARSE

@@ -155,6 +155,7 @@ class City:
             return call(self.root, f"data-preprocess/{script}", *arguments)
 
     def generate(self) -> Result:
+        pytest.importorskip("shapely")
         return self.call("generate_ca_raw.py")
 
     def samples(self) -> Result:

@@ -1,0 +1,116 @@
+"""What needs a package that is absent says so in one line; all else runs."""
+import os
+import subprocess
+import sys
+
+from commands import ROOT
+
+PACKAGES = ("bitsandbytes", "deepspeed", "flash_attn", "orjson", "ijson", "shapely", "folium", "gguf")
+NEEDS = {"checkins.gowalla": "shapely", "ga_llm.places_map": "folium"}      # modules that cannot do without
+SCRIPTS = ("finetune_GCIM.py", "finetune_LLM_with_GCIM.py", "finetune_PAM.py", "test_next_gps.py", "export.py", "recommend.py",
+           "run_experiment.py", "results.py", "report.py", "tools/get_smollm2.py", "tools/make_tiny_llama.py",
+           *sorted(f"data-preprocess/{path.name}" for path in (ROOT / "data-preprocess").glob("*.py")))
+# Each part runs in a process forked from one in which the packages cannot be found and all modules are imported.
+HIDDEN = """
+import contextlib, importlib, io, logging, os, runpy, sys, traceback
+from importlib.machinery import PathFinder
+
+class Hidden(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in {packages} else super().find_spec(name, path, target)
+
+sys.meta_path[:] = [Hidden if finder is PathFinder else finder for finder in sys.meta_path]
+sys.path[:0] = [{root!r}, {root!r} + "/data-preprocess", {root!r} + "/tools"]
+
+def script(path, *arguments):
+    sys.argv = [path, *arguments]
+    runpy.run_path({root!r} + "/" + path, run_name="__main__")
+
+def forked(what, *arguments):
+    \"\"\"(exit code, what it printed)\"\"\"
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        os.dup2(write, 1), os.dup2(write, 2)
+        os.close(read), os.close(write)
+        code = 0
+        try:
+            what(*arguments)
+        except SystemExit as stop:
+            code = stop.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    os.close(write)
+    with open(read) as file:
+        printed = file.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), printed
+"""
+
+
+def hidden(tmp_path, code: str) -> str:
+    """What Python prints that runs `code` where none of the packages can be found."""
+    start = HIDDEN.replace("{packages}", repr(PACKAGES)).replace("{root!r}", repr(str(ROOT)))
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", start + code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def test_every_module_is_imported_and_every_script_tells_its_flags(tmp_path):
+    modules = sorted(".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+                     for root, folder in ((ROOT, "ga_llm"), (ROOT, "geo_encoder"), (ROOT / "data-preprocess", "checkins"))
+                     for path in (root / folder).rglob("*.py"))
+    assert NEEDS.keys() < set(modules) and "ga_llm.training" in modules
+    printed = hidden(tmp_path, f"""
+for name in {modules}:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        print("absent", name, error.name)
+for path in {SCRIPTS}:
+    code, text = forked(script, path, "--help")
+    print("help", path, code, "usage: " in text, "Traceback" in text)
+""")
+    lines = [line.split() for line in printed.splitlines()]
+    assert {name: package for kind, name, package, *_ in lines if kind == "absent"} == NEEDS
+    helped = {path: rest for kind, path, *rest in lines if kind == "help"}
+    assert helped == {path: ["0", "True", "False"] for path in SCRIPTS}
+
+
+def test_what_needs_a_package_names_it_in_one_line(tmp_path):
+    (tmp_path / "best_conf").symlink_to(ROOT / "best_conf")
+    for name in ("D.json", "G.csv", "ds.json"):
+        (tmp_path / name).write_text("{}")
+    printed = hidden(tmp_path, """
+import torch
+from ga_llm import arguments, cli, llm
+os.environ["RANK"] = "0"
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+flags = "--model_name_or_path M --data_path D.json --gps_mapping_path G.csv --output_dir O --deepspeed ds.json".split()
+torch.cuda.is_available = lambda: True      # where flash-attn counts
+
+def folium():
+    cli.run(lambda: cli.needed("folium", "--map"))
+
+def deepspeed():
+    torch.cuda.is_available = lambda: False
+    arguments.parse(arguments.SFTArguments, flags)
+
+for name, what, *arguments_ in (("shapely", script, "data-preprocess/generate_ca_raw.py"), ("folium", folium),
+                                ("gguf", script, "tools/get_smollm2.py", "--output_dir", "new"), ("deepspeed", deepspeed),
+                                ("bitsandbytes", llm.quantization, True),
+                                ("flash-attn", llm.training_attention, True, True)):
+    code, text = forked(what, *arguments_)
+    print(name, code, [line for line in text.splitlines() if name in line], "Traceback" in text, sep="|")
+""")
+    found = {name: (code, eval(told), traceback) for name, code, told, traceback in
+             (line.split("|") for line in printed.splitlines())}
+    # Three cannot do without and end with 2; for three there is another way.
+    assert {name: code for name, (code, *_) in found.items()} == {
+        "shapely": "2", "folium": "2", "gguf": "2", "deepspeed": "0", "bitsandbytes": "0", "flash-attn": "0"}
+    for name, (_, told, traceback) in found.items():
+        assert len(told) == 1 and f"pip install {name}" in told[0] and traceback == "False", (name, told)
+    assert not (tmp_path / "new").exists()
