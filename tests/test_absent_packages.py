@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 from commands import ROOT
 
 PACKAGES = ("bitsandbytes", "deepspeed", "flash_attn", "orjson", "ijson", "shapely", "folium", "gguf")
@@ -50,67 +51,74 @@ def forked(what, *arguments):
 """
 
 
-def hidden(tmp_path, code: str) -> str:
-    """What Python prints that runs `code` where none of the packages can be found."""
-    start = HIDDEN.replace("{packages}", repr(PACKAGES)).replace("{root!r}", repr(str(ROOT)))
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, "-c", start + code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
-
-
-def test_every_module_is_imported_and_every_script_tells_its_flags(tmp_path):
-    modules = sorted(".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
-                     for root, folder in ((ROOT, "ga_llm"), (ROOT, "geo_encoder"), (ROOT / "data-preprocess", "checkins"))
-                     for path in (root / folder).rglob("*.py"))
-    assert NEEDS.keys() < set(modules) and "ga_llm.training" in modules
-    printed = hidden(tmp_path, f"""
+MODULES = sorted(".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+                 for root, folder in ((ROOT, "ga_llm"), (ROOT, "geo_encoder"), (ROOT / "data-preprocess", "checkins"))
+                 for path in (root / folder).rglob("*.py"))
+TRIALS = """
 for name in {modules}:
     try:
         importlib.import_module(name)
     except ModuleNotFoundError as error:
-        print("absent", name, error.name)
-for path in {SCRIPTS}:
+        print("absent", name, error.name, sep="|")
+for path in {scripts}:
     code, text = forked(script, path, "--help")
-    print("help", path, code, "usage: " in text, "Traceback" in text)
-""")
-    lines = [line.split() for line in printed.splitlines()]
-    assert {name: package for kind, name, package, *_ in lines if kind == "absent"} == NEEDS
-    helped = {path: rest for kind, path, *rest in lines if kind == "help"}
-    assert helped == {path: ["0", "True", "False"] for path in SCRIPTS}
+    print("help", path, code, "usage: " in text, "Traceback" in text, sep="|")
 
-
-def test_what_needs_a_package_names_it_in_one_line(tmp_path):
-    (tmp_path / "best_conf").symlink_to(ROOT / "best_conf")
-    for name in ("D.json", "G.csv", "ds.json"):
-        (tmp_path / name).write_text("{}")
-    printed = hidden(tmp_path, """
 import torch
 from ga_llm import arguments, cli, llm
 os.environ["RANK"] = "0"
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 flags = "--model_name_or_path M --data_path D.json --gps_mapping_path G.csv --output_dir O --deepspeed ds.json".split()
-torch.cuda.is_available = lambda: True      # where flash-attn counts
 
 def folium():
     cli.run(lambda: cli.needed("folium", "--map"))
 
-def deepspeed():
-    torch.cuda.is_available = lambda: False
-    arguments.parse(arguments.SFTArguments, flags)
+def flash_attention():
+    torch.cuda.is_available = lambda: True      # where it counts
+    llm.training_attention(True, True)
 
-for name, what, *arguments_ in (("shapely", script, "data-preprocess/generate_ca_raw.py"), ("folium", folium),
-                                ("gguf", script, "tools/get_smollm2.py", "--output_dir", "new"), ("deepspeed", deepspeed),
-                                ("bitsandbytes", llm.quantization, True),
-                                ("flash-attn", llm.training_attention, True, True)):
-    code, text = forked(what, *arguments_)
-    print(name, code, [line for line in text.splitlines() if name in line], "Traceback" in text, sep="|")
-""")
-    found = {name: (code, eval(told), traceback) for name, code, told, traceback in
-             (line.split("|") for line in printed.splitlines())}
-    # Three cannot do without and end with 2; for three there is another way.
-    assert {name: code for name, (code, *_) in found.items()} == {
-        "shapely": "2", "folium": "2", "gguf": "2", "deepspeed": "0", "bitsandbytes": "0", "flash-attn": "0"}
-    for name, (_, told, traceback) in found.items():
-        assert len(told) == 1 and f"pip install {name}" in told[0] and traceback == "False", (name, told)
-    assert not (tmp_path / "new").exists()
+for name, what, *given in (("shapely", script, "data-preprocess/generate_ca_raw.py"), ("folium", folium),
+                           ("gguf", script, "tools/get_smollm2.py", "--output_dir", "new"),
+                           ("deepspeed", arguments.parse, arguments.SFTArguments, flags),
+                           ("bitsandbytes", llm.quantization, True), ("flash-attn", flash_attention)):
+    code, text = forked(what, *given)
+    told, = [line for line in text.splitlines() if name in line]
+    print("told", name, code, told, "Traceback" in text, sep="|")
+"""
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """{kind: {module, script or package: what came of it}}, from a Python that finds none of the packages."""
+    folder = tmp_path_factory.mktemp("absent")
+    (folder / "best_conf").symlink_to(ROOT / "best_conf")
+    for name in ("D.json", "G.csv", "ds.json"):
+        (folder / name).write_text("{}")
+    code = HIDDEN + TRIALS
+    for name, value in {"packages": PACKAGES, "root!r": str(ROOT), "modules": MODULES, "scripts": SCRIPTS}.items():
+        code = code.replace(f"{{{name}}}", repr(value))
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert not (folder / "new").exists()
+    kinds = {"absent": {}, "help": {}, "told": {}}
+    for kind, name, *rest in (line.split("|") for line in result.stdout.splitlines()):
+        kinds[kind][name] = rest
+    return kinds
+
+
+def test_every_other_module_is_imported(found):
+    assert NEEDS.keys() < set(MODULES) and "ga_llm.training" in MODULES
+    assert found["absent"] == {name: [package] for name, package in NEEDS.items()}
+
+
+def test_every_script_tells_its_flags(found):
+    assert found["help"] == {path: ["0", "True", "False"] for path in SCRIPTS}
+
+
+@pytest.mark.parametrize("package, code", [("shapely", 2), ("folium", 2), ("gguf", 2),
+                                           ("deepspeed", 0), ("bitsandbytes", 0), ("flash-attn", 0)])
+def test_what_needs_a_package_names_it_in_one_line(found, package, code):
+    """Three cannot be done without and end with 2; for the others there is another way."""
+    ended, told, traceback = found["told"][package]
+    assert (ended, traceback) == (str(code), "False") and f"pip install {package}" in told
