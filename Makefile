@@ -4,12 +4,19 @@
 # make env    the environment of both, in .venv
 #
 # On a GPU node use environment.yml. TORCH may name another build: make env TORCH=torch==2.13.0+cu130
+# With another Python or other versions, in an environment of their own (.venv-3.12-oldest):
+#     make test PYTHON=python3.12 CONSTRAINTS=constraints/oldest.txt
 
 SHELL := /bin/bash
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
 ROOT := $(dir $(abspath $(lastword $(MAKEFILE_LIST))))
+NEWEST := $(ROOT)constraints/newest.txt
+CONSTRAINTS ?= $(NEWEST)
+TORCH ?= torch
 VENV := $(ROOT).venv
+ifneq ($(PYTHON) $(abspath $(CONSTRAINTS)),python3 $(NEWEST))
+VENV := $(VENV)-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')-$(basename $(notdir $(CONSTRAINTS)))
+endif
 
 # Two processes whose threads spin while they wait stop each other on a small machine.
 export OMP_WAIT_POLICY = PASSIVE
@@ -22,10 +29,11 @@ KILLS := tests/reliability/test_kills.py
 env: $(VENV)/.complete
 
 # The stamp is written last: after an interruption pip runs again and finishes what is missing.
-$(VENV)/.complete: $(ROOT)pyproject.toml
+$(VENV)/.complete: $(ROOT)pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	cd $(ROOT) && python -m pip install --quiet --disable-pip-version-check $(TORCH) -e '.[test,deepspeed,quantization]'
+	cd $(ROOT) && python -m pip install --quiet --disable-pip-version-check -c $(abspath $(CONSTRAINTS)) \
+		$(TORCH) -e '.[full,test,deepspeed,quantization]'
 	touch $@
 
 demo: env

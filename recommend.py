@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from ga_llm import artifacts, llm, places_map, recommendation, tree_attention, writing
-from ga_llm.cli import Parser, UserError, run, whole_number
+from ga_llm import artifacts, llm, recommendation, tree_attention, writing
+from ga_llm.cli import Parser, UserError, needed, run, whole_number
 
 log = logging.getLogger("recommend")
 
@@ -57,6 +57,8 @@ def main():
         log.warning("trained with check-ins of similar trajectories in the questions; this question has none")
     asked = recommendation.pair(past, args.at, user, places, asking)
 
+    if args.map:
+        needed("folium", "--map")     # told here, not when the model has run
     # Ranking hands the model a mask of the trie, which flash-attn does not take.
     tokenizer = llm.load_tokenizer(str(args.model))
     dtype = getattr(torch, args.dtype or llm.default_dtype())
@@ -77,6 +79,7 @@ def main():
               f"and {len(current)} of the current trajectory. Probabilities are normalised over all\n"
               f"places; km are from the last check-in.\n\n{recommendation.table(found)}")
     if args.map:
+        from ga_llm import places_map       # which imports folium
         shown = recommendation.visits(history + current or past[-1:], places)
         with writing.atomic_write(args.map) as file:
             file.write(places_map.draw(found, shown, f"Where to at {at}?"))

@@ -100,7 +100,7 @@ class Side:
             self.model = llm.add_lora(base, 8, 16, dropout=0.1)
             llm.train_by_name(self.model, "embed,norm")
         llm.trainable_to_fp32(self.model)
-        self.model.activation_checkpointing_enable({"use_reentrant": False})
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=2e-5, fused=True)

@@ -86,7 +86,7 @@ def build(args, attention: str, mapping):
     model = llm.add_lora(model, 8, 16, dropout=0.1)
     llm.train_by_name(model, "norm")
     llm.trainable_to_fp32(model)
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
 
 

@@ -6,13 +6,15 @@ Reads and writes the files under `raw:` in best_conf/ca.yml.
 """
 import logging
 
-from checkins import config, gowalla
+from checkins import config
 from ga_llm import artifacts, cli, writing
 
 
 def main() -> None:
     cli.Parser(__doc__).parse_args()
     conf = config.load(artifacts.config_file("ca"))
+    cli.needed("shapely", "the states' polygons")
+    from checkins import gowalla    # which imports it
     path = gowalla.output(conf)
     with writing.alone(path.parent):
         rows = gowalla.join(conf)

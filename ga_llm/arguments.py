@@ -80,6 +80,9 @@ class SFTArguments(TrainingArguments):
     def __post_init__(self):
         # The reentrant kind needs inputs with a gradient, which a frozen base does not have.
         self.activation_checkpointing_kwargs = {"use_reentrant": False}
+        if not hasattr(TrainingArguments, "activation_checkpointing"):      # transformers 5.17: it has another name
+            self.gradient_checkpointing = self.activation_checkpointing
+            self.gradient_checkpointing_kwargs = self.activation_checkpointing_kwargs
         self.ddp_find_unused_parameters = False
         self.dataloader_pin_memory = torch.cuda.is_available()
         self.disable_tqdm = self.disable_tqdm or not sys.stderr.isatty()
@@ -226,7 +229,7 @@ def _check_deepspeed(path: str) -> None:
 
 def _deepspeed_lacks() -> str | None:
     if importlib.util.find_spec("deepspeed") is None:
-        return "deepspeed is not installed"
+        return "deepspeed is not installed; pip install deepspeed"
     if not torch.cuda.is_available() and not (shutil.which("g++") and shutil.which("ninja")):
         return "on a CPU it compiles its communication, which needs g++ and ninja"
     return None

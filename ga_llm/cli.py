@@ -1,6 +1,7 @@
 """How every script talks to its user: boolean flags, one-line errors, log lines."""
 import argparse
 import errno
+import importlib
 import logging
 import math
 import os
@@ -22,6 +23,16 @@ LEAST_TOKENS, MOST_TOKENS = 16, 2**24     # of a question and its answer; of wha
 
 class UserError(Exception):
     """A mistake that the user can mend. Its text is one line: the file, the row or flag, and the way out."""
+
+
+def needed(package: str, by: str):
+    """Import a package that most commands do without. Raises UserError if it is not installed."""
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        raise UserError(f"{by}: needs {package}, which is not installed; pip install {package}") from None
 
 
 def boolean(text: str) -> bool:

@@ -2,9 +2,8 @@
 from pathlib import Path
 
 import numpy as np
-import orjson
 
-from ga_llm import metrics
+from ga_llm import json_text, metrics
 from ga_llm.artifacts import require
 from ga_llm.cli import UserError
 
@@ -97,8 +96,8 @@ def read(path: Path) -> dict[tuple, dict]:
 def _record(line: bytes) -> dict:
     """Parse one line. Raises ValueError that says what is wrong with it."""
     try:
-        record = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
+        record = json_text.loads(line)
+    except ValueError as error:
         raise ValueError(f"not JSON ({error})") from None
     if not isinstance(record, dict):
         raise ValueError("not an object")

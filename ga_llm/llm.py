@@ -113,7 +113,8 @@ def training_attention(use_flash: bool, full: bool, shared_prefix: bool = False)
     if shared_prefix:       # through SDPA, which has a flash kernel of its own
         return SHARED_PREFIX
     if use_flash and not flash_attention_available():
-        log.info("flash-attn is not available: attention runs through SDPA")
+        log.info("attention runs through SDPA: %s", "flash-attn is not installed; pip install flash-attn "
+                 "--no-build-isolation" if torch.cuda.is_available() else "flash-attn needs a GPU")
     if not full:
         return SHIFTED_SPARSE
     return "flash_attention_2" if use_flash and flash_attention_available() else "sdpa"
@@ -124,7 +125,7 @@ def quantization(wanted: bool) -> BitsAndBytesConfig | None:
     if not wanted:
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
-        log.info("bitsandbytes is not installed: the base model is not quantized to 4 bits")
+        log.info("bitsandbytes is not installed: the base model is not quantized to 4 bits; pip install bitsandbytes")
         return None
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                               bnb_4bit_compute_dtype=torch.bfloat16)

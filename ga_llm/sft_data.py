@@ -2,15 +2,13 @@
 
 The loss is on the answer alone (paper), or, where a pair has `targets`, on these: every POI id, the prompt's too.
 """
-import codecs
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
-import ijson
 import numpy as np
 import torch
 
-from ga_llm import prompts
+from ga_llm import json_text, prompts
 from ga_llm.artifacts import require
 from ga_llm.cli import UserError
 
@@ -25,44 +23,18 @@ def iterate_pairs(path: Path | str) -> Iterator[str]:
     """
     path, i = Path(path), -1
     try:
-        with path.open("rb") as file:
-            if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
-                file.seek(0)
-            for i, record in enumerate(_records(ijson.basic_parse(file, buf_size=2**20, use_float=True))):
-                question, answer = record.get("question"), record.get("answer")
-                if not (isinstance(question, str) and isinstance(answer, str)):
-                    raise UserError(f"{path}, pair {i}: expected texts under the keys question and answer; {AGAIN}")
-                pair = prompts.join(question, answer)
-                if prompts.ANSWER not in pair:
-                    raise UserError(f"{path}, pair {i}: no {prompts.ANSWER} in question or answer; {AGAIN}")
-                yield pair
-    except ijson.JSONError as error:
-        message = error.args[0].decode(errors="replace") if isinstance(error.args[0], bytes) else str(error)
-        raise UserError(f"{path}, pair {i + 1}: not JSON ({message.splitlines()[0].strip()}); {AGAIN}") from None
+        for i, record in enumerate(json_text.records(path)):
+            question, answer = record.get("question"), record.get("answer")
+            if not (isinstance(question, str) and isinstance(answer, str)):
+                raise UserError(f"{path}, pair {i}: expected texts under the keys question and answer; {AGAIN}")
+            pair = prompts.join(question, answer)
+            if prompts.ANSWER not in pair:
+                raise UserError(f"{path}, pair {i}: no {prompts.ANSWER} in question or answer; {AGAIN}")
+            yield pair
+    except ValueError as error:
+        raise UserError(f"{path}, pair {i + 1}: not JSON ({str(error).splitlines()[0].strip()}); {AGAIN}") from None
     if i < 0:
         raise UserError(f"{path}: expected a JSON array of {{question, answer}} with at least one pair; {AGAIN}")
-
-
-def _records(events: Iterable[tuple[str, object]]) -> Iterator[dict]:
-    """What the items of a JSON array hold directly; nothing, where the document or an item is something else.
-
-    However deep an item is nested, no memory goes into it: `ijson.items` would keep the path of every level.
-    """
-    depth, is_array, record, key = 0, False, {}, None
-    for event, value in events:
-        if event.startswith("end_"):
-            depth -= 1
-        elif event == "map_key":
-            key = value
-        elif depth == 0:
-            is_array = event == "start_array"
-        elif depth == 1:
-            record = {}
-        elif depth == 2:
-            record[key] = value     # None where a list or an object begins
-        depth += event.startswith("start_")
-        if is_array and depth == 1 and event not in ("start_array", "map_key"):
-            yield record
 
 
 def read_test_pairs(path: Path | str, made_by: str) -> list[str]:

@@ -42,6 +42,7 @@ def main():
         return
     if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
         raise UserError(f"{args.output_dir}: exists, but is no complete model; remove it or give another --output_dir")
+    cli.needed("gguf", "the weights' file")     # transformers reads it with this
     started = time.perf_counter()
     args.output_dir.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, so that the last step is a rename: the folder is there complete, or not at all.

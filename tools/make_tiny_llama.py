@@ -267,7 +267,7 @@ def random_check_in(draw: np.random.Generator) -> str:
 
 
 def random_time(draw: np.random.Generator) -> str:
-    moment = np.datetime64("2012-04-01T00:00:00") + int(draw.integers(300 * 86400))
+    moment = np.datetime64("2012-04-01T00:00:00") + np.timedelta64(int(draw.integers(300 * 86400)), "s")
     return str(moment).replace("T", " ")
 
 

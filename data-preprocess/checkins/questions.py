@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 import numpy as np
-import orjson
 import pandas as pd
 from tqdm import tqdm
 
@@ -18,7 +17,7 @@ from checkins import config as configs
 from checkins import samples
 from checkins.config import Config
 from checkins.wording import short
-from ga_llm import artifacts, cli, prompts, writing
+from ga_llm import artifacts, cli, json_text, prompts, writing
 
 SPLITS = ("train", "test")
 VALIDATE = "validate"       # asked like test, where somebody must choose
@@ -179,7 +178,7 @@ def write(config: Config, stage: int, use_sim: bool, fields: tuple[str, ...], co
             path = config.folder / artifacts.questions(split, config.dataset_name, stage, use_sim,
                                                        prompts.ALIGNED in fields)
             with new_file(artifacts.question_settings(path), "wb") as file:
-                file.write(orjson.dumps(settings) + b"\n")
+                file.write(json_text.dumps(settings) + b"\n")
             with new_file(path, "wb") as file:
                 count = write_json_array(file, made) if split == "train" else _write_lines(file, made)
             logger.info("%d %s pairs, %s: %s", count, split, ",".join(fields), path)
@@ -216,12 +215,12 @@ def load_similar(config: Config, split: str, split_rows: dict[str, pd.DataFrame]
     command = config.command("traj_sim.py")
     path = artifacts.require(config.folder / artifacts.similar_trajectories(split), command)
     try:
-        listed = orjson.loads(path.read_bytes())
+        listed = json_text.loads(path.read_bytes())
         mentioned = set().union(*listed.values())
         keys = {int(key) for key in listed if str(int(key)) == key}
         if len(keys) < len(listed) or any(type(other) is not int for other in mentioned):
             raise ValueError
-    except (orjson.JSONDecodeError, AttributeError, TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError):
         raise cli.UserError(f"{path}: not an object of trajectory ids to lists of ids; make it again with `{command}`"
                             ) from None
     for ids, owner in ((keys, split), (mentioned, "train")):
@@ -236,7 +235,7 @@ def write_json_array(file: BinaryIO, objects: Iterable[dict]) -> int:
     """Write a JSON array, one object per line, as the objects come; returns how many there were."""
     count = 0
     for count, value in enumerate(objects, start=1):
-        file.write((b"[\n" if count == 1 else b",\n") + orjson.dumps(value))
+        file.write((b"[\n" if count == 1 else b",\n") + json_text.dumps(value))
     file.write(b"\n]\n" if count else b"[]\n")
     return count
 

@@ -1,12 +1,11 @@
 """Samples: the check-ins of each split, encoded, with their trajectories; how they are made, written and read back."""
 import dataclasses
 
-import orjson
 import pandas as pd
 
 from checkins import encoding, filters, mapping, readers, splits, trajectories
 from checkins.config import COUNTS, Config
-from ga_llm import artifacts, writing
+from ga_llm import artifacts, json_text, writing
 from ga_llm.artifacts import SPLITS
 from ga_llm.cli import UserError
 
@@ -71,7 +70,7 @@ def write(config: Config, samples: Samples) -> None:
                 table.to_csv(file, index=False, date_format=TIME_FORMAT)
         for name, value in objects.items():
             with new_file(config.folder / name, "wb") as file:
-                file.write(orjson.dumps(value, option=orjson.OPT_INDENT_2) + b"\n")
+                file.write(json_text.dumps(value, indented=True) + b"\n")
 
 
 def load(config: Config, split: str) -> pd.DataFrame:

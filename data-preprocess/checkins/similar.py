@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import orjson
 import pandas as pd
 from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 from sklearn.metrics.pairwise import linear_kernel
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from checkins.config import Config
 from checkins.questions import SPLITS
 from checkins.samples import TIME_FORMAT
-from ga_llm import artifacts, cli, prompts, writing
+from ga_llm import artifacts, cli, json_text, prompts, writing
 
 MOST = 200                  # trajectories listed; more check-ins than that no prompt shows of them
 TERMS = 2**20               # columns that terms are hashed to; NYC has 120,000 different ones
@@ -71,7 +70,7 @@ def write(config: Config, encoder: Encoder, top: int) -> None:
                 with new_file(path, "wb") as file:
                     for before, (trajectory, ids) in zip(itertools.chain([b"{\n"], itertools.repeat(b",\n")),
                                                          lists.items()):
-                        listed = orjson.dumps(ids, option=orjson.OPT_SERIALIZE_NUMPY)
+                        listed = json_text.dumps(np.asarray(ids, dtype=int).tolist())
                         file.write(before + b'"%d": %s' % (trajectory, listed))
                     file.write(b"\n}\n")
                 logger.info("%d %s trajectories, %.1f similar ones each: %s", len(lists), split,
@@ -87,8 +86,8 @@ def load(config: Config, split: str) -> Trajectories:
         return cli.UserError(f"{path}: {what}; make it again with `{command}`")
 
     try:
-        records = orjson.loads(path.read_bytes())
-    except orjson.JSONDecodeError as error:
+        records = json_text.loads(path.read_bytes())
+    except ValueError as error:
         raise damaged(f"not JSON ({error})") from None
     if not isinstance(records, list) or not records:
         raise damaged("not an array with at least one trajectory")

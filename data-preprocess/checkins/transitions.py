@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import orjson
 import pandas as pd
 from scipy import sparse
 from sklearn.neighbors import BallTree
@@ -17,7 +16,7 @@ from threadpoolctl import threadpool_limits
 
 from checkins import questions, samples
 from checkins.config import Config
-from ga_llm import artifacts, prompts, writing
+from ga_llm import artifacts, json_text, prompts, writing
 from ga_llm.artifacts import POI_WIDTH
 from ga_llm.cli import UserError
 
@@ -173,7 +172,7 @@ def write_embeddings(config: Config, geo: int, category: int, source: Path | Non
         with new_file(path, "wb") as file:
             np.save(file, vectors, allow_pickle=False)
         with new_file(artifacts.embedding_settings(path), "wb") as file:
-            file.write(orjson.dumps(made_of, option=orjson.OPT_INDENT_2) + b"\n")
+            file.write(json_text.dumps(made_of, indented=True) + b"\n")
         logger.info("%d transitions, %d distinct; of %d POIs %d are followed by none, %d follow none",
                     *(made_of[name] for name in ("transitions", "distinct_transitions", "pois",
                                                  "pois_without_successor", "pois_without_predecessor")))
@@ -186,7 +185,7 @@ def write_questions(config: Config) -> None:
         train, _ = _load(config)
         path = config.folder / artifacts.alignment_questions(config.dataset_name)
         with new_file(artifacts.question_settings(path), "wb") as file:
-            file.write(orjson.dumps({"dataset": config.dataset_name, "stage": "pam"}) + b"\n")
+            file.write(json_text.dumps({"dataset": config.dataset_name, "stage": "pam"}) + b"\n")
         with new_file(path, "wb") as file:
             asked = questions.write_json_array(file, records(train))
         logger.info("%d questions about %d POIs: %s", asked, train["PoiId"].nunique(), path)

@@ -5,7 +5,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from checkins import gowalla
+pytest.importorskip("shapely")
+
+from checkins import gowalla  # noqa: E402
 
 CRAFT = "[{'url': '/categories/89', 'name': 'Craftsman'}]"
 

@@ -8,7 +8,6 @@ import make_sample_raw as tool
 import numpy as np
 import pandas as pd
 import pytest
-import shapely
 
 from ga_llm.cli import UserError
 
@@ -136,6 +135,7 @@ def test_gowalla_files(folders, gowalla):
 
 def test_gowalla_check_ins_lie_in_three_states(folders, gowalla):
     states = json.loads((folders["ca"] / "us_state_polygon_json.json").read_text())["features"]
+    shapely = pytest.importorskip("shapely")
     points = shapely.points(gowalla.longitude, gowalla.latitude)
     inside = {s["properties"]["name"]: shapely.intersects(shapely.from_geojson(json.dumps(s["geometry"])), points)
               for s in states}

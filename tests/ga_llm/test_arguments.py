@@ -59,6 +59,14 @@ def test_booleans(inputs, text, value):
     assert parse("--use_full_attn", text).use_full_attn is value
 
 
+@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
+def test_checkpointing_reaches_trainer_under_either_name(inputs, name):
+    """transformers 5.17 reads the old name alone, and would keep every activation without a word."""
+    assert getattr(parse(), name) is True and getattr(parse(), f"{name}_kwargs") == {"use_reentrant": False}
+    assert getattr(parse("--activation_checkpointing", "False"), name) is False
+    assert getattr(parse("--gradient_checkpointing", "False"), name) is False
+
+
 @pytest.mark.parametrize("extra, message", [
     (["--lerning_rate", "1"], "did you mean --learning_rate"),
     (["--data_path", "missing.json"], "missing.json: not found"),

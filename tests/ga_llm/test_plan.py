@@ -212,7 +212,9 @@ def test_flops_as_torch_counts_them(way, attention, checkpointing):
     dense = 4 * 4096 ** 2
     if attention == SHIFTED_SPARSE:     # groups of 1,024, for half the heads with one of 512 at either end
         dense = 2 * 4 * 1024 ** 2 + 2 * (3 * 1024 ** 2 + 2 * 512 ** 2)
-    assert counter.get_total_flops() == sum(plan.flops(shape, run, 4096, dense, ANSWER).values())
+    # Older transformers multiplies positions by frequencies as matrices.
+    rotary = sum(sum(of.values()) for name, of in counter.get_flop_counts().items() if name.endswith(".rotary_emb"))
+    assert counter.get_total_flops() - rotary == sum(plan.flops(shape, run, 4096, dense, ANSWER).values())
 
 
 @pytest.mark.parametrize("length, heads", [(4096, 2), (4096, 3), (700, 4), (1, 4)])

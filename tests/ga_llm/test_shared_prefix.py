@@ -110,7 +110,7 @@ def test_loss_and_gradients_are_those_of_separate_prompts(tiny_llama, mapping_cs
                     torch.nn.init.normal_(parameter, std=0.1)
         model.train()
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         data = user_pairs(tokenizer, tmp_path, max_length)
         trees = shared_prefix.TreeDataset(data, 4000)
         answers = int((data.lengths - data.answer_starts).sum())

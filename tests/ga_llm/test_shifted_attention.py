@@ -94,7 +94,7 @@ def test_whole_model_equals_dense_mask_with_gradient_checkpointing(monkeypatch):
     monkeypatch.setattr(s2, "group_size", lambda n: 8)
     model = tiny(attn_implementation=s2.SHIFTED_SPARSE).train()
     plain = tiny(attn_implementation="sdpa").train()
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     ids = torch.randint(0, 50, (2, 21))
     model(ids, labels=ids).loss.backward()
     allowed = s2.dense_mask(21, 8, 4)[None].expand(2, -1, -1, -1)

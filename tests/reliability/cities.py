@@ -96,6 +96,8 @@ class City:
 
     def build(self) -> "City":
         """Write the YAML and the raw files."""
+        if self.format == "gowalla":
+            pytest.importorskip("shapely")
         (self.root / "best_conf").mkdir(parents=True)
         (self.root / "raw").mkdir()
         self.configure()
@@ -155,6 +157,7 @@ class City:
             return call(self.root, f"data-preprocess/{script}", *arguments)
 
     def generate(self) -> Result:
+        pytest.importorskip("shapely")
         return self.call("generate_ca_raw.py")
 
     def samples(self) -> Result:

@@ -143,6 +143,7 @@ def environment_of(folder: Path, changes: dict) -> dict:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """plain(part): what that part of the chain prints and leaves in the plain environment."""
+    pytest.importorskip("shapely")     # of the data set ca
     folder, made = tmp_path_factory.mktemp("plain"), {}
     copy = copy_of_the_code(folder / "plain")
 

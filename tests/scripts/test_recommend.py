@@ -13,7 +13,7 @@ from commands import DATA, evaluation
 from harness import call, refusal
 from test_export import CHECKPOINT, EXPORT
 
-from ga_llm import places_map, recommendation
+from ga_llm import recommendation
 
 MODEL = "outputs/for_recommend"
 
@@ -79,6 +79,7 @@ def test_history_and_current(hours, gap, most, step, with_history, history, curr
 
 def test_what_one_user_is_told(exported, tmp_path, caplog):
     """The places in the order and with the odds of the evaluation, from raw ids; a table; a map."""
+    pytest.importorskip("folium")
     checkpoint = shutil.copytree(exported / CHECKPOINT, tmp_path / "checkpoint-6")
     command = evaluation(checkpoint, "--dtype", "float32", "--limit", "4")
     assert call(exported, *command).code == 0
@@ -130,6 +131,8 @@ def test_categories_and_hostile_names(tmp_path):
     evil = "`${alert(1)}</script><b>\\"
     place = {"rank": 1, "id": evil, "category": evil, "probability": 0.5, "km": 1.0, "latitude": 1.0, "longitude": 2.0,
              "time": "2012"}
+    pytest.importorskip("folium")
+    from ga_llm import places_map
     page = places_map.draw([place], [place], evil)
     tame = place | {"id": "1", "category": "Bar"}
     harmless = places_map.draw([tame], [tame], "Where?")
