@@ -3,6 +3,7 @@ import json
 import shutil
 import signal
 import subprocess
+import time
 
 from card.chain import Chain
 from ga_llm import artifacts
@@ -10,8 +11,8 @@ from ga_llm.cli import UserError
 from ga_llm.staging import last_checkpoint
 
 PART = "real"
-# Of the time that is left: stage 1, stage 2; the rest is for the test.
-SHARES = {"stage_1": 0.1, "stage_2": 0.6}
+# Of the time that is left, for steps of stage 1 and stage 2; what is not for starting and the test.
+SHARES = {"stage_1": 0.05, "stage_2": 0.4}
 TEST_AT_LEAST = 20          # seconds
 COMMON = ["--bf16", True, "--load_in_4bit", False, "--lr_scheduler_type", "constant_with_warmup", "--warmup_steps", 20,
           "--weight_decay", 0, "--save_strategy", "steps", "--save_steps", 10**6, "--logging_steps", 5]
@@ -60,14 +61,16 @@ def prepare(chain: Chain, dataset: str, model) -> None:
 
 
 def until(chain: Chain, seconds: float, script: str, *flags):
-    """Train for so many seconds, then tell the run to stop, which leaves a checkpoint; returns that."""
+    """Train for so many seconds from the first step on, then tell the run to stop, which leaves a checkpoint: that."""
     process = chain.launch(script, *flags)
+    output = chain.folder / flags[flags.index("--output_dir") + 1]
+    while process.poll() is None and not (output / artifacts.RUN).exists():
+        time.sleep(0.1)
     try:
         process.wait(seconds)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGTERM)
     chain.check(script, process.wait())
-    output = chain.folder / flags[flags.index("--output_dir") + 1]
     found = last_checkpoint(output)
     if found is None:
         raise UserError(f"{script}: not one step in {seconds:.0f} s; give more with --minutes")
