@@ -44,6 +44,10 @@ from geo_encoder.weights import digest, merged_state_dict, save_encoder
 
 log = logging.getLogger(__name__)
 
+# transformers 5.17 has several processes on a CPU read their optimizer back to "cpu:0"; torch knows "cpu" alone.
+torch.serialization.register_package(
+    0, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None)
+
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 FULL_MODEL = ("model.safetensors", "model.safetensors.index.json")

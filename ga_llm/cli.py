@@ -1,7 +1,7 @@
 """How every script talks to its user: boolean flags, one-line errors, log lines."""
 import argparse
 import errno
-import importlib
+import importlib.util
 import logging
 import math
 import os
@@ -25,14 +25,10 @@ class UserError(Exception):
     """A mistake that the user can mend. Its text is one line: the file, the row or flag, and the way out."""
 
 
-def needed(package: str, by: str):
-    """Import a package that most commands do without. Raises UserError if it is not installed."""
-    try:
-        return importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        if error.name != package:
-            raise
-        raise UserError(f"{by}: needs {package}, which is not installed; pip install {package}") from None
+def needed(package: str, by: str) -> None:
+    """Raises UserError if a package that most commands do without is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{by}: needs {package}, which is not installed; pip install {package}")
 
 
 def boolean(text: str) -> bool:
