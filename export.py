@@ -22,8 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "data-preprocess"))    
 import torch  # noqa: E402
 
 from checkins import config  # noqa: E402
-from ga_llm import artifacts, checkpoints, export, llm, model_card, trained  # noqa: E402
-from ga_llm.cli import Parser, UserError, run  # noqa: E402
+from ga_llm.base import artifacts  # noqa: E402
+from ga_llm.base.cli import Parser, UserError, run  # noqa: E402
+from ga_llm.evaluation import trained  # noqa: E402
+from ga_llm.llm import backbone  # noqa: E402
+from ga_llm.serving import export, model_card  # noqa: E402
+from ga_llm.training import checkpoints  # noqa: E402
 from geo_encoder import gps_tokens, injection  # noqa: E402
 
 log = logging.getLogger("export")
@@ -59,7 +63,7 @@ def main():
     agreement = checkpoints.read_agreement(checkpoint)
     run_, metrics = export.read_run(checkpoint), export.read_metrics(checkpoint)
 
-    dtype = args.dtype or llm.default_dtype()
+    dtype = args.dtype or backbone.default_dtype()
     whole = argparse.Namespace(**{**vars(args), "dtype": "float32", "load_in_4bit": False})
     model, tokenizer = trained.load(whole, mapping, "sdpa")
     model = export.plain(model, getattr(torch, dtype))

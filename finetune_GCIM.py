@@ -12,8 +12,10 @@ import logging
 import sys
 from typing import Literal
 
-from ga_llm import arguments, checkpoints, dry_run, llm, sharding, training
-from ga_llm.cli import UserError, run
+from ga_llm.base import sharding
+from ga_llm.base.cli import UserError, run
+from ga_llm.llm import backbone
+from ga_llm.training import arguments, checkpoints, common, dry_run
 from geo_encoder import encoder, injection, weights
 
 log = logging.getLogger("stage 1")
@@ -38,7 +40,7 @@ def main():
         raise UserError(f"--geo_encoder, --ngram, --quadkey_level: {error}; see python {sys.argv[0]} --help") from None
 
     # The question-answer pairs, one <GPS n> token per place, the LLM.
-    setup = training.set_up(args)
+    setup = common.set_up(args)
     model = setup.model
 
     # The encoder, with LoRA of its own, in the place of the <GPS n> embeddings.
@@ -47,10 +49,10 @@ def main():
     if args.encoder_training == "lora":
         weights.add_lora(geo_encoder, args.lora_r, args.lora_alpha)
     if args.low_rank_training:
-        model = llm.add_lora(model, args.lora_r, args.lora_alpha, dropout=0.0)
+        model = backbone.add_lora(model, args.lora_r, args.lora_alpha, dropout=0.0)
     injection.attach(setup.model, injection.gps_injection(geo_encoder, config.level, setup.mapping, setup.token_ids))
-    llm.trainable_to_fp32(model)
-    log.info("training %s parameters on %d pairs", llm.describe_trainable(model), len(setup.dataset))
+    backbone.trainable_to_fp32(model)
+    log.info("training %s parameters on %d pairs", backbone.describe_trainable(model), len(setup.dataset))
 
     trainer = checkpoints.EncoderTrainer(model=model, args=args, train_dataset=setup.train_dataset,
                                          data_collator=setup.collator, processing_class=setup.tokenizer,

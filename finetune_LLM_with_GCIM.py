@@ -11,8 +11,10 @@ S²-Attn while training (paper, Section 4.2). Leaves O/checkpoint-N/ for test_ne
 import dataclasses
 import logging
 
-from ga_llm import arguments, checkpoints, dry_run, llm, sharding, training
-from ga_llm.cli import UserError, run
+from ga_llm.base import sharding
+from ga_llm.base.cli import UserError, run
+from ga_llm.llm import backbone
+from ga_llm.training import arguments, checkpoints, common, dry_run
 from geo_encoder import injection
 
 log = logging.getLogger("stage 2")
@@ -42,7 +44,7 @@ def main():
     injection.check_paths(args)
 
     # The question-answer pairs, one token per place, the LLM.
-    setup = training.set_up(args)
+    setup = common.set_up(args)
     model = setup.model
 
     loaded = injection.load_encoders(model, setup.mapping, setup.token_ids, args.geoencoder_path,
@@ -53,8 +55,8 @@ def main():
         log.info("no --geoencoder_path: <GPS n> are tokens like any other")
 
     if args.low_rank_training:
-        model = llm.add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout)
-        llm.train_by_name(model, args.trainable_params)
+        model = backbone.add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout)
+        backbone.train_by_name(model, args.trainable_params)
 
     # In the place of the <GPS n> and <POI n> embeddings: frozen, the encoders become tables (paper).
     if args.train_encoders:
@@ -64,9 +66,9 @@ def main():
     else:
         trainer_class, encoders = checkpoints.GATrainer, {"encoders": injection.attach_encoders(setup.model, loaded)}
     if args.dropout:
-        llm.add_dropout(setup.model, args.dropout)
-    llm.trainable_to_fp32(model)
-    log.info("training %s parameters on %d pairs", llm.describe_trainable(model), len(setup.dataset))
+        backbone.add_dropout(setup.model, args.dropout)
+    backbone.trainable_to_fp32(model)
+    log.info("training %s parameters on %d pairs", backbone.describe_trainable(model), len(setup.dataset))
 
     trainer = trainer_class(model=model, args=args, train_dataset=setup.train_dataset, data_collator=setup.collator,
                             processing_class=setup.tokenizer, **encoders)

@@ -10,8 +10,10 @@ every checkpoint N and O/poi_projector_final.pth at the end.
 import dataclasses
 import logging
 
-from ga_llm import arguments, artifacts, checkpoints, dry_run, llm, sharding, training
-from ga_llm.cli import run
+from ga_llm.base import artifacts, sharding
+from ga_llm.base.cli import run
+from ga_llm.llm import backbone
+from ga_llm.training import arguments, checkpoints, common, dry_run
 from geo_encoder import alignment, injection
 
 log = logging.getLogger("PAM")
@@ -29,18 +31,18 @@ def main():
     args = arguments.parse(PAMArguments, required=("poi_embedding_path",))
 
     # The questions, one <POI n> token per place, the LLM.
-    setup = training.set_up(args)
+    setup = common.set_up(args)
     model = setup.model
 
     # The projector, in the place of the <POI n> embeddings.
     config = alignment.ProjectorConfig(model.get_input_embeddings().embedding_dim, setup.poi_embeddings.sha256)
     projector = alignment.build_projector(config.hidden_size)
     if args.low_rank_training:
-        model = llm.add_lora(model, args.lora_r, args.lora_alpha, dropout=0.0)
+        model = backbone.add_lora(model, args.lora_r, args.lora_alpha, dropout=0.0)
     injection.attach(setup.model, injection.poi_injection(projector, setup.poi_embeddings, setup.poi_token_ids),
                      injection.INJECTIONS[artifacts.PAM])
-    llm.trainable_to_fp32(model)
-    log.info("training %s parameters on %d pairs", llm.describe_trainable(model), len(setup.dataset))
+    backbone.trainable_to_fp32(model)
+    log.info("training %s parameters on %d pairs", backbone.describe_trainable(model), len(setup.dataset))
 
     trainer = checkpoints.EncoderTrainer(model=model, args=args, train_dataset=setup.train_dataset,
                                          data_collator=setup.collator, processing_class=setup.tokenizer,

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import torch
 
-from ga_llm import artifacts, llm, recommendation, tree_attention, writing
-from ga_llm.cli import Parser, UserError, needed, run, whole_number
+from ga_llm.base import artifacts, writing
+from ga_llm.base.cli import Parser, UserError, needed, run, whole_number
+from ga_llm.llm import backbone, tree_attention
+from ga_llm.serving import recommendation
 
 log = logging.getLogger("recommend")
 
@@ -60,9 +62,9 @@ def main():
     if args.map:
         needed("folium", "--map")     # told here, not when the model has run
     # Ranking hands the model a mask of the trie, which flash-attn does not take.
-    tokenizer = llm.load_tokenizer(str(args.model))
-    dtype = getattr(torch, args.dtype or llm.default_dtype())
-    model = llm.load_llm(str(args.model), asking.context, tree_attention.TREE, dtype).eval()
+    tokenizer = backbone.load_tokenizer(str(args.model))
+    dtype = getattr(torch, args.dtype or backbone.default_dtype())
+    model = backbone.load_llm(str(args.model), asking.context, tree_attention.TREE, dtype).eval()
     pois, probabilities, total, fits = recommendation.rank(model, tokenizer, places, asked, asking.context)
     if not fits:
         log.warning("the question is longer than the model's %d tokens: its earliest check-ins are cut off",
@@ -79,7 +81,7 @@ def main():
               f"and {len(current)} of the current trajectory. Probabilities are normalised over all\n"
               f"places; km are from the last check-in.\n\n{recommendation.table(found)}")
     if args.map:
-        from ga_llm import places_map       # which imports folium
+        from ga_llm.serving import places_map       # which imports folium
         shown = recommendation.visits(history + current or past[-1:], places)
         with writing.atomic_write(args.map) as file:
             file.write(places_map.draw(found, shown, f"Where to at {at}?"))

@@ -11,9 +11,11 @@ import functools
 import logging
 from pathlib import Path
 
-from ga_llm import artifacts, comparison, report, report_page, writing
-from ga_llm.artifacts import GCIM, require
-from ga_llm.cli import Parser, run
+from ga_llm.base import artifacts, writing
+from ga_llm.base.artifacts import GCIM, require
+from ga_llm.base.cli import Parser, run
+from ga_llm.evaluation import comparison
+from ga_llm.report import contents, page
 from geo_encoder.gps_tokens import MADE_BY
 
 log = logging.getLogger("report")
@@ -37,7 +39,7 @@ def arguments() -> argparse.Namespace:
 
 def main():
     args = arguments()
-    evaluation = report.read_evaluation(args.output_dir)
+    evaluation = contents.read_evaluation(args.output_dir)
     with writing.alone(args.report_dir):
         page = make(args, evaluation)
         with writing.together() as new_file:
@@ -51,14 +53,14 @@ def main():
     print(f"wrote {args.report_dir / artifacts.REPORT} and {len(page.pictures)} pictures beside it")
 
 
-def make(args, evaluation: report.Evaluation) -> report_page.Page:
-    folder, other_data = report.data_folder(evaluation, args.data_path), bool(args.data_path)
+def make(args, evaluation: contents.Evaluation) -> page.Page:
+    folder, other_data = contents.data_folder(evaluation, args.data_path), bool(args.data_path)
     # Each is read once, and only by the sections that need it.
-    mapping = remembered(lambda: report.read_mapping(evaluation, folder, args.gps_mapping_path, other_data))
-    baseline = remembered(lambda: report.read_baseline(evaluation, folder, mapping(), other_data))
-    encoder = remembered(lambda: report.read_encoder(evaluation, mapping(), args.geoencoder_path))
-    return report_page.build(evaluation, mapping, baseline, encoder,
-                             lambda: report.read_losses(evaluation, args.geoencoder_path), folder)
+    mapping = remembered(lambda: contents.read_mapping(evaluation, folder, args.gps_mapping_path, other_data))
+    baseline = remembered(lambda: contents.read_baseline(evaluation, folder, mapping(), other_data))
+    encoder = remembered(lambda: contents.read_encoder(evaluation, mapping(), args.geoencoder_path))
+    return page.build(evaluation, mapping, baseline, encoder,
+                             lambda: contents.read_losses(evaluation, args.geoencoder_path), folder)
 
 
 def remembered(read):
@@ -67,7 +69,7 @@ def remembered(read):
     def outcome():
         try:
             return read(), None
-        except report.Absent as absent:
+        except contents.Absent as absent:
             return None, absent
 
     def again():

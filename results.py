@@ -11,8 +11,9 @@ kept as results/<scale>/<experiment>.json: figures, and nothing about a single t
 """
 from pathlib import Path
 
-from ga_llm import results, writing
-from ga_llm.cli import Parser, UserError, run
+from ga_llm.base import writing
+from ga_llm.base.cli import Parser, UserError, run
+from ga_llm.tables import results
 
 
 def main():

@@ -13,8 +13,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent / "data-preprocess"))    # as for the scripts there
 
 from checkins import config, readers  # noqa: E402
-from ga_llm import artifacts, chain, experiments  # noqa: E402
-from ga_llm.cli import Parser, UserError, run  # noqa: E402
+from ga_llm.base import artifacts  # noqa: E402
+from ga_llm.base.cli import Parser, UserError, run  # noqa: E402
+from ga_llm.tables import chain, experiments  # noqa: E402
 
 log = logging.getLogger("experiment")
 WORK_DIR = Path("runs/experiments")

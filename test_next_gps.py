@@ -18,9 +18,13 @@ from pathlib import Path
 
 import torch
 
-from ga_llm import (artifacts, baselines, comparison, decoding, ensemble, history, llm, metrics, predictions, protocols,
-                    ranking, run_log, sft_data, spelling, trained, tree_attention, writing)
-from ga_llm.cli import Parser, UserError, boolean, run, share, token_count, whole_number
+from ga_llm.base import artifacts, writing
+from ga_llm.base.cli import Parser, UserError, boolean, run, share, token_count, whole_number
+from ga_llm.evaluation import (baselines, comparison, decoding, ensemble, history, metrics, predictions, protocols,
+                               ranking, trained)
+from ga_llm.llm import backbone, tree_attention
+from ga_llm.pairs import sft_data, spelling
+from ga_llm.training import run_log
 from geo_encoder import gps_tokens, injection
 
 
@@ -106,7 +110,7 @@ def main():
 
     writing.hold(args.results)
     # Ranking hands the model a mask of the trie, which flash-attn does not take.
-    attention = tree_attention.TREE if args.decoding == "rank" else llm.training_attention(args.flash_attn, full=True)
+    attention = tree_attention.TREE if args.decoding == "rank" else backbone.training_attention(args.flash_attn, full=True)
     model, tokenizer = trained.load(args, mapping, attention, args.test_type, args.use_random_projector)
     ends = args.always_end or args.decoding == "beam"
     spelled = spelling.Spelling(tokenizer, sorted(mapping.ids.tolist()), end, ends)

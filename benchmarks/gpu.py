@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data-preprocess"), str(ROOT / "tools"), str(Path(__file__).parent)]
 
-from ga_llm import cli  # noqa: E402 (before transformers)
+from ga_llm.base import cli  # noqa: E402 (before transformers)
 
 import torch  # noqa: E402
 from transformers.utils import is_liger_kernel_available  # noqa: E402

@@ -34,7 +34,9 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 
 import torch  # noqa: E402
 
-from ga_llm import artifacts, llm, prompts, sft_data  # noqa: E402
+from ga_llm.base import artifacts, prompts  # noqa: E402
+from ga_llm.llm import backbone  # noqa: E402
+from ga_llm.pairs import sft_data  # noqa: E402
 from checkins import config as configs  # noqa: E402
 from checkins import questions, samples  # noqa: E402
 from geo_encoder import encoder, gps_tokens, injection, weights  # noqa: E402
@@ -81,13 +83,13 @@ class Side:
 
     def __init__(self, args, length: int, stage: int, mapping, kind: type[injection.Injection] | None):
         """kind: how `<GPS n>` are injected; None: not at all."""
-        tokenizer = llm.load_tokenizer(args.model)
-        base = llm.load_llm(args.model, length, llm.training_attention(use_flash=True, full=False), torch.bfloat16)
+        tokenizer = backbone.load_tokenizer(args.model)
+        base = backbone.load_llm(args.model, length, backbone.training_attention(use_flash=True, full=False), torch.bfloat16)
         token_ids = gps_tokens.add_gps_tokens(tokenizer, mapping, base)
         torch.manual_seed(0)
         self.injection = None
         if stage == 1:
-            self.model = llm.add_lora(base, 256, 512, dropout=0.0)
+            self.model = backbone.add_lora(base, 256, 512, dropout=0.0)
             if kind:
                 geo_encoder = encoder.build_encoder(encoder.GeoEncoderConfig(base.get_input_embeddings().embedding_dim))
                 weights.add_lora(geo_encoder, 256, 512)
@@ -97,9 +99,9 @@ class Side:
         else:
             if kind:
                 injection.attach_untrained(base, mapping, token_ids)
-            self.model = llm.add_lora(base, 8, 16, dropout=0.1)
-            llm.train_by_name(self.model, "embed,norm")
-        llm.trainable_to_fp32(self.model)
+            self.model = backbone.add_lora(base, 8, 16, dropout=0.1)
+            backbone.train_by_name(self.model, "embed,norm")
+        backbone.trainable_to_fp32(self.model)
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -204,7 +206,7 @@ def main():
 
     folder = artifacts.preprocessed(args.dataset_name)
     mapping = gps_tokens.read_gps_mapping(folder / artifacts.gps_mapping(args.dataset_name))
-    tokenizer = llm.load_tokenizer(args.model)
+    tokenizer = backbone.load_tokenizer(args.model)
     token_ids = gps_tokens.add_gps_tokens(tokenizer, mapping)
     collator = sft_data.AnswerCollator(tokenizer.pad_token_id)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -19,8 +19,11 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 
 import torch  # noqa: E402
 
-from ga_llm import artifacts, decoding, llm, prompts, ranking, spelling  # noqa: E402
-from ga_llm.tree_attention import TREE  # noqa: E402
+from ga_llm.base import artifacts, prompts  # noqa: E402
+from ga_llm.evaluation import decoding, ranking  # noqa: E402
+from ga_llm.llm import backbone  # noqa: E402
+from ga_llm.llm.tree_attention import TREE  # noqa: E402
+from ga_llm.pairs import spelling  # noqa: E402
 from checkins import config as configs  # noqa: E402
 from checkins import questions, samples  # noqa: E402
 from geo_encoder import gps_tokens, injection  # noqa: E402
@@ -69,8 +72,8 @@ def main():
 
     folder = artifacts.preprocessed(args.dataset_name)
     mapping = gps_tokens.read_gps_mapping(folder / artifacts.gps_mapping(args.dataset_name))
-    tokenizer = llm.load_tokenizer(args.model)
-    model = llm.load_llm(args.model, args.context_size, "sdpa", torch.bfloat16)      # but for ranking, see `ranked`
+    tokenizer = backbone.load_tokenizer(args.model)
+    model = backbone.load_llm(args.model, args.context_size, "sdpa", torch.bfloat16)      # but for ranking, see `ranked`
     token_ids = gps_tokens.add_gps_tokens(tokenizer, mapping, model)
     torch.manual_seed(0)
     injection.attach_untrained(model, mapping, token_ids)

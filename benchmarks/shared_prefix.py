@@ -22,7 +22,9 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "data-preprocess")]
 
-from ga_llm import artifacts, llm, prompts, sft_data, shared_prefix, token_cache  # noqa: E402
+from ga_llm.base import artifacts, prompts  # noqa: E402
+from ga_llm.llm import backbone, shared_prefix  # noqa: E402
+from ga_llm.pairs import sft_data, token_cache  # noqa: E402
 from checkins import config as configs  # noqa: E402
 from checkins import questions, samples  # noqa: E402
 from geo_encoder import gps_tokens, injection  # noqa: E402
@@ -79,13 +81,13 @@ def draw_users(dataset, users, count: int) -> list[np.ndarray]:
 
 def build(args, attention: str, mapping):
     torch.manual_seed(0)
-    model = llm.load_llm(args.model, ROOM, attention, torch.bfloat16)
+    model = backbone.load_llm(args.model, ROOM, attention, torch.bfloat16)
     model.model.layers = model.model.layers[:args.layers]
-    token_ids = gps_tokens.add_gps_tokens(llm.load_tokenizer(args.model), mapping, model)
+    token_ids = gps_tokens.add_gps_tokens(backbone.load_tokenizer(args.model), mapping, model)
     injection.attach_untrained(model, mapping, token_ids)
-    model = llm.add_lora(model, 8, 16, dropout=0.1)
-    llm.train_by_name(model, "norm")
-    llm.trainable_to_fp32(model)
+    model = backbone.add_lora(model, 8, 16, dropout=0.1)
+    backbone.train_by_name(model, "norm")
+    backbone.trainable_to_fp32(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
 
@@ -115,7 +117,7 @@ def main():
     mapping_path = artifacts.preprocessed(args.dataset_name) / artifacts.gps_mapping(args.dataset_name)
     mapping = gps_tokens.read_gps_mapping(mapping_path)
     fields = questions.shown_fields(args.fields, prompts.FIELDS, 2)
-    tokenizer = llm.load_tokenizer(args.model)
+    tokenizer = backbone.load_tokenizer(args.model)
     places = gps_tokens.add_gps_tokens(tokenizer, mapping)
 
     print(f"{'-max_history, -history_step':29}{'room':>6}{'cut':>5}{'tokens':>12}{'in trees':>12}{'fewer':>7}"

@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch  # noqa: E402
 from transformers import AttentionInterface, LlamaConfig, LlamaModel  # noqa: E402
 
-from ga_llm import plan  # noqa: E402
-from ga_llm import shifted_attention as s2  # noqa: E402
+from ga_llm.llm import plan  # noqa: E402
+from ga_llm.llm import shifted_attention as s2  # noqa: E402
 
 REACHED = 0.8
 FULL = "sdpa"

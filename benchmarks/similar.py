@@ -26,7 +26,7 @@ from sklearn.metrics.pairwise import linear_kernel
 sys.path.insert(0, str(ROOT / "data-preprocess"))
 
 from checkins import config, questions, samples, similar  # noqa: E402
-from ga_llm import artifacts  # noqa: E402
+from ga_llm.base import artifacts  # noqa: E402
 
 LIMIT_SECONDS = 60
 EVERY = 100         # of which queries the naive way is measured

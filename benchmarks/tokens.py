@@ -17,7 +17,9 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "data-preprocess")]
 
-from ga_llm import artifacts, llm, prompts, sft_data, token_cache  # noqa: E402
+from ga_llm.base import artifacts, prompts  # noqa: E402
+from ga_llm.llm import backbone  # noqa: E402
+from ga_llm.pairs import sft_data, token_cache  # noqa: E402
 from checkins.questions import write_json_array  # noqa: E402
 from geo_encoder import gps_tokens  # noqa: E402
 
@@ -57,7 +59,7 @@ def write_city(folder: Path, pairs: int) -> None:
 
 
 def tokenizer_of(model: str, folder: Path):
-    tokenizer = llm.load_tokenizer(model)
+    tokenizer = backbone.load_tokenizer(model)
     gps_tokens.add_gps_tokens(tokenizer, gps_tokens.read_gps_mapping(folder / "mapping.csv"))
     return tokenizer
 

@@ -7,7 +7,7 @@ Reads and writes the files under `raw:` in best_conf/ca.yml.
 import logging
 
 from checkins import config
-from ga_llm import artifacts, cli, writing
+from ga_llm.base import artifacts, cli, writing
 
 
 def main() -> None:

@@ -28,8 +28,8 @@ import numpy as np
 from sklearn.neighbors import KDTree
 
 from checkins.wording import short
-from ga_llm import artifacts, cli, writing
-from ga_llm.cli import UserError
+from ga_llm.base import artifacts, cli, writing
+from ga_llm.base.cli import UserError
 
 log = logging.getLogger("make_sample_raw")
 

@@ -10,7 +10,7 @@ Made of train's transitions alone and, as the flags say, of which places lie nea
 from pathlib import Path
 
 from checkins import config, transitions
-from ga_llm import cli
+from ga_llm.base import cli
 
 
 def main() -> None:

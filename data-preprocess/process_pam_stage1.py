@@ -5,7 +5,7 @@
 Made of train alone. Writes train_qa_pairs_<data set>_pam.json.
 """
 from checkins import config, transitions
-from ga_llm import cli
+from ga_llm.base import cli
 
 
 def main() -> None:

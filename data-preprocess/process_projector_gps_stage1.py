@@ -5,7 +5,7 @@
 Writes {train,test}_qa_pairs_kqt_200items_<data set>_projector_gps_{with,without}_sim_stage1.{json,txt}.
 """
 from checkins import questions
-from ga_llm import cli
+from ga_llm.base import cli
 
 if __name__ == "__main__":
     cli.run(lambda: questions.command(stage=1, description=__doc__))

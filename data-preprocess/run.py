@@ -8,7 +8,7 @@ label_encoding.json and stats.json.
 import logging
 
 from checkins import config, samples
-from ga_llm import cli, writing
+from ga_llm.base import cli, writing
 
 
 def main() -> None:

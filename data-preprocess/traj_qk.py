@@ -6,7 +6,7 @@ Writes {train,test}_kq_pairs.json.
 """
 
 from checkins import config, questions
-from ga_llm import cli
+from ga_llm.base import cli
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ searched for by what is known before its target, among whole trajectories that h
 The LLM's vectors are kept beside them in vectors-<key>.npy; a run that was killed goes on where it stopped.
 """
 from checkins import config, similar
-from ga_llm import cli
+from ga_llm.base import cli
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     if args.encoder == "light":
         similar.write(conf, similar.light, args.top)
     else:
-        from ga_llm.text_vectors import TextEncoder     # torch; the other encoder needs none
+        from ga_llm.llm.text_vectors import TextEncoder     # torch; the other encoder needs none
         similar.write(conf, similar.by_text(TextEncoder(args.model_name_or_path, args.max_tokens, args.batch_size,
                                                         args.dtype, conf.folder)), args.top)
 

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ga_llm.artifacts import PAM, POI_WIDTH, require
-from ga_llm.cli import UserError
-from ga_llm.reading import read_json, read_tensors
+from ga_llm.base.artifacts import PAM, POI_WIDTH, require
+from ga_llm.base.cli import UserError
+from ga_llm.base.reading import read_json, read_tensors
 from geo_encoder.gps_tokens import GPSMapping
 from geo_encoder.weights import first_mismatch
 

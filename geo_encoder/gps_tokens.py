@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ga_llm.artifacts import GPS_COLUMNS, require
-from ga_llm.cli import UserError
-from ga_llm.prompts import GPS_TOKEN, POI_TOKEN, gps_token, poi_token
-from ga_llm.sharding import gathered
+from ga_llm.base.artifacts import GPS_COLUMNS, require
+from ga_llm.base.cli import UserError
+from ga_llm.base.prompts import GPS_TOKEN, POI_TOKEN, gps_token, poi_token
+from ga_llm.base.sharding import gathered
 
 MADE_BY = "python data-preprocess/run.py -f best_conf/<name>.yml"
 HIGHEST_ID = 2**53      # beyond, a floating-point number need not be the one that was written

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ga_llm.artifacts import GCIM, PAM, EncoderFiles, require
-from ga_llm.cli import UserError
+from ga_llm.base.artifacts import GCIM, PAM, EncoderFiles, require
+from ga_llm.base.cli import UserError
 from geo_encoder import alignment
 from geo_encoder.alignment import POIEmbeddings
 from geo_encoder.encoder import GeoEncoderConfig, build_encoder

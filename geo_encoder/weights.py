@@ -10,11 +10,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from ga_llm.artifacts import GCIM, EncoderFiles, require
-from ga_llm.cli import UserError
-from ga_llm.reading import read_json, read_tensors
-from ga_llm.sharding import unsharded
-from ga_llm.writing import atomic_write
+from ga_llm.base.artifacts import GCIM, EncoderFiles, require
+from ga_llm.base.cli import UserError
+from ga_llm.base.reading import read_json, read_tensors
+from ga_llm.base.sharding import unsharded
+from ga_llm.base.writing import atomic_write
 from geo_encoder.encoder import LEVEL, LORA_TARGETS, GeoEncoderConfig, build_encoder
 
 

@@ -7,7 +7,7 @@ import pytest
 from commands import ROOT
 
 PACKAGES = ("bitsandbytes", "deepspeed", "flash_attn", "orjson", "ijson", "shapely", "folium", "gguf")
-NEEDS = {"checkins.gowalla": "shapely", "ga_llm.places_map": "folium"}      # modules that cannot do without
+NEEDS = {"checkins.gowalla": "shapely", "ga_llm.serving.places_map": "folium"}      # modules that cannot do without
 SCRIPTS = ("finetune_GCIM.py", "finetune_LLM_with_GCIM.py", "finetune_PAM.py", "test_next_gps.py", "export.py", "recommend.py",
            "run_experiment.py", "results.py", "report.py", "tools/get_smollm2.py", "tools/make_tiny_llama.py",
            *sorted(f"data-preprocess/{path.name}" for path in (ROOT / "data-preprocess").glob("*.py")))
@@ -65,7 +65,9 @@ for path in {scripts}:
     print("help", path, code, "usage: " in text, "Traceback" in text, sep="|")
 
 import torch
-from ga_llm import arguments, cli, llm
+from ga_llm.base import cli
+from ga_llm.llm import backbone
+from ga_llm.training import arguments
 os.environ["RANK"] = "0"
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 flags = "--model_name_or_path M --data_path D.json --gps_mapping_path G.csv --output_dir O --deepspeed ds.json".split()
@@ -75,12 +77,12 @@ def folium():
 
 def flash_attention():
     torch.cuda.is_available = lambda: True      # where it counts
-    llm.training_attention(True, True)
+    backbone.training_attention(True, True)
 
 for name, what, *given in (("shapely", script, "data-preprocess/generate_ca_raw.py"), ("folium", folium),
                            ("gguf", script, "tools/get_smollm2.py", "--output_dir", "new"),
                            ("deepspeed", arguments.parse, arguments.SFTArguments, flags),
-                           ("bitsandbytes", llm.quantization, True), ("flash-attn", flash_attention)):
+                           ("bitsandbytes", backbone.quantization, True), ("flash-attn", flash_attention)):
     code, text = forked(what, *given)
     told, = [line for line in text.splitlines() if name in line]
     print("told", name, code, told, "Traceback" in text, sep="|")
@@ -108,7 +110,7 @@ def found(tmp_path_factory):
 
 
 def test_every_other_module_is_imported(found):
-    assert NEEDS.keys() < set(MODULES) and "ga_llm.training" in MODULES
+    assert NEEDS.keys() < set(MODULES) and "ga_llm.training.common" in MODULES
     assert found["absent"] == {name: [package] for name, package in NEEDS.items()}
 
 

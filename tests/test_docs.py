@@ -10,7 +10,8 @@ import pytest
 from harness import call
 from torch.distributed.run import get_args_parser
 
-from ga_llm import arguments, results
+from ga_llm.tables import results
+from ga_llm.training import arguments
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md")))

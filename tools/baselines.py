@@ -5,8 +5,10 @@
 Prints the baselines' metrics, with 95 % intervals, on the pairs of each protocol. `test_next_gps.py` prints the same
 beside every model's.
 """
-from ga_llm import artifacts, baselines, metrics, protocols, sft_data, spelling
-from ga_llm.cli import Parser, run
+from ga_llm.base import artifacts
+from ga_llm.base.cli import Parser, run
+from ga_llm.evaluation import baselines, metrics, protocols
+from ga_llm.pairs import sft_data, spelling
 from geo_encoder.gps_tokens import read_gps_mapping
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))   # runs without an installation, too
 
-from ga_llm import cli  # noqa: E402
-from ga_llm.cli import UserError  # noqa: E402
+from ga_llm.base import cli  # noqa: E402
+from ga_llm.base.cli import UserError  # noqa: E402
 
 log = logging.getLogger("get_smollm2")
 

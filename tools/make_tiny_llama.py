@@ -24,9 +24,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))   # runs without an installation, too
 
-from ga_llm import cli, prompts  # noqa: E402 (before transformers)
-from ga_llm.artifacts import require  # noqa: E402
-from ga_llm.cli import UserError, token_count, whole_number  # noqa: E402
+from ga_llm.base import cli, prompts  # noqa: E402 (before transformers)
+from ga_llm.base.artifacts import require  # noqa: E402
+from ga_llm.base.cli import UserError, token_count, whole_number  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -36,7 +36,7 @@ from tokenizers import (Regex, Tokenizer, decoders, models, normalizers, pre_tok
 from transformers import (GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaTokenizer,  # noqa: E402
                           PreTrainedTokenizerFast)
 
-from ga_llm.sft_data import iterate_pairs  # noqa: E402
+from ga_llm.pairs.sft_data import iterate_pairs  # noqa: E402
 from geo_encoder.gps_tokens import GPSMapping, read_gps_mapping  # noqa: E402
 from geo_encoder.quadkey import quadkeys  # noqa: E402
 
@@ -96,7 +96,7 @@ def main():
     mapping = None if places is None else read_gps_mapping(places)
     category_of = None
     if categories is not None:
-        from ga_llm.recommendation import read_categories       # here, for it takes seconds to import
+        from ga_llm.serving.recommendation import read_categories       # here, for it takes seconds to import
         category_of = {poi: category for poi, (_, category) in
                        read_categories(categories, mapping.ids.tolist(), unseen=-1).items()}
     model = make_tiny_llama(folder, corpus=corpus, places=mapping, category_of=category_of, **options)

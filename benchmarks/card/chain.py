@@ -4,8 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ga_llm import artifacts
-from ga_llm.cli import UserError
+from ga_llm.base import artifacts
+from ga_llm.base.cli import UserError
 from make_tiny_llama import make_tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,10 +15,11 @@ from card.chain import Chain
 from card.record import free, median_time, timed
 from checkins import config as configs
 from checkins import questions, samples
-from ga_llm import artifacts, llm, plan
-from ga_llm.cli import UserError
-from ga_llm.sft_data import IGNORED
-from ga_llm.shifted_attention import SHIFTED_SPARSE
+from ga_llm.base import artifacts
+from ga_llm.base.cli import UserError
+from ga_llm.llm import backbone, plan
+from ga_llm.llm.shifted_attention import SHIFTED_SPARSE
+from ga_llm.pairs.sft_data import IGNORED
 from geo_encoder import injection
 
 PART = "llama7b"
@@ -62,13 +63,13 @@ def ours(attention: str, length: int, args, four_bit: bool):
     """The model as finetune_LLM_with_GCIM.py trains it: places from a table, LoRA, embeddings and norms in fp32."""
     torch.manual_seed(0)
     base = shape.draw(shape.config(args.toy, length), args.device, attention, four_bit)
-    llm.round_norms(base)
-    model = llm.add_lora(base, RANK, 2 * RANK, dropout=0.1)
-    llm.train_by_name(model, "embed,norm")
+    backbone.round_norms(base)
+    model = backbone.add_lora(base, RANK, 2 * RANK, dropout=0.1)
+    backbone.train_by_name(model, "embed,norm")
     with torch.device(args.device):
         injection.attach_untrained(base, *shape.places(args.toy))
-    llm.trainable_to_fp32(model)
-    llm.prepare_for_autocast(model)
+    backbone.trainable_to_fp32(model)
+    backbone.prepare_for_autocast(model)
     checkpoint_activations(base)
     return model.train()
 
@@ -78,7 +79,7 @@ def plain(length: int, args, four_bit: bool):
     torch.manual_seed(0)
     base = shape.draw(shape.config(args.toy, length), args.device, "sdpa", four_bit)
     model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.1, bias="none",
-                                            task_type="CAUSAL_LM", target_modules=llm.LORA_TARGETS))
+                                            task_type="CAUSAL_LM", target_modules=backbone.LORA_TARGETS))
     for name, parameter in model.named_parameters():
         if "lora_" in name or any(part in name for part in ("embed", "norm")):
             parameter.requires_grad_(True)
@@ -184,13 +185,13 @@ def compare(record, args, four_bit: bool, length: int, peak: float) -> None:
             continue
         model = ours(attention, length, args, four_bit)
         if "compile" in variant:
-            llm.compile_layers(model)
+            backbone.compile_layers(model)
         if "liger" in variant:
             apply_liger_kernel(model, {"fused_linear_cross_entropy": False})
         rotate, modeling_llama.apply_rotary_pos_emb = modeling_llama.apply_rotary_pos_emb, ROTATE
         step, chosen = Step(model, args.device), planned(model, args, attention, length)
 
-        def with_own_rotation():        # Liger replaces it for all models
+        def with_own_rotation(step=step, rotate=rotate):        # Liger replaces it for all models
             with unittest.mock.patch.object(modeling_llama, "apply_rotary_pos_emb", rotate):
                 step(inputs)
 
@@ -204,7 +205,7 @@ def compare(record, args, four_bit: bool, length: int, peak: float) -> None:
                    "times", **({} if args.toy else {"least": 1}))
         if args.profile:
             profile(record, with_own_rotation, name.replace(" ", ""))
-        del model, step
+        del model, step, with_own_rotation
         free(args.device)
     record.add(PART, f"{length:,} tokens, written plainly: tokens/s", length / statistics.median(speeds), "tokens/s")
     if args.profile:

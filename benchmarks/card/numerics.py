@@ -14,12 +14,14 @@ from transformers.utils import is_liger_kernel_available
 from card import shape
 from card.chain import Chain
 from card.record import wait
-from ga_llm import llm, ranking, sft_data, shared_prefix, shifted_attention
-from ga_llm.reading import read_tensors
-from ga_llm.shared_prefix import SHARED_PREFIX
-from ga_llm.shifted_attention import SHIFTED_SPARSE
-from ga_llm.spelling import TestPrompt
-from ga_llm.tree_attention import TREE
+from ga_llm.base.reading import read_tensors
+from ga_llm.evaluation import ranking
+from ga_llm.llm import backbone, shared_prefix, shifted_attention
+from ga_llm.llm.shared_prefix import SHARED_PREFIX
+from ga_llm.llm.shifted_attention import SHIFTED_SPARSE
+from ga_llm.llm.tree_attention import TREE
+from ga_llm.pairs import sft_data
+from ga_llm.pairs.spelling import TestPrompt
 from geo_encoder import encoder, injection
 
 PART = "numerics"
@@ -119,7 +121,7 @@ def rank(record, device: str) -> None:
 
 def flash(record, device: str) -> None:
     """flash-attn's path of S²-Attn against SDPA's."""
-    if not llm.flash_attention_available():
+    if not backbone.flash_attention_available():
         return record.note(PART, "S²-Attn through flash-attn", "not installed: SDPA serves")
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, 8, LENGTH, 64, device=device, dtype=torch.bfloat16) for _ in range(3))

@@ -6,7 +6,7 @@ import shutil
 import torch
 
 from card.chain import Chain
-from ga_llm import artifacts
+from ga_llm.base import artifacts
 
 PART = "processes"
 STACKS = {"DDP": [], "ZeRO-2": ["--deepspeed", "ds_configs/stage2.json"],

@@ -7,10 +7,10 @@ import torch
 from card import shape
 from card.record import free, wait
 from geo_encoder import injection
-from ga_llm import decoding
-from ga_llm.ranking import Trie
-from ga_llm.spelling import TestPrompt
-from ga_llm.tree_attention import TREE
+from ga_llm.evaluation import decoding
+from ga_llm.evaluation.ranking import Trie
+from ga_llm.llm.tree_attention import TREE
+from ga_llm.pairs.spelling import TestPrompt
 
 PART = "ranking"
 USERS, PROMPTS, SHARED, OWN = 6, 3, 7000, 800       # NYC's test: 3.3 prompts a user, 7,900 Llama-2 tokens on average

@@ -6,9 +6,9 @@ import subprocess
 import time
 
 from card.chain import Chain
-from ga_llm import artifacts
-from ga_llm.cli import UserError
-from ga_llm.staging import last_checkpoint
+from ga_llm.base import artifacts
+from ga_llm.base.cli import UserError
+from ga_llm.training.staging import last_checkpoint
 
 PART = "real"
 # Of the time that is left, for steps of stage 1 and stage 2; what is not for starting and the test.

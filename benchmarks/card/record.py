@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from ga_llm.cli import UserError
-from ga_llm.run_log import describe_evaluation
-from ga_llm.writing import atomic_write
+from ga_llm.base.cli import UserError
+from ga_llm.base.writing import atomic_write
+from ga_llm.training.run_log import describe_evaluation
 
 
 @dataclasses.dataclass

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from ga_llm import llm
+from ga_llm.llm import backbone
 from geo_encoder.gps_tokens import GPSMapping
 
 WORDS, PLACES = 32000, 4980     # Llama-2's tokens; NYC's places, each a <GPS n> behind them
@@ -21,7 +21,7 @@ def config(toy: bool, length: int) -> LlamaConfig:
     words, places = (300, 40) if toy else (WORDS, PLACES)
     found = LlamaConfig(vocab_size=words + places, max_position_embeddings=256 if toy else 4096, rms_norm_eps=1e-5,
                         bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False, **sizes)
-    llm.extend_context(found, length)
+    backbone.extend_context(found, length)
     return found
 
 
@@ -68,5 +68,5 @@ def _quantized(linear: nn.Linear, device: str):
     made.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True,
                                     module=made).to(device)
     if getattr(made, "support_avx512bf16_for_cpu", False):
-        made.support_avx512bf16_for_cpu = False     # as llm.load_llm does
+        made.support_avx512bf16_for_cpu = False     # as backbone.load_llm does
     return made

@@ -6,8 +6,8 @@ from pathlib import Path
 import yaml
 
 from checkins.wording import short
-from ga_llm import artifacts
-from ga_llm.cli import UserError
+from ga_llm.base import artifacts
+from ga_llm.base.cli import UserError
 
 # The raw files of each format, as keys under `raw:`, and the keys that only this format has.
 RAW_FILES = {

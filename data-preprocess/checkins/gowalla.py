@@ -11,7 +11,7 @@ from shapely.geometry import shape
 from checkins import readers
 from checkins.config import Config
 from checkins.wording import short
-from ga_llm.cli import UserError
+from ga_llm.base.cli import UserError
 
 CHECK_IN_COLUMNS = ["user", "UTC time", "latitude", "longitude", "location id"]
 CHUNK = 500_000    # rows of the 6.4 million in memory at once

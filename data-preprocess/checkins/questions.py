@@ -17,7 +17,7 @@ from checkins import config as configs
 from checkins import samples
 from checkins.config import Config
 from checkins.wording import short
-from ga_llm import artifacts, cli, json_text, prompts, writing
+from ga_llm.base import artifacts, cli, json_text, prompts, writing
 
 SPLITS = ("train", "test")
 VALIDATE = "validate"       # asked like test, where somebody must choose

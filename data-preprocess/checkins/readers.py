@@ -22,9 +22,9 @@ import pandas as pd
 
 from checkins.config import Config
 from checkins.wording import short
-from ga_llm import prompts, writing
-from ga_llm.artifacts import SPLITS
-from ga_llm.cli import UserError
+from ga_llm.base import prompts, writing
+from ga_llm.base.artifacts import SPLITS
+from ga_llm.base.cli import UserError
 
 GENERATE_CA = "make it with `python data-preprocess/generate_ca_raw.py`"
 GOWALLA_COLUMNS = ["UserId", "PoiId", "PoiCategoryId", "Latitude", "Longitude", "UTCTime"]

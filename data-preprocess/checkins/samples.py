@@ -5,9 +5,9 @@ import pandas as pd
 
 from checkins import encoding, filters, mapping, readers, splits, trajectories
 from checkins.config import COUNTS, Config
-from ga_llm import artifacts, json_text, writing
-from ga_llm.artifacts import SPLITS
-from ga_llm.cli import UserError
+from ga_llm.base import artifacts, json_text, writing
+from ga_llm.base.artifacts import SPLITS
+from ga_llm.base.cli import UserError
 
 COLUMNS = ["UserId", "PoiId", "PoiCategoryId", "PoiCategoryName", "Latitude", "Longitude", "LocalTime", "TrajectoryId",
            "Split"]

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from checkins.config import Config
 from checkins.questions import SPLITS
 from checkins.samples import TIME_FORMAT
-from ga_llm import artifacts, cli, json_text, prompts, writing
+from ga_llm.base import artifacts, cli, json_text, prompts, writing
 
 MOST = 200                  # trajectories listed; more check-ins than that no prompt shows of them
 TERMS = 2**20               # columns that terms are hashed to; NYC has 120,000 different ones

@@ -2,7 +2,7 @@
 import numpy as np
 import pandas as pd
 
-from ga_llm.artifacts import SPLITS
+from ga_llm.base.artifacts import SPLITS
 
 
 def by_time(check_ins: pd.DataFrame, split_at: list[float]) -> pd.DataFrame:

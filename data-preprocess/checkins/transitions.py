@@ -16,9 +16,9 @@ from threadpoolctl import threadpool_limits
 
 from checkins import questions, samples
 from checkins.config import Config
-from ga_llm import artifacts, json_text, prompts, writing
-from ga_llm.artifacts import POI_WIDTH
-from ga_llm.cli import UserError
+from ga_llm.base import artifacts, json_text, prompts, writing
+from ga_llm.base.artifacts import POI_WIDTH
+from ga_llm.base.cli import UserError
 
 NEIGHBOUR_WEIGHT = 0.1      # of a neighbour, in transitions; by the validation split of NYC
 GEO_NEIGHBOURS = 5          # by default, as found there

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from checkins import config
-from ga_llm.cli import UserError
+from ga_llm.base.cli import UserError
 
 
 @pytest.mark.parametrize("name", ["nyc", "tky", "ca", "sample"])

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ga_llm.cli import UserError
+from ga_llm.base.cli import UserError
 
 USERS, DAYS = 60, 60
 TSMC_COLUMNS = ["user", "venue", "category_id", "category", "latitude", "longitude", "offset", "utc"]

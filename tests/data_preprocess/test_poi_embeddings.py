@@ -11,7 +11,7 @@ from scipy import sparse
 from threadpoolctl import threadpool_limits
 
 from checkins import transitions
-from ga_llm.cli import UserError
+from ga_llm.base.cli import UserError
 
 FOLDER = Path("datasets/city/preprocessed")
 VECTORS, MADE_OF = FOLDER / "city_poi_embeddings.npy", FOLDER / "city_poi_embeddings.json"

@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 
 from checkins import config, questions, samples
-from ga_llm import artifacts, prompts
-from ga_llm.cli import UserError
+from ga_llm.base import artifacts, prompts
+from ga_llm.base.cli import UserError
 
 FOLDER = Path("datasets/city/preprocessed")
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from checkins import config, readers
-from ga_llm.cli import UserError
+from ga_llm.base.cli import UserError
 
 GETNEXT_HEADER = ("user_id,POI_id,POI_catid,POI_catid_code,POI_catname,latitude,longitude,timezone,UTC_time,local_time,"
                   "day_of_week,norm_in_day_time,trajectory_id,norm_day_shift,norm_relative_time\n")

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from checkins import config, samples
-from ga_llm import artifacts, prompts
+from ga_llm.base import artifacts, prompts
 
 ROOT = Path(__file__).parents[2]
 

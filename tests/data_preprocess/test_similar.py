@@ -17,7 +17,7 @@ from scipy import sparse
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkins import config, questions, samples, similar
-from ga_llm import artifacts, prompts
+from ga_llm.base import artifacts, prompts
 
 FOLDER = Path("datasets/city/preprocessed")
 ROOT = Path(__file__).parents[2]

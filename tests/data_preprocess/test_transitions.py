@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from checkins import config, samples, transitions
-from ga_llm import artifacts, prompts
+from ga_llm.base import artifacts, prompts
 
 FOLDER = Path("datasets/city/preprocessed")
 

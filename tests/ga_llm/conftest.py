@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ga_llm import prompts, spelling
+from ga_llm.base import prompts
+from ga_llm.pairs import spelling
 
 ROOT = Path(__file__).parents[2]
 NYC = Path(os.environ.get("GA_LLM_DATA", ROOT.parent / "shared/data")) / "nyc/raw"

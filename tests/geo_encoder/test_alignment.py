@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from ga_llm.artifacts import PAM
-from ga_llm.cli import UserError
-from ga_llm.llm import load_llm, load_tokenizer
+from ga_llm.base.artifacts import PAM
+from ga_llm.base.cli import UserError
+from ga_llm.llm.backbone import load_llm, load_tokenizer
 from geo_encoder import alignment, gps_tokens, injection
 from geo_encoder.encoder import GeoEncoderConfig, build_encoder
 from geo_encoder.weights import digest, save_encoder

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ga_llm.cli import UserError
+from ga_llm.base.cli import UserError
 from geo_encoder.encoder import Dropout, GeoEncoderConfig, HierarchicalEncoder, build_encoder
 from geo_encoder.quadkey import quadkeys
 from geo_encoder.weights import add_lora, load_encoder, merged_state_dict, save_encoder

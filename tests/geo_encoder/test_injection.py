@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 import torch
 
-from ga_llm.cli import UserError
-from ga_llm.llm import add_lora, load_llm, load_tokenizer
+from ga_llm.base.cli import UserError
+from ga_llm.llm.backbone import add_lora, load_llm, load_tokenizer
 from geo_encoder import gps_tokens, injection
 from geo_encoder.encoder import GeoEncoderConfig, build_encoder
 from geo_encoder.quadkey import quadkeys

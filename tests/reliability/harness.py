@@ -10,7 +10,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from ga_llm import preemption
+from ga_llm.training import preemption
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,7 +13,7 @@ import torch
 from commands import evaluation
 from safetensors.torch import load_file, save_file
 
-from ga_llm import writing
+from ga_llm.base import writing
 
 ADAPTER, CONFIG, TRAINED = "adapter_model.safetensors", "adapter_config.json", "trainable_params.safetensors"
 

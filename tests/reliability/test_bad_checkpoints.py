@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from strangers import (ADAPTER, CONFIG, TRAINED, both, copy, cut, edit_json, edit_tensors, evaluate, predictions,
                        remove, resume, write, zipped)
 
-from ga_llm.checkpoints import AGREEMENT, CONVERTED
+from ga_llm.training.checkpoints import AGREEMENT, CONVERTED
 
 Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"

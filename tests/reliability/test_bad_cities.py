@@ -8,7 +8,7 @@ import pytest
 
 from cities import CATEGORY, FORMATS, HEADERS, SQUARE, every, line, refused, succeeds, visits
 from cities import city, copies, good  # noqa: F401
-from ga_llm import prompts
+from ga_llm.base import prompts
 
 START = datetime.datetime(2024, 1, 1)
 

@@ -16,9 +16,13 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ga_llm import artifacts, json_text, llm, prompts, ranking, sft_data, spelling, token_cache, training, writing
-from ga_llm.artifacts import GCIM, METRICS, PREDICTIONS
-from ga_llm.cli import UserError
+from ga_llm.base import artifacts, json_text, prompts, writing
+from ga_llm.base.artifacts import GCIM, METRICS, PREDICTIONS
+from ga_llm.base.cli import UserError
+from ga_llm.evaluation import ranking
+from ga_llm.llm import backbone
+from ga_llm.pairs import sft_data, spelling, token_cache
+from ga_llm.training import common
 from geo_encoder import gps_tokens, injection
 
 TEST = f"{DATA}/{artifacts.questions('test', 'sample', 2, False)}"
@@ -186,7 +190,7 @@ def test_a_bad_training_file_is_refused(place, make, names):
 
 def tokens(place, mapping=MAPPING, model="models/tiny", length=4096) -> list:
     """The training file's pairs as training reads them."""
-    tokenizer = llm.load_tokenizer(str(place / model))
+    tokenizer = backbone.load_tokenizer(str(place / model))
     gps_tokens.add_gps_tokens(tokenizer, gps_tokens.read_gps_mapping(place / mapping))
     data = token_cache.load(place / TRAIN, tokenizer, length, place / mapping)
     return [(item["input_ids"].tolist(), item["answer_start"]) for item in data]
@@ -234,7 +238,7 @@ OTHER_TEXTS = [
 def test_other_texts_are_tokenized_whole(place, make):
     path = place / TRAIN
     path.write_bytes(make(json.loads(path.read_text())))
-    tokenizer = llm.load_tokenizer(str(place / "models/tiny"))
+    tokenizer = backbone.load_tokenizer(str(place / "models/tiny"))
     gps_tokens.add_gps_tokens(tokenizer, gps_tokens.read_gps_mapping(place / MAPPING))
     for pair, (ids, start) in zip(sft_data.iterate_pairs(path), tokens(place), strict=True):
         whole, first = sft_data.encode(tokenizer, pair)
@@ -304,7 +308,7 @@ def test_a_bad_test_file_is_refused(place, make, names):
 def test_the_same_place_is_refused_by_training_and_evaluation(place):
     """`<GPS 07>` has a number that the mapping has, and a text that the tokenizer does not."""
     mapping = gps_tokens.read_gps_mapping(place / MAPPING)
-    tokenizer = llm.load_tokenizer(str(place / "models/tiny"))
+    tokenizer = backbone.load_tokenizer(str(place / "models/tiny"))
     gps_tokens.add_gps_tokens(tokenizer, mapping)
     pair = "<question>: POI id 7 <GPS 07>. <answer>: POI id 7."
     with pytest.raises(UserError, match="pair 0: <GPS 07> has no row"):
@@ -737,8 +741,8 @@ def places_in_the_vocabulary():
 
 def by_hand(place, name, pairs) -> list:
     """Each pair's rank of the target: log P of the text up to each id and what follows it, from the plain forward."""
-    tokenizer = llm.load_tokenizer(str(place / name))
-    model = llm.load_llm(str(place / name), 4096, "sdpa", torch.float32).eval()
+    tokenizer = backbone.load_tokenizer(str(place / name))
+    model = backbone.load_llm(str(place / name), 4096, "sdpa", torch.float32).eval()
     mapping = gps_tokens.read_gps_mapping(place / MAPPING)
     gps_tokens.add_gps_tokens(tokenizer, mapping, model)
     ranks = []
@@ -1041,7 +1045,7 @@ def test_training_setup_from_mangled_files(place, file):
                                  gps_mapping_path=MAPPING, model_name_or_path="models/tiny", cache_dir=None,
                                  data_path=TRAIN, model_max_length=512, low_rank_training=True, use_flash_attn=False,
                                  use_full_attn=True, bf16=False, load_in_4bit=False, loss_on="answer")
-                setup = training.set_up(args)
+                setup = common.set_up(args)
                 injection.attach_encoders(setup.model, injection.load_encoders(setup.model, setup.mapping,
                                                                                setup.token_ids, ENCODER))
                 for item in setup.dataset:

@@ -17,7 +17,7 @@ import torch
 from commands import evaluation, stage_1, stage_2
 from harness import ROOT, call, snapshot
 
-from ga_llm.artifacts import FINAL_ENCODER, METRICS, PREDICTIONS, TRAINABLE_PARAMS
+from ga_llm.base.artifacts import FINAL_ENCODER, METRICS, PREDICTIONS, TRAINABLE_PARAMS
 
 PLAIN = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8", "TZ": "UTC", "OMP_NUM_THREADS": "1"}
 NOT_UTF_8 = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -102,10 +102,11 @@ MODELS = """
 run("tools/baselines.py", "-dataset_name", "nyc", "-data_path", base / "datasets")
 for style in ("llama3", "sentencepiece"):
     run("tools/make_tiny_llama.py", "--output_dir", base / "models" / style, "--style", style, "--hidden", 16)
-from ga_llm import llm, token_cache
+from ga_llm.llm import backbone
+from ga_llm.pairs import token_cache
 from geo_encoder import gps_tokens
 for style in ("llama3", "sentencepiece"):
-    tokenizer = llm.load_tokenizer(str(base / "models" / style))
+    tokenizer = backbone.load_tokenizer(str(base / "models" / style))
     folder = base / "datasets/ca/preprocessed"
     gps_tokens.add_gps_tokens(tokenizer, gps_tokens.read_gps_mapping(folder / "ca_gps_mapping.csv"))
     for path in sorted(set(folder.glob("train_qa_pairs*_without_*.json")) - set(folder.glob("*.settings.json"))):

@@ -14,8 +14,9 @@ from commands import few_pairs
 from harness import ROOT, Result, refusal, snapshot
 from trials import CASES, PAGE, TRAININGS
 
-from ga_llm import run_log, staging, writing
-from ga_llm.artifacts import FINAL_ENCODER, TRAINER_LOG
+from ga_llm.base import writing
+from ga_llm.base.artifacts import FINAL_ENCODER, TRAINER_LOG
+from ga_llm.training import run_log, staging
 
 # Of what a command writes, as much as there is room for.
 SHARES = [0.6, *(pytest.param(share / 8, marks=pytest.mark.soak) for share in range(8))]
@@ -218,7 +219,7 @@ def test_tokens_are_waited_for(trial, tmp_path):
 
 def test_a_lock_dies_with_its_process(tmp_path):
     """Though processes that it has forked, as a data loader does, live on."""
-    script = ("import os, sys, time; from ga_llm import writing; writing.hold(sys.argv[1])\n"
+    script = ("import os, sys, time; from ga_llm.base import writing; writing.hold(sys.argv[1])\n"
               "if not os.fork(): print(os.getpid(), flush=True)\ntime.sleep(60)")
     parent = subprocess.Popen([sys.executable, "-c", script, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     child = int(parent.stdout.readline())

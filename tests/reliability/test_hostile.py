@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from strangers import (CONFIG, TRAINED, Payload, both, copy, cut, edit_json, edit_tensors, evaluate, legacy,
                        predictions, raw, remove, resume, tar, write, zipped)
 
-from ga_llm import staging
-from ga_llm.artifacts import MERGED_ENCODER
+from ga_llm.base.artifacts import MERGED_ENCODER
+from ga_llm.training import staging
 
 FORMATS = {"zip": zipped, "legacy": legacy, "raw": raw, "tar": tar}
 CODE = "import os\nos.mkdir({mark!r})\nfrom transformers import LlamaConfig as Config, LlamaForCausalLM as Model\n"
@@ -416,7 +416,7 @@ READERS = {"pickle": {"load", "loads", "Unpickler"}, "marshal": {"load", "loads"
            "os": {"system", "popen"}, "joblib": {"load"}, "pd": {"read_pickle", "eval"},
            "yaml": {"full_load", "unsafe_load", "load_all", "full_load_all", "unsafe_load_all"},
            "importlib": {"import_module"}, "hub": {"load"}}
-DELETERS = {"ga_llm/staging.py", "ga_llm/token_cache.py"}      # each of a hidden folder of its own making
+DELETERS = {"ga_llm/training/staging.py", "ga_llm/pairs/token_cache.py"}      # each of a hidden folder of its own making
 
 
 def misuses(source: str, name: str = "ga_llm/x.py") -> list[str]:

@@ -17,10 +17,10 @@ from commands import few_pairs, losses
 from safetensors.torch import load_file
 from trials import CASES, TRAININGS, contents, visible
 
-from ga_llm import run_log, staging
-from ga_llm.artifacts import FINAL_ENCODER, LOSS_PICTURE, MERGED_ENCODER, RUN, TRAINABLE_PARAMS, TRAINER_LOG
-from ga_llm.checkpoints import ADAPTER
-from ga_llm.cli import UserError
+from ga_llm.base.artifacts import FINAL_ENCODER, LOSS_PICTURE, MERGED_ENCODER, RUN, TRAINABLE_PARAMS, TRAINER_LOG
+from ga_llm.base.cli import UserError
+from ga_llm.training import run_log, staging
+from ga_llm.training.checkpoints import ADAPTER
 
 KILLS = [pytest.param(3, id="short"), pytest.param(20, id="long", marks=pytest.mark.soak)]
 

@@ -19,7 +19,9 @@ import torch
 from checkins import transitions
 from harness import ROOT, call
 
-from ga_llm import artifacts, llm, prompts, token_cache
+from ga_llm.base import artifacts, prompts
+from ga_llm.llm import backbone
+from ga_llm.pairs import token_cache
 from geo_encoder import gps_tokens
 from geo_encoder.encoder import GeoEncoderConfig, build_encoder
 from geo_encoder.injection import gps_injection
@@ -261,7 +263,7 @@ def test_mapping_and_encoding_are_of_train_alone(city):
 def vectors(city: City, tokenizer_of: str, stages, length: int = 4096) -> dict[str, bytes]:
     """What training sees of both stages' train questions, and the vectors that stand for the places."""
     mapping = gps_tokens.read_gps_mapping(city.folder / artifacts.gps_mapping(city.name))
-    tokenizer = llm.load_tokenizer(tokenizer_of)
+    tokenizer = backbone.load_tokenizer(tokenizer_of)
     tokens = gps_tokens.add_gps_tokens(tokenizer, mapping)
     seen = {}
     for stage, use_sim in stages:

@@ -9,9 +9,9 @@ import pytest
 from commands import few_pairs, run
 from safetensors.torch import load_file
 
-from ga_llm import run_log, staging
-from ga_llm.artifacts import FINAL_ENCODER, FINAL_PROJECTOR, TRAINER_LOG
-from ga_llm.checkpoints import ADAPTER
+from ga_llm.base.artifacts import FINAL_ENCODER, FINAL_PROJECTOR, TRAINER_LOG
+from ga_llm.training import run_log, staging
+from ga_llm.training.checkpoints import ADAPTER
 
 # 12 pairs in batches of 2 are 6 batches an epoch, 3 with two processes; dropout is on.
 STEPS = 8
@@ -19,7 +19,7 @@ FLAGS = ["--max_steps", STEPS, "--save_steps", "4", "--per_device_train_batch_si
 AUTO = ["--resume_from_checkpoint", "auto"]
 TERM, USR1 = signal.SIGTERM, signal.SIGUSR1
 FINAL = {1: [FINAL_ENCODER], 2: [], "pam": [FINAL_PROJECTOR]}
-STEP, LOAD, PUBLISH = "ga_llm.checkpoints:GATrainer.training_step", "ga_llm.llm:load_llm", "ga_llm.staging:publish"
+STEP, LOAD, PUBLISH = "ga_llm.training.checkpoints:GATrainer.training_step", "ga_llm.llm.backbone:load_llm", "ga_llm.training.staging:publish"
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_at_other_moments(repo, tmp_path, hook, word, steps):
 
 
 @pytest.mark.parametrize("hook", [(STEP, STEPS, USR1), (PUBLISH, 2, TERM), (
-    "ga_llm.checkpoints:EncoderTrainer.save_final_encoders", 1, USR1, TERM), ("ga_llm.sharding:leave", 1, TERM)],
+    "ga_llm.training.checkpoints:EncoderTrainer.save_final_encoders", 1, USR1, TERM), ("ga_llm.base.sharding:leave", 1, TERM)],
     ids=["last step", "last checkpoint", "final files", "end"])
 def test_too_late_it_is_done(repo, tmp_path, trained, hook):
     folder = tmp_path / "done"

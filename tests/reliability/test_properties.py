@@ -20,7 +20,10 @@ from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 
 from checkins import config, encoding, filters, mapping, questions, readers, splits, trajectories
-from ga_llm import baselines, llm, metrics, prompts, sft_data, spelling
+from ga_llm.base import prompts
+from ga_llm.evaluation import baselines, metrics
+from ga_llm.llm import backbone
+from ga_llm.pairs import sft_data, spelling
 from geo_encoder.encoder import GPSEmbedding
 from geo_encoder.gps_tokens import GPSMapping
 from geo_encoder.quadkey import MAX_LATITUDE, TILE_PIXELS, quadkeys
@@ -533,7 +536,7 @@ def test_truncate(ids, length, bos):
 
 @pytest.fixture(scope="module", params=["llama3", "sentencepiece"])
 def tokenizer(request, tiny_llama):
-    return llm.load_tokenizer(tiny_llama(request.param))
+    return backbone.load_tokenizer(tiny_llama(request.param))
 
 
 @few

@@ -15,7 +15,7 @@ import pytest
 from commands import DATA, MAPPING, evaluation
 from harness import ROOT, Result
 
-from ga_llm.artifacts import METRICS
+from ga_llm.base.artifacts import METRICS
 
 EARLIER = b"of an earlier run\n"
 QUESTIONS = ["-dataset_name", "sample", "-use_sim", "False", "-max_history", "20"]

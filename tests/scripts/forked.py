@@ -19,7 +19,7 @@ import torch
 from commands import FLAGS, README_FLAGS, ROOT, SCRIPTS, free_port
 from harness import Result
 
-from ga_llm import writing
+from ga_llm.base import writing
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 OPERATIONS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.fsync"}

@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ga_llm import artifacts, baselines, metrics, prompts, spelling
+from ga_llm.base import artifacts, prompts
+from ga_llm.evaluation import baselines, metrics
+from ga_llm.pairs import spelling
 from geo_encoder.encoder import GeoEncoderConfig, build_encoder
 from geo_encoder.gps_tokens import read_gps_mapping
 from geo_encoder.weights import save_encoder

@@ -12,7 +12,7 @@ import yaml
 from commands import ROOT, run
 from harness import call, refusal
 
-from ga_llm import experiments
+from ga_llm.tables import experiments
 
 ROWS = sorted(path.name for path in (ROOT / "experiments").glob("*.yml"))
 SCRIPTS = ("run.py", "traj_qk.py", "traj_sim.py", "poi_embeddings.py", "process_llm_gps.py", "process_pam_stage1.py",

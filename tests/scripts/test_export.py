@@ -12,8 +12,10 @@ from harness import call, refusal
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from ga_llm import artifacts, export, llm
-from ga_llm.cli import UserError
+from ga_llm.base import artifacts
+from ga_llm.base.cli import UserError
+from ga_llm.llm import backbone
+from ga_llm.serving import export
 from geo_encoder import alignment, gps_tokens, injection
 from geo_encoder.encoder import GeoEncoderConfig, build_encoder
 
@@ -38,7 +40,7 @@ for folder in sys.argv[2:]:
 def a_trained_model(base, mapping, modules, lora):
     """A model with vectors injected, and LoRA that does something."""
     torch.manual_seed(0)
-    tokenizer, model = llm.load_tokenizer(base), llm.load_llm(base, 1024, "sdpa", torch.float32)
+    tokenizer, model = backbone.load_tokenizer(base), backbone.load_llm(base, 1024, "sdpa", torch.float32)
     gps, poi = (add(tokenizer, mapping, model) for add in (gps_tokens.add_gps_tokens, gps_tokens.add_poi_tokens))
     if "GCIM" in modules:
         geo = build_encoder(GeoEncoderConfig(model.config.hidden_size)).eval()
@@ -48,7 +50,7 @@ def a_trained_model(base, mapping, modules, lora):
         projector = alignment.build_projector(model.config.hidden_size)
         injection.attach_table(model, injection.poi_injection(projector, alignment.POIEmbeddings(vectors, ""), poi))
     if lora:
-        model = llm.add_lora(model, 4, 8, 0.0)
+        model = backbone.add_lora(model, 4, 8, 0.0)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)

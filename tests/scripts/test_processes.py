@@ -8,8 +8,9 @@ import torch
 from commands import evaluate, few_pairs, losses, run, stage
 from safetensors.torch import load_file
 
-from ga_llm import checkpoints, llm
-from ga_llm.artifacts import FINAL_ENCODER, MERGED_ENCODER, TRAINABLE_PARAMS
+from ga_llm.base.artifacts import FINAL_ENCODER, MERGED_ENCODER, TRAINABLE_PARAMS
+from ga_llm.llm import backbone
+from ga_llm.training import checkpoints
 from geo_encoder import gps_tokens
 
 pytestmark = pytest.mark.slow
@@ -127,8 +128,8 @@ def test_conversion(repo, stack):
 
     def loaded(folder):
         mapping = gps_tokens.read_gps_mapping(repo / "datasets/sample/preprocessed/sample_gps_mapping.csv")
-        model = llm.load_llm(str(repo / "models/tiny"), 4096, "sdpa", torch.float32)
-        gps_tokens.add_gps_tokens(llm.load_tokenizer(str(repo / "models/tiny")), mapping, model)
+        model = backbone.load_llm(str(repo / "models/tiny"), 4096, "sdpa", torch.float32)
+        gps_tokens.add_gps_tokens(backbone.load_tokenizer(str(repo / "models/tiny")), mapping, model)
         return checkpoints.load_adapter(model, folder).state_dict()
 
     shutil.copytree(repo / checkpoint, repo / f"outputs/{stack}_direct",

@@ -13,7 +13,7 @@ from commands import DATA, evaluation
 from harness import call, refusal
 from test_export import CHECKPOINT, EXPORT
 
-from ga_llm import recommendation
+from ga_llm.serving import recommendation
 
 MODEL = "outputs/for_recommend"
 
@@ -132,7 +132,7 @@ def test_categories_and_hostile_names(tmp_path):
     place = {"rank": 1, "id": evil, "category": evil, "probability": 0.5, "km": 1.0, "latitude": 1.0, "longitude": 2.0,
              "time": "2012"}
     pytest.importorskip("folium")
-    from ga_llm import places_map
+    from ga_llm.serving import places_map
     page = places_map.draw([place], [place], evil)
     tame = place | {"id": "1", "category": "Bar"}
     harmless = places_map.draw([tame], [tame], "Where?")

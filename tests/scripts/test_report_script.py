@@ -10,7 +10,7 @@ from commands import evaluation
 from harness import call, refusal, snapshot
 from report_folder import write
 
-from ga_llm import report_figures
+from ga_llm.report import figures
 
 SECTIONS = ["In short", "Metrics and baselines", "Accuracy by group", "Calibration of the probabilities",
             "Where the guesses are wrong", "Examples", "What the geo-encoder knows of distance",
@@ -136,7 +136,7 @@ def no_pictures(monkeypatch):
     """They take most of the time, and are tried above."""
     for name in ("intervals", "reliability", "error_map", "distance_shares", "example", "colour_map", "distances",
                  "losses"):
-        monkeypatch.setattr(report_figures, name, lambda *arguments: b"")
+        monkeypatch.setattr(figures, name, lambda *arguments: b"")
 
 
 def test_what_is_absent_is_one_line(tmp_path, no_pictures):

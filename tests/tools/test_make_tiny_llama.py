@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer
 
-from ga_llm import prompts
-from ga_llm.cli import UserError
+from ga_llm.base import prompts
+from ga_llm.base.cli import UserError
 
 TEXT = ("<question>: Current trajectory of user 17: 2012-04-03 18:00:09 user 17 POI id 4980 (40.719810, -74.002581) "
         "Caf\u00e9 \u6771\u4eac, category id 75. Which?")

@@ -1,0 +1,146 @@
+"""The name of every file that passes from one script to another, and the command that makes it.
+
+No torch here: the preprocessing scripts use this module too.
+"""
+import dataclasses
+import re
+from pathlib import Path
+
+from ga_llm.base.cli import UserError
+
+DATASETS = Path("datasets")
+CONFIGS = Path("best_conf")
+NAME = re.compile(r"\w[\w.-]{0,99}")     # of a data set: no path, and not too long for the names of its files
+
+SPLITS = ("train", "validate", "test")
+SAMPLE = "sample.csv"
+LABEL_ENCODING = "label_encoding.json"
+STATS = "stats.json"
+GPS_COLUMNS = ["GPS_id", "Latitude", "Longitude"]    # of the GPS mapping; GPS_id is the encoded POI id
+
+MERGED_ENCODER = "geo_encoder_merged.pth"
+FINAL_ENCODER = "geo_encoder_final_merged.pth"
+PROJECTOR = "poi_projector.pth"
+FINAL_PROJECTOR = "poi_projector_final.pth"
+TRAINABLE_PARAMS = "trainable_params.safetensors"
+TRAINER_LOG = "trainer_log.jsonl"
+LOSS_PICTURE = "loss.png"
+RUN = "run.json"
+METRICS = "metrics.json"
+PREDICTIONS = "predictions.jsonl"
+LOG_PROBABILITIES = "log_probabilities.npy"
+REPORT = "report.html"
+REPORT_PICTURES = "report_*.png"    # beside it
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderFiles:
+    """What is kept of a module: N/`merged` at checkpoint N, `final` at the end, `config` beside each; what makes it."""
+    module: str
+    merged: str
+    final: str
+    config: str
+    made_by: str
+
+
+GCIM = EncoderFiles("GCIM", MERGED_ENCODER, FINAL_ENCODER, "geo_encoder_config.json", "torchrun … finetune_GCIM.py (stage 1)")
+PAM = EncoderFiles("PAM", PROJECTOR, FINAL_PROJECTOR, "poi_projector_config.json", "torchrun … finetune_PAM.py (stage 1)")
+
+
+def dataset_name(text: str, where: str = "-dataset_name") -> str:
+    """Return `text` if it can name a data set, whose files then lie in best_conf/ and datasets/, never elsewhere.
+
+    Raises UserError, which begins with `where`, if it cannot.
+    """
+    if not NAME.fullmatch(text):
+        raise UserError(f"{where} {text[:60]!r}: no name for a data set; give at most 100 letters, digits, _, - and ., "
+                        "the first a letter, digit or _")
+    return text
+
+
+def config_file(dataset: str) -> Path:
+    """`best_conf/<dataset>.yml`: a data set is known if it has one."""
+    path = CONFIGS / f"{dataset_name(dataset)}.yml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yml"))) or "none: run from the repository's root"
+        raise UserError(f"-dataset_name {dataset}: no {path}; write one, or choose among: {known}")
+    return path
+
+
+def preprocessed(dataset: str, root: Path | str = DATASETS) -> Path:
+    """The folder of one data set's samples, mapping and questions."""
+    return Path(root) / dataset_name(dataset) / "preprocessed"
+
+
+def split_sample(split: str) -> str:
+    return f"{split}_sample.csv"
+
+
+def gps_mapping(dataset: str) -> str:
+    return f"{dataset}_gps_mapping.csv"
+
+
+def key_query_pairs(split: str) -> str:
+    return f"{split}_kq_pairs.json"
+
+
+def similar_trajectories(split: str) -> str:
+    return f"{split}_key_top200.json"
+
+
+POI_WIDTH = 128     # of a POI's embedding (paper, Section 3.3)
+
+
+def poi_embeddings(dataset: str) -> str:
+    """POI-to-POI transitions as vectors: row n is POI n's."""
+    return f"{dataset}_poi_embeddings.npy"
+
+
+def embedding_settings(path: Path | str) -> Path:
+    """Beside POI embeddings: what they were made of."""
+    return Path(path).with_suffix(".json")
+
+
+def alignment_questions(dataset: str) -> str:
+    """Questions of PAM's stage 1."""
+    return f"train_qa_pairs_{dataset}_pam.json"
+
+
+def question_settings(path: Path | str) -> Path:
+    """Beside a question file: what its prompts show, for whoever asks a trained model more of them."""
+    return Path(path).with_suffix(".settings.json")
+
+
+def questions(split: str, dataset: str, stage: int, use_sim: bool, use_pam: bool = False) -> str:
+    """Question file of `split` ("train" or "test") for stage 1 (GCIM) or stage 2 (LLM; `use_pam`: with `<POI n>`)."""
+    sim = "with_sim" if use_sim else "without_sim"
+    tail = f"projector_gps_{sim}_stage1" if stage == 1 else f"llm_{sim}_gps" + "_pam" * use_pam
+    return f"{split}_qa_pairs_kqt_200items_{dataset}_{tail}.{'json' if split == 'train' else 'txt'}"
+
+
+def questions_command(dataset: str) -> str:
+    """What makes stage 2's question files."""
+    return f"python data-preprocess/process_llm_gps.py -dataset_name {dataset} -use_sim False"
+
+
+def require(path: Path | str, made_by: str) -> Path:
+    """Return `path`; if it is missing or empty, raise an error that names the command which makes it."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: not found; make it with `{made_by}`")
+    if path.is_file() and path.stat().st_size == 0:
+        raise UserError(f"{path}: empty; make it again with `{made_by}`")
+    return path
+
+
+def results(test: dict) -> str:
+    """The subfolder of a checkpoint for results with these flags of test_next_gps.py.
+
+    Only the trained model's ranking of all pairs lies beside the checkpoint itself (""): no other may replace it.
+    """
+    named = [test[flag] for flag, default in (("test_type", "llm"), ("decoding", "rank"), ("protocol", "ga-llm"))
+             if test.get(flag, default) != default]
+    weight, others, limit = (test.get(flag) for flag in ("history_weight", "average_with", "limit"))
+    return "_".join([*named, *["always_end"] * bool(test.get("always_end")),
+                     *[f"average{1 + len(others or ())}"] * bool(others), *[f"history{weight or 0:g}"] * bool(weight),
+                     *[f"limit{limit}"] * bool(limit)])

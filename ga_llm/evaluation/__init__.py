@@ -1,0 +1,1 @@
+"""From a checkpoint to metrics: loading it, ranking every POI exactly, baselines, protocols, comparisons."""

@@ -1,0 +1,1 @@
+"""The page that explains an evaluation: what it says, its pictures, its HTML."""

@@ -1,0 +1,418 @@
+"""What a report says of an output folder: the predictions beside the user-history baseline, their calibration, their
+errors, examples, the losses, and what the geo-encoder's vectors know of distance. No pictures and no HTML here.
+
+A part of which a file is missing is `Absent`, and the others are shown all the same.
+"""
+import dataclasses
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.decomposition import PCA
+
+from ga_llm.base import artifacts
+from ga_llm.base.cli import UserError
+from ga_llm.base.reading import read_json
+from ga_llm.evaluation import baselines, comparison, metrics
+from ga_llm.pairs import sft_data, spelling
+from ga_llm.serving.recommendation import UNKNOWN, read_categories
+from ga_llm.tables import chain, results
+from ga_llm.training import run_log
+from geo_encoder import injection
+from geo_encoder.encoder import GeoEncoderConfig, build_encoder
+from geo_encoder.gps_tokens import GPSMapping, read_gps_mapping
+from geo_encoder.weights import digest, load_encoder
+
+log = logging.getLogger(__name__)
+
+HISTORY = "user-history frequency"      # the baseline without which no result is shown
+BINS = 10           # of the top-1 probability, equally wide
+NEAR_KM = 1.0       # a wrong guess within it is a near miss
+EACH = 2            # examples of each kind
+TOP = 5
+MOST_SHOWN = 12     # check-ins of an example's trajectory
+PAIRS = 20_000      # of places, whose embedding distance is compared with their distance
+MOST_PLACES = 5_000     # that are embedded: at width 4,096 that is 1e14 operations, for two encoders
+SEED = 0
+AGAIN = f"make it again with `{comparison.MADE_BY}`"
+
+
+class Absent(Exception):
+    """Why a part of the report cannot be shown, in one line."""
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """What test_next_gps.py left in `folder`. The arrays are (pairs,), in the order of `records`.
+
+    ranks, tops: as in metrics.Ranking; km: first guess to target, nan where unknown; probability: of the first guess,
+    nan where it has none (a sampled answer).
+    """
+    folder: Path
+    metrics: dict
+    settings: dict[str, str]
+    records: list[dict]
+    ranks: np.ndarray
+    tops: np.ndarray
+    km: np.ndarray
+    probability: np.ndarray
+
+
+@dataclasses.dataclass
+class Baseline:
+    """The count of the user's own history on the same pairs. ranks, tops, km: as in `Evaluation`.
+
+    share: (pairs,), that of its first guess among the user's check-ins, its probability; nan without any.
+    """
+    prompts: list[spelling.TestPrompt]
+    ranks: np.ndarray
+    tops: np.ndarray
+    km: np.ndarray
+    share: np.ndarray
+
+
+@dataclasses.dataclass
+class Reliability:
+    """Of each bin of the stated probability, (bins,): pairs, mean probability, share that was right (nan: no pairs).
+
+    ece: the expected calibration error, the mean over all pairs of |probability - share right| of their bins.
+    """
+    n: np.ndarray
+    probability: np.ndarray
+    right: np.ndarray
+    ece: float
+
+
+@dataclasses.dataclass
+class Embeddings:
+    """An encoder's vectors. colours: (places, 3), the first principal components, each from 0 to 1.
+
+    explained: the components' share of the variance. km, distance: (pairs of places,), on the ground and between the
+    vectors (Euclidean); pearson, spearman: their correlations.
+    """
+    colours: np.ndarray
+    explained: float
+    km: np.ndarray
+    distance: np.ndarray
+    pearson: float
+    spearman: float
+
+
+@dataclasses.dataclass
+class EncoderViews:
+    """An encoder's vectors of `mapping`'s places, before and after training."""
+    path: Path
+    config: GeoEncoderConfig
+    digest: str
+    mapping: GPSMapping
+    places: int     # of the whole mapping
+    before: Embeddings
+    after: Embeddings
+
+
+def read_evaluation(folder: Path) -> Evaluation:
+    """Raises UserError if metrics.json and predictions.jsonl are missing, damaged, or not of one evaluation."""
+    if not folder.is_dir():
+        raise UserError(f"--output_dir {folder}: no such folder; give stage 2's checkpoint-N that "
+                        f"`{comparison.MADE_BY}` has tested")
+    path = artifacts.require(folder / artifacts.METRICS, comparison.MADE_BY)
+    found = results.read(path)
+    settings = found.get("settings")
+    if not isinstance(settings, dict) or not all(isinstance(value, str) for value in settings.values()):
+        raise UserError(f"{path}: has no settings; {AGAIN}")
+    artifacts.dataset_name(settings.get("dataset_name", ""), f"{path}: dataset_name")
+    if "Acc@1" not in (found["all"].get(HISTORY) or {}):
+        raise UserError(f"{path}: has no {HISTORY}, without which no result is shown; {AGAIN}")
+    path = folder / artifacts.PREDICTIONS
+    records = list(comparison.read(path).values())
+    if not records:
+        raise UserError(f"{path}: no pairs; {AGAIN}")
+    for record in records:
+        if not all(type(poi) is int and (value is None or type(value) in (int, float)) for poi, value in record["top"]):
+            raise UserError(f"{path}: pair {record['pair']}: top holds something else than [POI id, log-probability]; "
+                            f"{AGAIN}")
+    ranks = np.array([np.inf if record["rank"] is None else record["rank"] for record in records])
+    _check_figures(found["all"]["model"], ranks, path)
+    first = [record["top"][0] if record["top"] else (metrics.NO_POI, None) for record in records]
+    return Evaluation(folder, found, settings, records, ranks, np.array([poi for poi, _ in first]),
+                      np.array([record["km"] for record in records], dtype=np.float64),
+                      np.array([np.nan if value is None else probability(value) for _, value in first]))
+
+
+def probability(log_probability: float) -> float:
+    return float(np.exp(min(0.0, log_probability)))     # rounding may have lifted it above 0
+
+
+def _check_figures(summary: dict, ranks: np.ndarray, path: Path) -> None:
+    """The summary in metrics.json must be of these ranks."""
+    if summary["n"] != len(ranks) or abs(summary["Acc@1"]["value"] - np.mean(ranks == 1)) > 1e-9:
+        raise UserError(f"{path}: Acc@1 is {np.mean(ranks == 1):.4f} of {len(ranks)} pairs, which is not what "
+                        f"{artifacts.METRICS} beside it says; make both again with `{comparison.MADE_BY}`")
+
+
+def data_folder(evaluation: Evaluation, data_path: Path | str | None = None) -> Path:
+    """The preprocessed folder of the test, or the same data set's below `data_path`."""
+    settings = evaluation.settings
+    return artifacts.preprocessed(settings["dataset_name"], data_path or settings.get("data_path", artifacts.DATASETS))
+
+
+def read_mapping(evaluation: Evaluation, folder: Path, given: Path | str | None, data_path_given: bool) -> GPSMapping:
+    """The GPS mapping that is given, of the test, or in `folder`. Raises Absent if there is none."""
+    if given:
+        return read_gps_mapping(given)
+    of_test = [] if data_path_given else [Path(evaluation.settings.get("gps_mapping_path", ""))]
+    name = artifacts.gps_mapping(evaluation.settings["dataset_name"])
+    return read_gps_mapping(_first([*of_test, folder / name], "the GPS mapping", "--gps_mapping_path"))
+
+
+def read_baseline(evaluation: Evaluation, folder: Path, mapping: GPSMapping, data_path_given: bool) -> Baseline:
+    """Raises Absent if questions or train check-ins are missing, UserError if they are not those of the test."""
+    name = Path(evaluation.settings.get("test_file", "")).name or "test questions"
+    of_test = [] if data_path_given else [Path(evaluation.settings.get("test_file", ""))]
+    test_file = _first([*of_test, folder / name], "the test questions", "--data_path")
+    train = baselines.read_train(_first([folder / artifacts.split_sample("train")], "train's check-ins", "--data_path"))
+    lines = sft_data.read_test_pairs(test_file, comparison.MADE_BY)
+    spelling.read_answers(lines, test_file)
+    all_prompts = spelling.untokenized(lines)
+    prompts = []
+    for record in evaluation.records:
+        prompt = all_prompts[record["pair"]] if 0 <= record["pair"] < len(all_prompts) else None
+        if prompt is None or (prompt.user, prompt.time, prompt.target) != (record["user"], record["time"],
+                                                                           record["target"]):
+            raise UserError(f"{test_file}: line {record['pair'] + 1} is not pair {record['pair']} of "
+                            f"{evaluation.folder / artifacts.PREDICTIONS}; give the --data_path of the test, or test "
+                            "again")
+        prompts.append(prompt)
+    found = baselines.user_history(train, prompts)
+    _check_figures(evaluation.metrics["all"][HISTORY], found.ranks, folder / artifacts.split_sample("train"))
+    visits = [Counter(history) for history in metrics.histories(prompts, train)]
+    share = [max(count.values()) / count.total() if count else np.nan for count in visits]
+    targets = [prompt.target for prompt in prompts]
+    return Baseline(prompts, found.ranks, found.tops, metrics.distances(found.tops, targets, mapping), np.array(share))
+
+
+def _first(paths: Sequence[Path], what: str, flag: str) -> Path:
+    found = next((path for path in paths if path.is_file()), None)
+    if found is None:
+        raise Absent(f"{what} are not at {paths[-1]}; give {flag}" if what.endswith("s") else
+                     f"{what} is not at {paths[-1]}; give {flag}")
+    return found
+
+
+def difference(a: np.ndarray, b: np.ndarray, draws: int = 10_000) -> dict[str, float]:
+    """{"difference", "low", "high"} of the mean of b - a, (pairs,) each, with its 95 % paired bootstrap interval."""
+    a, b = (np.asarray(values, dtype=np.float64) for values in (a, b))
+    drawn = metrics.resampled((b - a)[None], draws, SEED)[0]
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return {"difference": float((b - a).mean()), "low": float(low), "high": float(high)}
+
+
+def reliability(stated: np.ndarray, right: np.ndarray) -> Reliability:
+    """stated: (pairs,) probabilities, of which nan are left out; right: (pairs,) bool. Raises Absent if none is left.
+
+    Bins are closed on the left; the last one holds 1, too.
+    """
+    known = ~np.isnan(stated)
+    if not known.any():
+        raise Absent("the predictions have no log-probabilities (--decoding sample gives none)")
+    stated, right = stated[known], np.asarray(right, dtype=bool)[known]
+    of_bin = np.minimum((stated * BINS).astype(int), BINS - 1)
+    n = np.bincount(of_bin, minlength=BINS)
+    with np.errstate(invalid="ignore"):
+        mean, share = (np.bincount(of_bin, values, minlength=BINS) / n for values in (stated, right))
+    return Reliability(n, mean, share, float(np.nansum(n * np.abs(mean - share)) / n.sum()))
+
+
+def wilson(right: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The 95 % interval of a share, low and high (Wilson, JASA 1927). right: the share; n: of how many."""
+    z = 1.959964
+    centre, half = right + z * z / (2 * n), z * np.sqrt(right * (1 - right) / n + z * z / (4 * n * n))
+    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+
+
+def choose(evaluation: Evaluation) -> list[tuple[str, int]]:
+    """(kind, index of the pair) of the examples: EACH of a kind, at equal steps through its pairs in their order."""
+    right = evaluation.ranks == 1
+    near = ~right & (evaluation.km <= NEAR_KM)
+    found = []
+    for kind, of_kind in (("right", right), ("near miss", near), ("far miss", ~right & ~near)):
+        pairs = np.flatnonzero(of_kind)
+        steps = sorted({(i + 1) * len(pairs) // (EACH + 1) for i in range(EACH)}) if len(pairs) else []
+        found += [(kind, int(pairs[step])) for step in steps]
+    return found
+
+
+def examples(evaluation: Evaluation, baseline: Baseline, mapping: GPSMapping, folder: Path) -> list[dict]:
+    """Of each chosen pair: kind, pair, user, time, rank, check_ins, hidden (earlier ones), target, top, history.
+
+    A place is {"poi", "category", "latitude", "longitude", "km" (to the target)}; check_ins' have "time", top's
+    "probability". Times of check-ins are from test_sample.csv, None where it does not have the trajectory.
+    """
+    categories = read_categories(folder / artifacts.split_sample("train"), mapping.ids.tolist(), -1)
+    places = dict(zip(mapping.ids.tolist(), zip(mapping.latitude.tolist(), mapping.longitude.tolist())))
+    trajectories = read_trajectories(folder / artifacts.split_sample("test"))
+
+    def place(poi: int, target: int, **more) -> dict:
+        km, = metrics.distances([poi], [target], mapping)
+        latitude, longitude = places.get(poi, (np.nan, np.nan))
+        return {"poi": poi, "category": categories.get(poi, (UNKNOWN,))[0], "latitude": latitude,
+                "longitude": longitude, "km": float(km), **more}
+
+    found = []
+    for kind, i in choose(evaluation):
+        record, prompt = evaluation.records[i], baseline.prompts[i]
+        target = record["target"]
+        check_ins = trajectories.get((prompt.user, prompt.time, target), [(None, poi) for poi in prompt.current])
+        top = [place(poi, target, probability=None if value is None else probability(value))
+               for poi, value in record["top"][:TOP]]
+        guess = int(baseline.tops[i])
+        found.append({
+            "kind": kind, "pair": record["pair"], "user": record["user"], "time": record["time"],
+            "rank": record["rank"], "hidden": max(0, len(check_ins) - MOST_SHOWN), "target": place(target, target),
+            "check_ins": [place(poi, target, time=time) for time, poi in check_ins[-MOST_SHOWN:]], "top": top,
+            "history": None if guess == metrics.NO_POI else place(guess, target)})
+    return found
+
+
+def read_trajectories(path: Path) -> dict[tuple[int, str, int], list[tuple[str, int]]]:
+    """{(user, local time, POI) of the target: [(local time, POI) of the check-ins before it]}; empty without a file."""
+    if not path.is_file():
+        return {}
+    rows = baselines.read_check_ins(path, [*baselines.COLUMNS, "LocalTime"])
+    found = {}
+    for _, own in rows.groupby("TrajectoryId", sort=False):
+        *before, (user, time, poi) = zip(own["UserId"].tolist(), own["LocalTime"].tolist(), own["PoiId"].tolist())
+        found.setdefault((user, time, poi), [(at, where) for _, at, where in before if at < time])
+    return found
+
+
+def read_encoder(evaluation: Evaluation, mapping: GPSMapping, given: Path | str | None = None) -> EncoderViews:
+    """The encoder that is given or of the test, beside one of the same configuration that has learned nothing.
+
+    Raises Absent if the test had none or its file is gone.
+    """
+    path = given or evaluation.settings.get("geoencoder_path", "None")
+    if not given and (path in ("", "None") or evaluation.settings.get("test_type") == "base"
+                      or evaluation.settings.get("use_random_projector") == "True"):
+        raise Absent("the test had no trained geo-encoder; give --geoencoder_path")
+    if not given and not Path(path).is_file():
+        raise Absent(f"the geo-encoder is not at {path}; give --geoencoder_path")
+    if len(mapping.ids) < 4:
+        raise Absent(f"the GPS mapping has {len(mapping.ids)} places, too few for a map")
+    encoder, config = load_encoder(path)
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        untrained = build_encoder(config)
+    shown, name = some_places(mapping), digest(encoder.state_dict())
+    before, after = (embeddings(vectors(one, config, shown), shown) for one in (untrained, encoder))
+    return EncoderViews(Path(path), config, name, shown, len(mapping.ids), before, after)
+
+
+def some_places(mapping: GPSMapping) -> GPSMapping:
+    """At most MOST_PLACES of the mapping's, drawn with a fixed seed."""
+    if len(mapping.ids) <= MOST_PLACES:
+        return mapping
+    rows = np.sort(np.random.default_rng(SEED).choice(len(mapping.ids), MOST_PLACES, replace=False))
+    return GPSMapping(mapping.ids[rows], mapping.latitude[rows], mapping.longitude[rows])
+
+
+def vectors(encoder: torch.nn.Module, config: GeoEncoderConfig, mapping: GPSMapping) -> np.ndarray:
+    """(places, hidden size), as they stand for `<GPS n>` in the LLM."""
+    if config.hidden_size >= 1024 and not torch.cuda.is_available():
+        log.info("embedding %d places at width %d on a CPU takes a while", len(mapping.ids), config.hidden_size)
+    found = injection.gps_injection(encoder, config.level, mapping, np.arange(len(mapping.ids)))
+    found.to("cuda" if torch.cuda.is_available() else "cpu").freeze(torch.float32)
+    return found.table.cpu().numpy()
+
+
+def embeddings(table: np.ndarray, mapping: GPSMapping) -> Embeddings:
+    """table: (places, width), the vectors of `mapping`'s places."""
+    components = min(3, *table.shape)
+    pca = PCA(components, svd_solver="randomized", random_state=SEED)
+    scores = pca.fit_transform(table.astype(np.float64))
+    low, high = np.percentile(scores, [2, 98], axis=0)
+    colours = np.full((len(table), 3), 0.5)
+    colours[:, :components] = np.clip((scores - low) / np.maximum(high - low, 1e-12), 0, 1)
+    one, other = place_pairs(len(table))
+    km = metrics.distances(mapping.ids[one], mapping.ids[other], mapping)
+    # Block by block: all pairs at once would be a gigabyte at Llama's width.
+    distance = np.concatenate([np.linalg.norm(table[a] - table[b], axis=1)
+                               for a, b in zip(*(np.array_split(rows, 1 + len(one) // 1000) for rows in (one, other)))])
+    return Embeddings(colours, float(pca.explained_variance_ratio_.sum()), km, distance, correlation(km, distance),
+                      correlation(*(pd.Series(values).rank().to_numpy() for values in (km, distance))))
+
+
+def place_pairs(places: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of two different places each: all pairs, or PAIRS of them, drawn with a fixed seed."""
+    if places * (places - 1) // 2 <= PAIRS:
+        return np.triu_indices(places, k=1)
+    random = np.random.default_rng(SEED)
+    one = random.integers(0, places, PAIRS)
+    return one, (one + random.integers(1, places, PAIRS)) % places
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson's; nan where one of them does not vary."""
+    a, b = a - a.mean(), b - b.mean()
+    scale = np.sqrt((a * a).sum() * (b * b).sum())
+    return float((a * b).sum() / scale) if scale > 0 else float("nan")
+
+
+def read_losses(evaluation: Evaluation, geoencoder_path: Path | str | None = None) -> dict[str, list[dict]]:
+    """{training: its log's lines that have a loss, at least two}. Raises Absent if no log is found."""
+    stage_2 = training_folder(evaluation.folder)
+    folders = {}
+    # What stage 2 was given comes first: the encoder that was tested may be stage 2's own.
+    encoder = _trained_with(stage_2, "geoencoder_path") or geoencoder_path or evaluation.settings.get("geoencoder_path")
+    for name, given in (("stage 1: the geo-encoder (GCIM)", encoder),
+                        ("stage 1: the POI projector (PAM)", evaluation.settings.get("projector_path"))):
+        if given not in (None, "", "None"):
+            folders[name] = next((folder for folder in list(Path(given).parents)[:2]
+                                  if (folder / artifacts.TRAINER_LOG).is_file()), None)
+    folders["stage 2: the LLM"] = stage_2
+    found, taken = {}, set()
+    for name, folder in reversed(folders.items()):      # an encoder that stage 2 has trained lies in its folder
+        if folder is None or folder.resolve() in taken:
+            continue
+        taken.add(folder.resolve())
+        lines = [line for line in run_log.read_log(folder / artifacts.TRAINER_LOG)
+                 if type(line.get("loss")) in (int, float)]
+        if len(lines) > 1:
+            found[name] = lines
+    if not found:
+        raise Absent(f"there is no {artifacts.TRAINER_LOG} of two lines or more beside {evaluation.folder}, or where "
+                     "the encoder lies")
+    return dict(reversed(found.items()))
+
+
+def training_folder(folder: Path) -> Path | None:
+    """Where the training's log of a tested checkpoint lies: above it, or in the step that run_experiment.py linked."""
+    for parent in (folder, *folder.parents[:2]):
+        if (parent / artifacts.TRAINER_LOG).is_file():
+            return parent
+    for parent in folder.parents[:4]:
+        if (parent / chain.DONE).is_file():
+            for name in read_json(parent / chain.DONE).get("steps") or []:
+                step = parent.parent / Path(str(name)).name / chain.OUT
+                if str(name).startswith("stage2-") and (step / artifacts.TRAINER_LOG).is_file():
+                    return step
+    return None
+
+
+def _trained_with(folder: Path | None, flag: str) -> str | None:
+    """The file that the training in `folder` was given by a flag."""
+    files = last_start(folder).get("files")
+    path = files[flag].get("path") if isinstance(files, dict) and isinstance(files.get(flag), dict) else None
+    return path if isinstance(path, str) else None
+
+
+def last_start(folder: Path | None) -> dict:
+    """Of run.json: what the training's last start was made of; empty if it is not told."""
+    if folder is None or not (folder / artifacts.RUN).is_file():
+        return {}
+    starts = read_json(folder / artifacts.RUN).get("starts")
+    return starts[-1] if isinstance(starts, list) and starts and isinstance(starts[-1], dict) else {}

@@ -1,0 +1,1 @@
+"""A trained model in use: export to a plain folder with its card, recommendations, a map."""

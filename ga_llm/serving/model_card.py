@@ -1,0 +1,196 @@
+"""The model card of an exported model: what it is, how it is asked, how good it was, and what is not known of it."""
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+
+from ga_llm.base import prompts
+
+README = "README.md"
+METRICS = ("Acc@1", "Acc@5", "MRR")
+BASELINE = "user-history frequency"
+EXAMPLE = ("2013-01-05 12:00:00", "2013-01-05 18:00:00")
+
+
+@dataclasses.dataclass
+class Model:
+    """What the card tells. base: a hub's name or a folder's; raw_from: where the check-ins are to be had.
+
+    run: the training's last start, as run.json has it; metrics: of metrics.json; either None where it is not there.
+    encoders: the names of the modules whose vectors stand in the embedding; first, last: POI ids; places: their number;
+    latitude, longitude: of the first, degrees.
+    """
+    folder: Path
+    base: str
+    dataset: str
+    raw_from: str
+    questions: dict
+    context: int
+    dtype: str
+    full: bool
+    trained: list[str]
+    run: dict | None
+    metrics: dict | None
+    encoders: list[str]
+    places: int
+    first: int
+    last: int
+    latitude: float
+    longitude: float
+
+
+def serve_command(model: Model, folder: Path | str) -> str:
+    """For vLLM, of the model in `folder`."""
+    return f"vllm serve {shlex.quote(str(folder))} --max-model-len {model.context} --dtype {model.dtype}"
+
+
+def question(model: Model) -> str:
+    """An example, of one made-up check-in."""
+    then, now = EXAMPLE
+    shown = prompts.check_in(model.questions["fields"], then, model.first, model.first, model.latitude,
+                             model.longitude, "Coffee Shop", model.first)
+    ask = prompts.ask_poi(now, model.first, model.first, model.last)
+    return f"{prompts.question(model.first, [], [], [shown], ask)} {prompts.ANSWER}"
+
+
+def card(model: Model) -> str:
+    """README.md, with the front matter of the Hugging Face hub."""
+    then, now = EXAMPLE
+    name = model.folder.name
+    base = json.dumps(model.base)       # a text in YAML, too
+    request = json.dumps({"model": name, "prompt": "<question>: … <answer>:", "temperature": 0,
+                          "max_tokens": 64}, ensure_ascii=False)
+    return f"""---
+base_model: {base}
+base_model_relation: finetune
+library_name: transformers
+pipeline_tag: text-generation
+tags: [next-poi-recommendation, geography, ga-llm]
+---
+# {name}
+
+{model.base}, fine-tuned to predict the next point of interest (POI) of a user from check-ins, by GA-LLM
+("Geography-Aware Large Language Models for Next POI Recommendation", arXiv 2505.13526).
+Data set: `{model.dataset}`, {model.places:,} POIs. It is a plain Hugging Face model, which
+`AutoModelForCausalLM` and vLLM read without GA-LLM's code. {_vectors(model)}
+
+## How to ask it
+
+The prompt is one line, up to and with `{prompts.ANSWER}`; the answer reads `At {now}, user {model.first} will visit POI
+id n.` Check-ins stand in order of time. Users, POIs and categories are the data set's encoded ids
+(`label_encoding.json`); of a user that is not in it, the unseen id. An example with one made-up check-in:
+
+```
+{question(model)}
+```
+
+A question shows at most {model.questions["max_history"]} check-ins of the user's history and {model.context:,} tokens.
+{_similar(model)}There is no chat template: it was not trained on chats. `recommend.py` of GA-LLM's code writes the
+question from a user's check-ins, and ranks all POIs exactly, which one answer does not:
+
+```bash
+python recommend.py --model {shlex.quote(str(model.folder))} --check_ins my.csv --time "{now[:-3]}" -k 5
+```
+
+With vLLM (not tried by those who wrote this card; it must be a version that reads `rope_parameters` of config.json, as
+transformers 5 writes it, for older ones pass over the scaling of positions):
+
+```bash
+{serve_command(model, name)}
+curl http://localhost:8000/v1/completions -H "Content-Type: application/json" -d '{request}'
+```
+
+## What was trained
+
+{_training(model)}
+
+## How good it is
+
+{_metrics(model)}
+
+## Limits
+
+- {_quantization(model)}
+- It knows the POIs of its training alone, and predicts for the time that it is asked about; a place without check-ins
+  in the training data has no token.
+- Among several likely places, greedy decoding gives one; a sampled answer may be an id that no place has.
+- What a check-in shows was fixed in training ({", ".join(model.questions["fields"])}); other wordings were not trained.
+
+## Data and licences
+
+The check-ins are those of `{model.dataset}` ({model.raw_from}). They keep their own terms; those of Foursquare and
+Gowalla may not be redistributed. The weights hold a vector of each place and may hold more of the training's
+check-ins, which are people's whereabouts. The base model's licence holds for this one, too. See to
+all of them before you share it.
+"""
+
+
+def _vectors(model: Model) -> str:
+    what = {"GCIM": "for `<GPS n>` GCIM's encoding of the place's coordinates",
+            "PAM": "for `<POI n>` PAM's projection of the POI's transitions"}
+    found = [what[name] for name in model.encoders]
+    return f"The embedding holds {' and '.join(found)}." if found else "No encoder's vectors stand in its embedding."
+
+
+def _similar(model: Model) -> str:
+    return ("It was trained with check-ins of similar trajectories in front, where there were some; `recommend.py` "
+            "shows none. " if model.questions["use_sim"] else "")
+
+
+def _training(model: Model) -> str:
+    lines = ["- All weights." if model.full else "- LoRA on the attention's projections, merged into the weights here."]
+    if model.trained and not model.full:
+        kinds = sorted({kind for name in model.trained for kind in ("embed", "norm") if kind in name})
+        lines.append(f"- Beside it {len(model.trained)} other weights ({', '.join(kinds) or 'see ga_llm.json'}).")
+    lines.append(f"- Loss on the answers alone, questions of at most {model.context:,} tokens.")
+    if model.run:
+        given = model.run["arguments"]
+        shown = ("lora_r", "lora_alpha", "learning_rate", "max_steps", "num_train_epochs",
+                 "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
+        lines.append("- " + ", ".join(f"{name} {given[name]}" for name in shown if given.get(name) is not None) + ".")
+    else:
+        lines.append("- The run.json of the training was not at hand: its settings are not known.")
+    return "\n".join(lines)
+
+
+def _metrics(model: Model) -> str:
+    if model.metrics is None:
+        return "No evaluation lay beside the checkpoint. Measure it (`test_next_gps.py`) before you rely on it."
+    found = model.metrics["all"]
+    n = found["model"]["n"]
+    lines = [f"On the test split, n = {n:,} questions (protocol {model.metrics.get('protocol', 'ga-llm')}, decoding "
+             f"{model.metrics.get('decoding', 'rank')}), value [95 % bootstrap interval], before merging. The baseline "
+             "counts the user's own visits, and needs no model.", "", f"| | {' | '.join(METRICS)} |",
+             "|---" * (1 + len(METRICS)) + "|"]
+    for name in ("model", BASELINE):
+        row = found.get(name, {})
+        lines.append(f"| {name} | {' | '.join(_cell(row.get(metric)) for metric in METRICS)} |")
+    return "\n".join([*lines, "", _verdict(found)])
+
+
+def _cell(value: dict | None) -> str:
+    return "–" if value is None else f"{value['value']:.4f} [{value['low']:.4f}, {value['high']:.4f}]"
+
+
+def _verdict(found: dict) -> str:
+    if BASELINE not in found or "Acc@1" not in found["model"]:
+        return "There is no baseline to hold it against, so the figures say little."
+    model, baseline = (found[name]["Acc@1"] for name in ("model", BASELINE))
+    if model["low"] > baseline["high"]:
+        return "In Acc@1 it is better than the baseline: the intervals do not overlap."
+    if model["high"] < baseline["low"]:
+        return "In Acc@1 it is worse than the baseline: the intervals do not overlap."
+    return "In Acc@1 the intervals of model and baseline overlap: that it beats the baseline is not shown."
+
+
+def _quantization(model: Model) -> str:
+    if model.full:
+        return "All weights were trained, none of them quantized: this is the model that was trained."
+    if model.run is None:
+        return ("Whether the base was quantized to 4 bits in training is not known. If it was, merging LoRA into the "
+                "unquantized weights gives not exactly the model that was trained.")
+    given = model.run["arguments"]
+    if given.get("load_in_4bit") and "bitsandbytes" in model.run.get("versions", {}):
+        return ("The base was quantized to 4 bits (NF4) in training, and LoRA is merged into its unquantized weights "
+                "here: not exactly the model that was trained. Measure again what matters.")
+    return "The base was not quantized in training; merging changes no more than the rounding."

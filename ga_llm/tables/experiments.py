@@ -1,0 +1,288 @@
+"""An experiment is a YAML of `experiments/`, a row of a table of the paper; a scale one of `experiments/scales/`.
+
+The scale says what all rows have in common (model, lengths, flags), the row what differs. Both hold the same sections,
+one for each kind of step, of `flag: value`; the row's flags count, and `gcim: false` leaves that step out. From both
+`chain_of` makes the steps from raw check-ins to metrics.
+"""
+import dataclasses
+import datetime
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+from ga_llm.base import artifacts, prompts, writing
+from ga_llm.base.cli import UserError
+from ga_llm.evaluation.metrics import ACC_AT
+from ga_llm.tables.chain import LAST_CHECKPOINT, OWN, Made, Step
+
+FOLDER = Path("experiments")
+SCALES = FOLDER / "scales"
+EXPLAINED = {True: f"see {FOLDER}/main_nyc.yml", False: f"see {SCALES}/cpu.yml"}
+
+# What makes the questions (of GCIM's stage 1, of stage 2), the vectors and the lists, and what trains and tests.
+SECTIONS = ("stage_1_questions", "questions", "similar", "embeddings", "training", "gcim", "pam", "stage_2",
+            "test")
+LEFT_OUT = ("gcim", "pam")      # by `false`; `similar` is there only where the row has it
+ROW = ("table", "row", "dataset")
+ROW_OPTIONAL = ("reference", "group", "members", "backbone", "published", "source", "note")
+SCALE = ("model", "backbone", "processes")
+METRICS = tuple(f"Acc@{k}" for k in ACC_AT) + ("MRR", "MRR@5", "MRR@10", "NDCG@10")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One YAML of a row, checked."""
+    path: Path
+    table: str
+    row: str
+    dataset: str
+    sections: dict                      # section -> {flag: value}, or False
+    reference: str | None = None        # the experiment that the table compares this one with
+    group: tuple | None = None          # (grouping, group) of metrics.json; None: all pairs
+    members: tuple = ()                 # other experiments, whose probabilities are averaged with this one's
+    backbone: str | None = None         # None: whatever the scale has
+    published: dict = dataclasses.field(default_factory=dict)      # metric -> figure
+    source: str | None = None           # of these
+    note: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    def beside(self, name: str) -> "Experiment":
+        """Another one of the same folder."""
+        return read(self.path.with_name(f"{name}.yml"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """One YAML of a scale, checked."""
+    path: Path
+    model: str | list                   # a folder, or the command that makes one, with {questions} (stage 2's, for
+                                        # training), {mapping} and {train} (train_sample.csv) where it needs them
+    backbone: str                       # what that is
+    processes: int                      # of torchrun
+    sections: dict
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+
+def read(path: Path | str) -> Experiment:
+    """Raises UserError, with file and key, if it is no experiment."""
+    path = Path(path)
+    values = _values(path, ROW, ROW_OPTIONAL, True)
+    check = _checker(path, values, True)
+    artifacts.dataset_name(str(values["dataset"]), f"{path}: dataset")
+    for key in (*ROW, "reference", "backbone", "source", "note"):
+        check(isinstance(values.get(key, ""), str), key, "a line of text")
+    group = values.get("group")
+    check(group is None or isinstance(group, dict) and len(group) == 1 and all(map(_is_text, *group.items())), "group",
+          "one grouping of metrics.json and its group, such as {user activity: inactive}")
+    members = values.get("members", [])
+    check(isinstance(members, list) and all(map(_is_text, members)), "members", "a list of other experiments' names")
+    published = values.get("published", {})
+    check(isinstance(published, dict) and all(metric in METRICS and isinstance(figure, float) and 0 <= figure <= 1
+                                              for metric, figure in published.items()),
+          "published", "a map of metrics to figures such as {Acc@1: 0.3988}")
+    check(not published or "source" in values, "source", "where the published figures stand")
+    sections = {key: values[key] for key in SECTIONS if key in values}
+    return Experiment(path, values["table"], values["row"], values["dataset"], sections, values.get("reference"),
+                      None if group is None else tuple(next(iter(group.items()))), tuple(members),
+                      values.get("backbone"), published,
+                      values.get("source"), values.get("note"))
+
+
+def read_scale(name: str) -> Scale:
+    """experiments/scales/<name>.yml. Raises UserError, with file and key, if there is none."""
+    known = sorted(path.stem for path in SCALES.glob("*.yml"))
+    if name not in known:
+        raise UserError(f"--scale {name[:60]}: no {SCALES}/{name[:60]}.yml; write one, or choose among: "
+                        f"{', '.join(known) or 'none, so run from the root of the repository'}")
+    path = SCALES / f"{name}.yml"
+    values = _values(path, SCALE, (), False)
+    check = _checker(path, values, False)
+    model = values["model"]
+    check(_is_text(model) or isinstance(model, list) and len(model) > 0 and all(map(_is_text, model)), "model",
+          "a model's folder, or the script that makes one and its flags, as a list of texts")
+    check(_is_text(values["backbone"]), "backbone", "a line of text")
+    check(type(values["processes"]) is int and values["processes"] > 0, "processes", "a number of processes")
+    return Scale(path, model, values["backbone"], values["processes"],
+                 {key: values[key] for key in SECTIONS if key in values})
+
+
+def chain_of(experiment: Experiment, scale: Scale, raw: Callable, work_dir: Path | str, model: str | None = None,
+             full_table: bool = False) -> Step:
+    """The last step, the test, of the chain from raw check-ins to metrics; full_table: which others average with.
+
+    raw(data set): (files that its samples are made of, command that makes these first or None). model: the folder of
+    the base LLM, instead of the scale's. Raises UserError if something from outside is missing.
+    """
+    name, root = experiment.dataset, Path(work_dir) / "steps"
+    sections = {key: {**scale.sections.get(key, {}), **(experiment.sections.get(key) or {})} for key in SECTIONS}
+    if full_table:
+        sections["test"]["full_table"] = True
+    gcim, pam = (experiment.sections.get(key) is not False for key in LEFT_OUT)
+    similar = "similar" in experiment.sections
+    data = f"{name}/preprocessed"
+
+    def step(kind, *command, links=(), reads=()):
+        return Step(kind, tuple(command), root, tuple(links), tuple(reads))
+
+    def preprocess(kind, script, *flags, after=(), reads=(), **shown):
+        named = shown.pop("named", ("-dataset_name", name))
+        return step(kind, "python", f"data-preprocess/{script}", *named, "-datasets", OWN, *flags,
+                    links=[(Made(one), ".") for one in after], reads=reads)
+
+    # Raw check-ins to samples, samples to questions.
+    files, first = raw(name)
+    before = [] if first is None else [step("raw", "python", *first, reads=files)]
+    samples = preprocess("samples", "run.py", named=("-f", str(artifacts.config_file(name))), after=before,
+                         reads=[] if before else files)
+    mapping = Made(samples, f"{data}/{artifacts.gps_mapping(name)}")
+    known = [samples]
+    if similar:
+        keys = preprocess("keys", "traj_qk.py", after=[samples])
+        known = [preprocess("similar", "traj_sim.py", *_flags("-", sections["similar"]), after=[keys])]
+    # Fields that stand for a module go with it; `poi` always shows.
+    fields = str(sections["questions"].pop("fields", ",".join(prompts.FIELDS))).split(",")
+    fields = ",".join(field for field in fields if gcim or field != "gps")
+    questions = preprocess("questions", "process_llm_gps.py", "-use_sim", str(similar), *["-use_pam", "True"] * pam,
+                           "-fields", fields, *_flags("-", sections["questions"]), after=known)
+
+    if model is None and experiment.backbone not in (None, scale.backbone):
+        raise UserError(f"{experiment.path}: is about {experiment.backbone}, and {scale.path} has {scale.backbone}; "
+                        "give the folder of that model by --model")
+    asked_in_training = Made(questions, f"{data}/{artifacts.questions('train', name, 2, similar, pam)}")
+    averaged = [Made(chain_of(other, scale, raw, work_dir, model, full_table=True), _table(other, scale))
+                for other in map(experiment.beside, experiment.members)]
+    model = _model(model or scale.model, step, scale, {
+        "{questions}": asked_in_training, "{mapping}": mapping,
+        "{train}": Made(samples, f"{data}/{artifacts.split_sample('train')}")})
+
+    def train(kind, script, section, data_path, *flags):
+        common = _flags("--", {**sections["training"], **sections[section]})
+        return step(kind, "torchrun", "--standalone", f"--nproc_per_node={scale.processes}", script,
+                    "--model_name_or_path", model, "--data_path", data_path, "--gps_mapping_path", mapping,
+                    "--output_dir", OWN, *flags, *common, "--resume_from_checkpoint", "auto")
+
+    # Stage 1 of each module, where it is not left out, stage 2 with both, and the test.
+    modules = []
+    if gcim:
+        asked = preprocess("stage1_questions", "process_projector_gps_stage1.py", "-use_sim", "False",
+                           *_flags("-", sections["stage_1_questions"]), after=[samples])
+        trained = train("gcim", "finetune_GCIM.py", "gcim",
+                        Made(asked, f"{data}/{artifacts.questions('train', name, 1, False)}"))
+        modules += ["--geoencoder_path", Made(trained, artifacts.FINAL_ENCODER)]
+    if pam:
+        vectors = _embeddings(preprocess, sections["embeddings"], samples, experiment)
+        embedding = Made(vectors, f"{data}/{artifacts.poi_embeddings(name)}")
+        asked = preprocess("pam_questions", "process_pam_stage1.py", after=[samples])
+        trained = train("pam", "finetune_PAM.py", "pam", Made(asked, f"{data}/{artifacts.alignment_questions(name)}"),
+                        "--poi_embedding_path", embedding)
+        modules += ["--projector_path", Made(trained, artifacts.FINAL_PROJECTOR), "--poi_embedding_path", embedding]
+    if not modules:
+        sections["stage_2"].pop("train_encoders", None)
+    tuned = train("stage2", "finetune_LLM_with_GCIM.py", "stage_2", asked_in_training, *modules)
+    if sections["stage_2"].get("train_encoders"):       # they have changed since stage 1
+        own = {"--geoencoder_path": artifacts.FINAL_ENCODER, "--projector_path": artifacts.FINAL_PROJECTOR}
+        modules = [Made(tuned, own[flag]) if flag in own else part for flag, part in zip([None, *modules], modules)]
+    return step("test", "python", "test_next_gps.py", "--base_model", model, "--output_dir", f"{OWN}/{CHECKPOINT}",
+                "--data_path", Made(questions), "--dataset_name", name,
+                "--test_file", artifacts.questions("test", name, 2, similar, pam), "--test_type", "llm",
+                "--gps_mapping_path", mapping, *modules, *_flags("--", sections["test"]),
+                *["--average_with"] * bool(averaged), *averaged,
+                links=[(Made(tuned, LAST_CHECKPOINT), CHECKPOINT)])
+
+
+def _table(member: Experiment, scale: Scale) -> str:
+    """Where its test leaves the table of its own probabilities. Raises UserError for what is a mean or mixture itself."""
+    flags = {**scale.sections.get("test", {}), **member.sections.get("test", {})}
+    if member.members or flags.get("history_weight"):
+        raise UserError(f"{member.path}: others are averaged with a model's own probabilities; leave members and "
+                        "history_weight out, or name another member")
+    return str(Path(CHECKPOINT, artifacts.results(flags), artifacts.LOG_PROBABILITIES))
+
+
+CHECKPOINT = "checkpoint"       # the test's own links to stage 2's last checkpoint, beside which its results lie
+
+
+def write_link(experiment: Experiment, scale: Scale, test: Step, work_dir: Path | str, model: str | None) -> Path:
+    """<work_dir>/<scale>/<experiment>.json: which metrics.json is this row's, for results.py."""
+    found = sorted(test.out.rglob(artifacts.METRICS))
+    if len(found) != 1:
+        raise UserError(f"{test.out}: holds {len(found)} {artifacts.METRICS}, not one; move {test.folder} away, and "
+                        "the test runs again")
+    path = Path(work_dir) / scale.name / f"{experiment.name}.json"
+    command = ["python", "run_experiment.py", str(experiment.path), "--scale", scale.name,
+               *(["--model", model] if model else [])]
+    written = {"experiment": experiment.name, "scale": scale.name, "table": experiment.table, "row": experiment.row,
+               "dataset": experiment.dataset, "reference": experiment.reference, "group": experiment.group,
+               "model": model or scale.backbone, "published": experiment.published, "source": experiment.source,
+               "metrics": str(found[0].relative_to(work_dir)), "step": test.id, "command": shlex.join(command),
+               "written": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
+    with writing.atomic_write(path) as file:
+        json.dump(written, file, indent=1)
+    return path
+
+
+def _model(model: str | list, step: Callable, scale: Scale, files: dict[str, Made]) -> str | Made:
+    if isinstance(model, list):
+        parts = [files.get(part, part) for part in model]
+        return Made(step("model", "python", *parts, "--output_dir", f"{OWN}/model"), "model")
+    if not (Path(model) / "config.json").is_file():
+        raise UserError(f"{model}: no folder of a model ({scale.path} or --model); give the folder of {scale.backbone} "
+                        "by --model")
+    return model
+
+
+def _embeddings(preprocess: Callable, flags: dict, samples: Step, experiment: Experiment) -> Step:
+    """The vectors of the data set's transitions, or of another model, whose file the row names (`from`)."""
+    if "from" in flags and not Path(flags["from"]).is_file():
+        raise UserError(f"{flags['from']}: not found; {experiment.path} takes the POI embeddings of another model from "
+                        "there, a row for each encoded POI id and 128 wide; train it and put them there")
+    return preprocess("embeddings", "poi_embeddings.py", *_flags("-", flags), after=[samples])
+
+
+def _flags(dash: str, values: dict) -> list[str]:
+    return [text for flag, value in values.items() for text in (f"{dash}{flag}", str(value))]
+
+
+def _values(path: Path, needed: tuple, optional: tuple, row: bool) -> dict:
+    """The map in a YAML. Raises UserError if it is none, or has unknown keys, lacks some, or no sections of flags."""
+    if not path.is_file():
+        raise UserError(f"{path}: not found; give a file of {FOLDER}/")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())[:200]}; {EXPLAINED[row]}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected lines of `key: value`; {EXPLAINED[row]}")
+    allowed = (*needed, *optional, *SECTIONS)
+    for key in values:
+        if key not in allowed:
+            raise UserError(f"{path}: unknown key {str(key)[:60]}; it takes {', '.join(allowed)}")
+    check = _checker(path, values, row)
+    for key in needed:
+        check(key in values, key, "it to be there")
+    for key in SECTIONS:
+        value = values.get(key, {})
+        check(value is False and key in LEFT_OUT and row or isinstance(value, dict)
+              and all(_is_text(flag) and isinstance(given, (str, int, float)) for flag, given in value.items()), key,
+              "a map of flags to values" + ", or false" * (row and key in LEFT_OUT))
+    return values
+
+
+def _checker(path: Path, values: dict, row: bool) -> Callable:
+    def check(holds: bool, key: str, expected: str) -> None:
+        if not holds:
+            raise UserError(f"{path}: {key}: expected {expected}, got {str(values.get(key))[:60]!r}; {EXPLAINED[row]}")
+    return check
+
+
+def _is_text(value) -> bool:
+    return isinstance(value, str) and value.isprintable() and value != ""

@@ -1,0 +1,71 @@
+"""What both stages set up alike: tokens, pairs, the LLM."""
+import dataclasses
+import logging
+
+import numpy as np
+import torch
+from transformers import set_seed
+
+from ga_llm.base import writing
+from ga_llm.base.cli import UserError
+from ga_llm.llm import backbone, shared_prefix
+from ga_llm.pairs import sft_data, token_cache
+from ga_llm.training import preemption
+from ga_llm.training.arguments import SFTArguments
+from geo_encoder.alignment import POIEmbeddings, read_poi_embeddings
+from geo_encoder.gps_tokens import GPSMapping, add_gps_tokens, add_poi_tokens, add_rows, read_gps_mapping
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Setup:
+    mapping: GPSMapping
+    token_ids: np.ndarray       # (places,), the <GPS n> of each place of the mapping
+    poi_embeddings: POIEmbeddings | None    # of the places, where --poi_embedding_path is given
+    poi_token_ids: np.ndarray | None        # (places,), their <POI n>
+    tokenizer: object
+    dataset: token_cache.TokenDataset       # the pairs
+    train_dataset: object                   # what a batch is drawn from: the pairs, or trees of them
+    collator: object
+    model: torch.nn.Module      # the base LLM, with a row for every token of a place
+
+
+def set_up(args: SFTArguments) -> Setup:
+    """Fix the seed, read and check all inputs, then load the LLM: frozen in 4 bits, unless it is trained itself.
+
+    Raises UserError if another run is writing into --output_dir, which this one keeps until its process ends. Until
+    then SIGTERM and SIGUSR1 ask it to stop in good order, unless it is a dry run.
+    """
+    if not args.dry_run:
+        preemption.listen()
+    if args.process_index == 0 and not args.dry_run:
+        writing.hold(args.output_dir)
+    set_seed(args.seed)
+    mapping = read_gps_mapping(args.gps_mapping_path)
+    poi_path = getattr(args, "poi_embedding_path", None)
+    poi_embeddings = read_poi_embeddings(poi_path, mapping) if poi_path else None
+    tokenizer = backbone.load_tokenizer(args.model_name_or_path, args.cache_dir)
+    known = len(tokenizer)
+    token_ids = add_gps_tokens(tokenizer, mapping)
+    poi_token_ids = add_poi_tokens(tokenizer, mapping) if poi_path else None
+    dataset = token_cache.load(args.data_path, tokenizer, args.model_max_length, args.gps_mapping_path, args.cache_dir,
+                               poi_ids=args.loss_on == "poi_ids")
+    if dataset.targets is not None and not any(dataset[i]["targets"].any() for i in range(len(dataset))):
+        raise UserError(f"--loss_on poi_ids: {args.data_path} names no POI id; leave it out")
+    if args.shared_prefix:
+        train_dataset = shared_prefix.TreeDataset(dataset, args.tree_tokens or 2 * args.model_max_length)
+        collator = shared_prefix.TreeCollator()
+        log.info("%d pairs in %d trees, which a batch is made of: %d tokens instead of %d", len(dataset),
+                 len(train_dataset), train_dataset.lengths.sum(), dataset.lengths.sum())
+    else:
+        train_dataset, collator = dataset, sft_data.AnswerCollator(tokenizer.pad_token_id)
+    frozen = args.low_rank_training
+    model = backbone.load_llm(args.model_name_or_path, args.model_max_length,
+                         backbone.training_attention(args.use_flash_attn, args.use_full_attn, args.shared_prefix),
+                         dtype=torch.bfloat16 if args.bf16 and frozen else torch.float32,
+                         four_bit=args.load_in_4bit and frozen, cache_dir=args.cache_dir)
+    backbone.round_norms(model)
+    added = np.concatenate([token_ids, poi_token_ids]) if poi_path else token_ids
+    add_rows(model, len(tokenizer), added[added >= known])
+    return Setup(mapping, token_ids, poi_embeddings, poi_token_ids, tokenizer, dataset, train_dataset, collator, model)

@@ -1,0 +1,106 @@
+"""Longer context, 4-bit on a CPU, what is trained."""
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from ga_llm.base.cli import UserError
+from ga_llm.llm import backbone
+
+
+@pytest.mark.parametrize("length, factor", [(4096, None), (4097, 2), (8192, 2), (32768, 8)])
+def test_rope_scaling(length, factor):
+    config = LlamaConfig(max_position_embeddings=4096)
+    backbone.extend_context(config, length)
+    rope = config.rope_parameters
+    assert (rope["rope_type"], rope.get("factor")) == (("linear", factor) if factor else ("default", None))
+
+
+def test_rope_scaling_is_not_applied_twice():
+    config = LlamaConfig(max_position_embeddings=4096)
+    backbone.extend_context(config, 32768)
+    backbone.extend_context(config, 32768)
+    assert config.rope_parameters["factor"] == 8
+    backbone.extend_context(config, 65536)
+    assert config.rope_parameters["factor"] == 16
+
+
+def test_scaled_positions_are_divided(tiny_llama):
+    """Linear scaling by 2 gives position 2p the angles that position p had."""
+    plain, scaled = (backbone.load_llm(tiny_llama(), n, "sdpa", torch.float32) for n in (2048, 4096))
+    x = torch.zeros(1, 1, 32)
+    for a, b in zip(plain.model.rotary_emb(x, torch.tensor([[7]])), scaled.model.rotary_emb(x, torch.tensor([[14]]))):
+        torch.testing.assert_close(a, b)
+
+
+def test_other_rope_is_refused():
+    config = LlamaConfig(max_position_embeddings=4096)
+    config.rope_parameters = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}
+    with pytest.raises(UserError, match="cannot be scaled linearly"):
+        backbone.extend_context(config, 32768)
+
+
+def test_four_bit_trains_after_evaluation(tiny_llama):
+    """A forward without gradient must not cost LoRA its gradient afterwards."""
+    pytest.importorskip("bitsandbytes")
+    model = backbone.add_lora(backbone.load_llm(tiny_llama(hidden=64), 256, "sdpa", torch.bfloat16, four_bit=True), 4, 8, 0.0)
+    assert any(type(m).__name__ == "Linear4bit" for m in model.modules())
+    ids = torch.randint(0, 50, (1, 12))
+    with torch.no_grad():
+        model.eval()(ids)
+    model.train()(ids, labels=ids).loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if "lora_B" in name}
+    assert len(gradients) == 8 and all(g is not None and g.abs().sum() > 0 for g in gradients.values())
+
+
+def test_what_stage_2_trains(tiny_llama):
+    model = backbone.add_lora(backbone.load_llm(tiny_llama(), 256, "sdpa", torch.bfloat16), 8, 16, 0.1)
+    backbone.train_by_name(model, "embed,norm")
+    backbone.trainable_to_fp32(model)
+    trained = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+    assert all("lora_" in name or "embed" in name or "norm" in name for name in trained)
+    assert {dtype for dtype in trained.values()} == {torch.float32}
+    assert sum("norm" in name for name in trained) == 5 and sum("embed" in name for name in trained) == 1
+    assert not any("lm_head" in name for name in trained)
+    assert backbone.describe_trainable(model).startswith("LLM embeddings")
+
+
+@pytest.mark.parametrize("path", ["./missing", "/missing/folder"])
+def test_missing_model(path):
+    with pytest.raises(UserError, match="no such model folder.*get_smollm2.py"):
+        backbone.load_tokenizer(path)
+
+
+def test_folder_without_a_model(tmp_path):
+    with pytest.raises(UserError, match="not a usable model folder") as error:
+        backbone.load_tokenizer(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_flash_attention_falls_back(caplog, monkeypatch):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(backbone, "flash_attention_available", lambda: False)
+    assert backbone.training_attention(use_flash=True, full=True) == "sdpa"
+    assert backbone.training_attention(use_flash=True, full=False) == backbone.SHIFTED_SPARSE
+    assert caplog.text.count("attention runs through SDPA: flash-attn needs a GPU") == 2
+    monkeypatch.setattr(backbone, "flash_attention_available", lambda: True)
+    assert backbone.training_attention(use_flash=True, full=True) == "flash_attention_2"
+
+
+def test_dropout_acts_while_training_alone(tiny_llama):
+    """At a share of almost all, layers add nothing but now and then, and embeddings are zeros, or scaled up."""
+    model = backbone.load_llm(tiny_llama(), 64, "sdpa", torch.float32)
+    ids = torch.arange(3, 23)[None]
+    before = model.eval()(ids).logits
+    backbone.add_dropout(model, 0.5)
+    torch.testing.assert_close(model.eval()(ids).logits, before)
+    model.train()
+    rows = model.get_input_embeddings()(ids)
+    plain = model.get_input_embeddings().weight[ids]
+    kept = rows != 0
+    torch.testing.assert_close(rows[kept], 2 * plain[kept])
+    assert 0.35 < kept.float().mean() < 0.65
+    torch.manual_seed(0)
+    first, second = model(ids).logits, model(ids).logits
+    assert (first - second).abs().max() > 1e-3
+    with pytest.raises(UserError, match="--dropout"):
+        backbone.add_dropout(torch.nn.Linear(2, 2), 0.5)
