@@ -131,9 +131,12 @@ def test_a_file_that_is_not_there_is_found_out():
 # Commands.
 
 def commands(page):
-    """The words of each command, of blocks of code and of lines of prose; variables are put in, as the shell does."""
+    """The words of each command, of blocks of code and of lines of prose; variables are put in, as the shell does.
+
+    Not of whole scripts: those for Slurm are run by tests/scripts/test_slurm.py.
+    """
     found, variables = [], {}
-    blocks = [block for kind, block in CODE.findall(text_of(page)) if kind == "bash"]
+    blocks = [block for kind, block in CODE.findall(text_of(page)) if kind == "bash" and not block.startswith("#!")]
     lines = [line for block in blocks for line in whole_lines(block)]
     lines += [code for code in INLINE.findall(prose(page)) if re.match(rf"({'|'.join(PROGRAMS)}) ", code)]
     for line in lines:
