@@ -44,8 +44,8 @@ def run(record, args) -> None:
 def model(attention: str) -> LlamaForCausalLM:
     """A small random Llama with grouped queries, fp32, on the CPU; the same weights whatever its attention."""
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=WORDS, hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, intermediate_size=256, max_position_embeddings=LENGTH,
+    config = LlamaConfig(vocab_size=WORDS, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, intermediate_size=128, max_position_embeddings=LENGTH,
                          bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.05)
     config._attn_implementation = attention
     return LlamaForCausalLM(config).float()

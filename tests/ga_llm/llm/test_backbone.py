@@ -104,3 +104,54 @@ def test_dropout_acts_while_training_alone(tiny_llama):
     assert (first - second).abs().max() > 1e-3
     with pytest.raises(UserError, match="--dropout"):
         backbone.add_dropout(torch.nn.Linear(2, 2), 0.5)
+
+
+def lora_step(path, dtype, *prepare):
+    """Loss and gradients of LoRA and norms after a step with one of `prepare`'s changes to the model."""
+    torch.manual_seed(0)
+    model = backbone.load_llm(path, 256, backbone.SHIFTED_SPARSE, torch.float32)
+    if backbone.round_norms in prepare:
+        backbone.round_norms(model)
+    model = backbone.add_lora(model, 4, 8, 0.0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    backbone.train_by_name(model, "embed,norm")
+    for change in prepare:
+        if change is not backbone.round_norms:
+            change(model)
+    ids = torch.arange(64)[None] + 5
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        loss = model.train()(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+def test_rounding_once_is_as_good_as_at_each_map(tiny_llama):
+    """What norms give is rounded once under autocast, and LoRA takes it as it is; without autocast nothing changes."""
+    changes = backbone.round_norms, backbone.prepare_for_autocast
+    loss, exact = lora_step(tiny_llama(), torch.float32)
+    same_loss, same = lora_step(tiny_llama(), torch.float32, *changes)
+    assert same_loss == loss and torch.equal(same, exact)
+    (loss, each), (once_loss, once) = (lora_step(tiny_llama(), torch.bfloat16, *made) for made in ((), changes))
+    assert once_loss == loss
+    assert (once - exact).norm() <= 1.2 * (each - exact).norm()
+
+
+def test_norms_behind_a_layer_are_left_alone():
+    layer = torch.nn.Module()
+    layer.self_attn, layer.mlp, layer.post_feedforward_layernorm = (torch.nn.Linear(4, 4) for _ in range(3))
+    layer.post_attention_layernorm = torch.nn.Linear(4, 4)
+    backbone.round_norms(layer)
+    assert not layer.post_attention_layernorm._forward_hooks
+
+
+@pytest.mark.slow
+def test_compiled_layers_compute_the_same(tiny_llama):
+    """--torch_compile: attention, feed-forward and norms, compiled once for all layers, with the same names."""
+    torch._dynamo.reset()
+    plain = lora_step(tiny_llama(layers=3), torch.float32)
+    loss, gradient = lora_step(tiny_llama(layers=3), torch.float32, backbone.compile_layers)
+    assert loss == pytest.approx(plain[0], rel=1e-5)
+    assert (gradient - plain[1]).norm() <= 1e-4 * plain[1].norm()
+    assert torch._dynamo.utils.counters["frames"]["ok"] <= 8

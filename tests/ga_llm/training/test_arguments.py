@@ -94,3 +94,17 @@ def test_deepspeed_is_replaced_where_it_is_missing(inputs, monkeypatch, caplog):
     (inputs / "ds_configs/stage2.json").write_text("{}")
     assert parse("--deepspeed", "ds_configs/stage2.json").deepspeed is None
     assert "--deepspeed ignored, plain data parallelism instead: deepspeed is not installed" in caplog.text
+
+
+def test_compiling_is_ours(inputs):
+    """transformers would compile the model as a whole, S²-Attn and checkpointing with it."""
+    args = parse("--torch_compile", "True", "--torch_compile_mode", "default")
+    assert args.compiles_layers and args.compile_options == {"mode": "default"} and not args.torch_compile
+    assert not parse().compiles_layers
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about training on a CPU")
+def test_liger_is_for_gpus(inputs, caplog):
+    caplog.set_level(logging.INFO)
+    args = parse("--use_liger_kernel", "True")
+    assert not args.use_liger_kernel and "--use_liger_kernel is for GPUs: ignored" in caplog.text
