@@ -15,7 +15,7 @@ from typing import Literal
 from ga_llm.base import sharding
 from ga_llm.base.cli import UserError, run
 from ga_llm.llm import backbone
-from ga_llm.training import arguments, checkpoints, common, dry_run
+from ga_llm.training import arguments, common, dry_run, resuming, trainers
 from geo_encoder import encoder, injection, weights
 
 log = logging.getLogger("stage 1")
@@ -54,13 +54,13 @@ def main():
     backbone.trainable_to_fp32(model)
     log.info("training %s parameters on %d pairs", backbone.describe_trainable(model), len(setup.dataset))
 
-    trainer = checkpoints.EncoderTrainer(model=model, args=args, train_dataset=setup.train_dataset,
-                                         data_collator=setup.collator, processing_class=setup.tokenizer,
-                                         trained=[checkpoints.Trained(geo_encoder, config)])
+    trainer = trainers.EncoderTrainer(model=model, args=args, train_dataset=setup.train_dataset,
+                                      data_collator=setup.collator, processing_class=setup.tokenizer,
+                                      trained=[trainers.Trained(geo_encoder, config)])
     if args.dry_run:
         dry_run.run(trainer, setup)
     else:
-        trainer.save_final_encoders(checkpoints.train(trainer))
+        trainer.save_final_encoders(resuming.train(trainer))
     sharding.leave(trainer.accelerator)
 
 

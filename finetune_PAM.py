@@ -13,7 +13,7 @@ import logging
 from ga_llm.base import artifacts, sharding
 from ga_llm.base.cli import run
 from ga_llm.llm import backbone
-from ga_llm.training import arguments, checkpoints, common, dry_run
+from ga_llm.training import arguments, common, dry_run, resuming, trainers
 from geo_encoder import alignment, injection
 
 log = logging.getLogger("PAM")
@@ -44,13 +44,13 @@ def main():
     backbone.trainable_to_fp32(model)
     log.info("training %s parameters on %d pairs", backbone.describe_trainable(model), len(setup.dataset))
 
-    trainer = checkpoints.EncoderTrainer(model=model, args=args, train_dataset=setup.train_dataset,
-                                         data_collator=setup.collator, processing_class=setup.tokenizer,
-                                         trained=[checkpoints.Trained(projector, config, artifacts.PAM)])
+    trainer = trainers.EncoderTrainer(model=model, args=args, train_dataset=setup.train_dataset,
+                                      data_collator=setup.collator, processing_class=setup.tokenizer,
+                                      trained=[trainers.Trained(projector, config, artifacts.PAM)])
     if args.dry_run:
         dry_run.run(trainer, setup)
     else:
-        trainer.save_final_encoders(checkpoints.train(trainer))
+        trainer.save_final_encoders(resuming.train(trainer))
     sharding.leave(trainer.accelerator)
 
 

@@ -124,9 +124,9 @@ class Step:
     def _check_ended(self) -> None:
         """A training that is told to stop succeeds, too, and is not at its end. Raises UserError."""
         if self.command[0] == "torchrun":
-            from ga_llm.training import checkpoints, staging     # as below
+            from ga_llm.training import resuming, staging     # as below
             last = staging.last_checkpoint(self.out)
-            state = last and checkpoints.read_state(last)
+            state = last and resuming.read_state(last)
             if not state or state.global_step < state.max_steps:
                 raise UserError(f"{self.id}: told to stop {f'after step {state.global_step}' if state else 'early'}, see "
                                 f"{self.folder / LOG}; run it again, and it goes on")
