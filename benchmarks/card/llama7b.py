@@ -75,7 +75,7 @@ def ours(attention: str, length: int, args, four_bit: bool):
 
 
 def plain(length: int, args, four_bit: bool):
-    """The same, as one writes it down with transformers and PEFT: full attention, logits of all tokens, no injection."""
+    """The same, as one writes it down with transformers and PEFT: full attention, all tokens' logits, no injection."""
     torch.manual_seed(0)
     base = shape.draw(shape.config(args.toy, length), args.device, "sdpa", four_bit)
     model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.1, bias="none",

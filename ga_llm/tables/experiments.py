@@ -200,7 +200,7 @@ def chain_of(experiment: Experiment, scale: Scale, raw: Callable, work_dir: Path
 
 
 def _table(member: Experiment, scale: Scale) -> str:
-    """Where its test leaves the table of its own probabilities. Raises UserError for what is a mean or mixture itself."""
+    """Where its test leaves the table of its own probabilities. Raises UserError for a mean or mixture."""
     flags = {**scale.sections.get("test", {}), **member.sections.get("test", {})}
     if member.members or flags.get("history_weight"):
         raise UserError(f"{member.path}: others are averaged with a model's own probabilities; leave members and "

@@ -12,7 +12,6 @@ import yaml
 from commands import ROOT, run
 from harness import call, refusal
 
-from ga_llm.tables import experiments
 
 ROWS = sorted(path.name for path in (ROOT / "experiments").glob("*.yml"))
 SCRIPTS = ("run.py", "traj_qk.py", "traj_sim.py", "poi_embeddings.py", "process_llm_gps.py", "process_pam_stage1.py",
@@ -128,8 +127,8 @@ def test_from_raw_check_ins_to_the_table(repo):
     (repo / "experiments/with.yml").write_text(ROW.format(row="with") + "published: {Acc@1: 0.5}\nsource: nobody\n")
     (repo / "experiments/without.yml").write_text(ROW.format(row="without") + "gcim: false\nreference: with\n")
     (repo / "experiments/mean.yml").write_text(ROW.format(row="mean") + "gcim: false\nmembers: [with]\n")
-    command = [sys.executable, "run_experiment.py", *(f"experiments/{name}.yml" for name in ("with", "without", "mean")),
-               "--scale", "tiny"]
+    rows = [f"experiments/{name}.yml" for name in ("with", "without", "mean")]
+    command = [sys.executable, "run_experiment.py", *rows, "--scale", "tiny"]
     first, again = (run(repo, *command) for _ in range(2))
     assert first.stderr.count("done in") == 7 + 3 + 1 and first.stderr.count("done before") == 2 + 9, first.stderr
     assert "done in" not in again.stderr and again.stderr.count("done before") == 7 + 5 + 10
@@ -145,7 +144,8 @@ def test_from_raw_check_ins_to_the_table(repo):
     both = json.loads((repo / "runs/experiments" / mean["metrics"]).read_text())["all"]
     without = json.loads((repo / "runs/experiments/tiny/without.json").read_text())
     assert "average2" in mean["metrics"] and both["model"]["n"] == 8
-    assert both["model alone"] == json.loads((repo / "runs/experiments" / without["metrics"]).read_text())["all"]["model"]
+    alone = json.loads((repo / "runs/experiments" / without["metrics"]).read_text())["all"]
+    assert both["model alone"] == alone["model"]
     run(repo, sys.executable, "results.py", "--keep")
     kept = json.loads((repo / "results/tiny/with.json").read_text())
     assert kept["found"] == metrics["all"] and kept["training"].keys() == {"gcim", "stage2"}

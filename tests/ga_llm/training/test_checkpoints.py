@@ -216,8 +216,8 @@ def test_stage_1_keeps_merged_encoders_and_prunes_them(train, tmp_path):
     torch.testing.assert_close(merged.eval()(digits), trained(digits), rtol=1e-4, atol=1e-5)
     assert (output / "geo_encoder_final_merged.pth").exists()
     torch.manual_seed(0)
-    moved = [name for name, p in trainer.trained[0].encoder.named_parameters() if ("lora_B" in name or "lora_embedding_A" in name)
-             and p.abs().sum() > 0]
+    moved = [name for name, p in trainer.trained[0].encoder.named_parameters()
+             if ("lora_B" in name or "lora_embedding_A" in name) and p.abs().sum() > 0]
     assert len(moved) == 7      # the embedding; out_proj, linear1 and linear2 of two layers
 
 
