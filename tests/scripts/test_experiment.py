@@ -12,7 +12,6 @@ import yaml
 from commands import ROOT, run
 from harness import call, refusal
 
-
 ROWS = sorted(path.name for path in (ROOT / "experiments").glob("*.yml"))
 SCRIPTS = ("run.py", "traj_qk.py", "traj_sim.py", "poi_embeddings.py", "process_llm_gps.py", "process_pam_stage1.py",
            "process_projector_gps_stage1.py")
@@ -95,6 +94,27 @@ def test_rows_of_one_table_share_what_they_can(place):
                           ("seed", {"gcim", "pam", "stage2", "test"})):
         found = ids(row)
         assert {name.rpartition("-")[0] for name in found - main} == expected and len(main & found) >= 6, row
+
+
+def test_a_scale_like_another_has_its_flags_save_its_own(place):
+    """So its steps are those of the same scale written out in full: the same commands in the same folders."""
+    def plan(scale):
+        found = call(place, "run_experiment.py", "experiments/main_nyc.yml", "--scale", scale, "--plan")
+        assert found.code == 0, found.err
+        return found.out
+
+    cpu, joined = (yaml.safe_load((place / f"experiments/scales/{name}.yml").read_text())
+                   for name in ("cpu", "cpu_joined"))
+    assert joined.keys() == {"like", "model"}
+    (place / "experiments/scales/full.yml").write_text(yaml.safe_dump({**cpu, "model": joined["model"]}, sort_keys=False))
+    assert plan("full") == plan("cpu_joined") != plan("cpu")
+    (place / "experiments/scales/more.yml").write_text("like: cpu\ngcim: {max_steps: 7}\n")
+    assert plan("cpu").count(" --max_steps 300 ") == plan("more").count(" --max_steps 300 ") + 1
+    assert plan("more").count(" --max_steps 7 ") == 1
+    for text, names in (("like: nothing\n", ["like", "cpu_joined"]), ("like: cpu_joined\n", ["unknown key like"]),
+                        ("model: m\n", ["backbone"]), ("like: cpu\nprocesses: 0\n", ["processes"])):
+        (place / "experiments/scales/bad.yml").write_text(text)
+        refusal(call(place, "run_experiment.py", "experiments/main_nyc.yml", "--scale", "bad", "--plan"), *names)
 
 
 @pytest.mark.parametrize("change, flags, names", [
