@@ -32,16 +32,13 @@ def main():
 
     # The questions, one <POI n> token per place, the LLM.
     setup = common.set_up(args)
-    model = setup.model
 
     # The projector, in the place of the <POI n> embeddings.
-    config = alignment.ProjectorConfig(model.get_input_embeddings().embedding_dim, setup.poi_embeddings.sha256)
+    config = alignment.ProjectorConfig(setup.model.get_input_embeddings().embedding_dim, setup.poi_embeddings.sha256)
     projector = alignment.build_projector(config.hidden_size)
-    if args.low_rank_training:
-        model = backbone.add_lora(model, args.lora_r, args.lora_alpha, dropout=0.0)
-    injection.attach(setup.model, injection.poi_injection(projector, setup.poi_embeddings, setup.poi_token_ids),
-                     injection.INJECTIONS[artifacts.PAM])
-    backbone.trainable_to_fp32(model)
+    injected = injection.poi_injection(projector, setup.poi_embeddings, setup.poi_token_ids)
+    model = common.for_stage_1(setup.model, injected, args.lora_r, args.lora_alpha, args.low_rank_training,
+                               artifacts.PAM)
     log.info("training %s parameters on %d pairs", backbone.describe_trainable(model), len(setup.dataset))
 
     trainer = trainers.EncoderTrainer(model=model, args=args, train_dataset=setup.train_dataset,

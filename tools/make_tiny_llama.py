@@ -210,7 +210,7 @@ def sentencepiece_tokenizer(corpus: Iterable[str], vocab_size: int) -> LlamaToke
 
 
 # What a words tokenizer passes over: the question's and the answer's sentences, whose time the target's own words
-# repeat ("… At 2012-…, which POI …? … <answer>: At …, user 17 will visit Tue 13h POI id 9."), and the end of a sentence.
+# repeat ("… At 2012-…, which POI …? … <answer>: At …, user 17 will visit Tue 13h POI id 9."), and a sentence's end.
 PASSED_OVER = (r"At [0-9: -]{19}, which POI will user [0-9]+ visit\? POI ids range from [0-9]+ to [0-9]+\. "
                r"<answer>: At [0-9: -]{19}, user [0-9]+ will visit ", r"\.(?= )")
 # What is a token by itself; all between two of them is another.
