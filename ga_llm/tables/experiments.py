@@ -124,7 +124,7 @@ def read_scale(name: str) -> Scale:
 
 
 def merged(common: dict, own: dict) -> dict[str, dict]:
-    """{section: {flag: value}}: what is `common` to some rows or scales, and what one has as its `own`, which counts."""
+    """{section: {flag: value}}: what is `common` to rows or scales, and what one has as its `own`, which counts."""
     return {key: {**common.get(key, {}), **(own.get(key) or {})} for key in SECTIONS}
 
 
