@@ -15,8 +15,8 @@ from typing import Literal
 from ga_llm.base import sharding
 from ga_llm.base.cli import UserError, run
 from ga_llm.llm import backbone
-from ga_llm.training import arguments, checkpoints, common, dry_run
-from geo_encoder import encoder, injection, weights
+from ga_llm.training import arguments, common, dry_run, resuming, trainers
+from geo_encoder import encoder, injection
 
 log = logging.getLogger("stage 1")
 
@@ -41,26 +41,21 @@ def main():
 
     # The question-answer pairs, one <GPS n> token per place, the LLM.
     setup = common.set_up(args)
-    model = setup.model
 
     # The encoder, with LoRA of its own, in the place of the <GPS n> embeddings.
-    config = dataclasses.replace(config, hidden_size=model.get_input_embeddings().embedding_dim)
-    geo_encoder = encoder.build_encoder(config)
-    if args.encoder_training == "lora":
-        weights.add_lora(geo_encoder, args.lora_r, args.lora_alpha)
-    if args.low_rank_training:
-        model = backbone.add_lora(model, args.lora_r, args.lora_alpha, dropout=0.0)
-    injection.attach(setup.model, injection.gps_injection(geo_encoder, config.level, setup.mapping, setup.token_ids))
-    backbone.trainable_to_fp32(model)
+    config = dataclasses.replace(config, hidden_size=setup.model.get_input_embeddings().embedding_dim)
+    injected = injection.new_gps_injection(config, setup.mapping, setup.token_ids,
+                                           (args.lora_r, args.lora_alpha) if args.encoder_training == "lora" else None)
+    model = common.for_stage_1(setup.model, injected, args.lora_r, args.lora_alpha, args.low_rank_training)
     log.info("training %s parameters on %d pairs", backbone.describe_trainable(model), len(setup.dataset))
 
-    trainer = checkpoints.EncoderTrainer(model=model, args=args, train_dataset=setup.train_dataset,
-                                         data_collator=setup.collator, processing_class=setup.tokenizer,
-                                         trained=[checkpoints.Trained(geo_encoder, config)])
+    trainer = trainers.EncoderTrainer(model=model, args=args, train_dataset=setup.train_dataset,
+                                      data_collator=setup.collator, processing_class=setup.tokenizer,
+                                      trained=[trainers.Trained(injected.encoder, config)])
     if args.dry_run:
         dry_run.run(trainer, setup)
     else:
-        trainer.save_final_encoders(checkpoints.train(trainer))
+        trainer.save_final_encoders(resuming.train(trainer))
     sharding.leave(trainer.accelerator)
 
 

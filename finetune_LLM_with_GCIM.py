@@ -14,7 +14,7 @@ import logging
 from ga_llm.base import sharding
 from ga_llm.base.cli import UserError, run
 from ga_llm.llm import backbone
-from ga_llm.training import arguments, checkpoints, common, dry_run
+from ga_llm.training import arguments, common, dry_run, resuming, trainers
 from geo_encoder import injection
 
 log = logging.getLogger("stage 2")
@@ -61,10 +61,10 @@ def main():
     # In the place of the <GPS n> and <POI n> embeddings: frozen, the encoders become tables (paper).
     if args.train_encoders:
         injection.attach_trained(setup.model, loaded)
-        trained = [checkpoints.Trained(one.injection.encoder, one.config, one.files) for one in loaded]
-        trainer_class, encoders = checkpoints.EncoderTrainer, {"trained": trained, "encoders": {}}
+        trained = [trainers.Trained(one.injection.encoder, one.config, one.files) for one in loaded]
+        trainer_class, encoders = trainers.EncoderTrainer, {"trained": trained, "encoders": {}}
     else:
-        trainer_class, encoders = checkpoints.GATrainer, {"encoders": injection.attach_encoders(setup.model, loaded)}
+        trainer_class, encoders = trainers.GATrainer, {"encoders": injection.attach_encoders(setup.model, loaded)}
     if args.dropout:
         backbone.add_dropout(setup.model, args.dropout)
     backbone.trainable_to_fp32(model)
@@ -75,7 +75,7 @@ def main():
     if args.dry_run:
         dry_run.run(trainer, setup)
     else:
-        has_trained = checkpoints.train(trainer)
+        has_trained = resuming.train(trainer)
         if args.train_encoders:
             trainer.save_final_encoders(has_trained)
     sharding.leave(trainer.accelerator)

@@ -13,7 +13,7 @@ import logging
 from ga_llm.base import artifacts, sharding
 from ga_llm.base.cli import run
 from ga_llm.llm import backbone
-from ga_llm.training import arguments, checkpoints, common, dry_run
+from ga_llm.training import arguments, common, dry_run, resuming, trainers
 from geo_encoder import alignment, injection
 
 log = logging.getLogger("PAM")
@@ -32,25 +32,22 @@ def main():
 
     # The questions, one <POI n> token per place, the LLM.
     setup = common.set_up(args)
-    model = setup.model
 
     # The projector, in the place of the <POI n> embeddings.
-    config = alignment.ProjectorConfig(model.get_input_embeddings().embedding_dim, setup.poi_embeddings.sha256)
+    config = alignment.ProjectorConfig(setup.model.get_input_embeddings().embedding_dim, setup.poi_embeddings.sha256)
     projector = alignment.build_projector(config.hidden_size)
-    if args.low_rank_training:
-        model = backbone.add_lora(model, args.lora_r, args.lora_alpha, dropout=0.0)
-    injection.attach(setup.model, injection.poi_injection(projector, setup.poi_embeddings, setup.poi_token_ids),
-                     injection.INJECTIONS[artifacts.PAM])
-    backbone.trainable_to_fp32(model)
+    injected = injection.poi_injection(projector, setup.poi_embeddings, setup.poi_token_ids)
+    model = common.for_stage_1(setup.model, injected, args.lora_r, args.lora_alpha, args.low_rank_training,
+                               artifacts.PAM)
     log.info("training %s parameters on %d pairs", backbone.describe_trainable(model), len(setup.dataset))
 
-    trainer = checkpoints.EncoderTrainer(model=model, args=args, train_dataset=setup.train_dataset,
-                                         data_collator=setup.collator, processing_class=setup.tokenizer,
-                                         trained=[checkpoints.Trained(projector, config, artifacts.PAM)])
+    trainer = trainers.EncoderTrainer(model=model, args=args, train_dataset=setup.train_dataset,
+                                      data_collator=setup.collator, processing_class=setup.tokenizer,
+                                      trained=[trainers.Trained(projector, config, artifacts.PAM)])
     if args.dry_run:
         dry_run.run(trainer, setup)
     else:
-        trainer.save_final_encoders(checkpoints.train(trainer))
+        trainer.save_final_encoders(resuming.train(trainer))
     sharding.leave(trainer.accelerator)
 
 

@@ -4,7 +4,7 @@
 
 Reads what test_next_gps.py wrote there (metrics.json, predictions.jsonl), the data set's files that it names, the logs
 of the trainings and the geo-encoder: metrics with intervals and baselines, accuracy by group, calibration, an error
-map, examples, what the encoder's vectors know of distance, losses. What is not there is named in the report, in one line.
+map, examples, what the encoder's vectors know of distance, losses. What is not there is named in the report, in a line.
 """
 import argparse
 import functools
@@ -15,7 +15,7 @@ from ga_llm.base import artifacts, writing
 from ga_llm.base.artifacts import GCIM, require
 from ga_llm.base.cli import Parser, run
 from ga_llm.evaluation import comparison
-from ga_llm.report import contents, page
+from ga_llm.report import contents, encoder_views, markup, page
 from geo_encoder.gps_tokens import MADE_BY
 
 log = logging.getLogger("report")
@@ -41,26 +41,26 @@ def main():
     args = arguments()
     evaluation = contents.read_evaluation(args.output_dir)
     with writing.alone(args.report_dir):
-        page = make(args, evaluation)
+        made = make(args, evaluation)
         with writing.together() as new_file:
-            for name, png in page.pictures.items():
+            for name, png in made.pictures.items():
                 with new_file(args.report_dir / name, "wb") as file:
                     file.write(png)
             with new_file(args.report_dir / artifacts.REPORT) as file:
-                file.write(page.html())
-        for left in set(args.report_dir.glob(artifacts.REPORT_PICTURES)) - {args.report_dir / n for n in page.pictures}:
+                file.write(made.html())
+        for left in set(args.report_dir.glob(artifacts.REPORT_PICTURES)) - {args.report_dir / n for n in made.pictures}:
             left.unlink()       # of an earlier report that showed more
-    print(f"wrote {args.report_dir / artifacts.REPORT} and {len(page.pictures)} pictures beside it")
+    print(f"wrote {args.report_dir / artifacts.REPORT} and {len(made.pictures)} pictures beside it")
 
 
-def make(args, evaluation: contents.Evaluation) -> page.Page:
+def make(args, evaluation: contents.Evaluation) -> markup.Page:
     folder, other_data = contents.data_folder(evaluation, args.data_path), bool(args.data_path)
     # Each is read once, and only by the sections that need it.
     mapping = remembered(lambda: contents.read_mapping(evaluation, folder, args.gps_mapping_path, other_data))
     baseline = remembered(lambda: contents.read_baseline(evaluation, folder, mapping(), other_data))
-    encoder = remembered(lambda: contents.read_encoder(evaluation, mapping(), args.geoencoder_path))
+    encoder = remembered(lambda: encoder_views.read_encoder(evaluation, mapping(), args.geoencoder_path))
     return page.build(evaluation, mapping, baseline, encoder,
-                             lambda: contents.read_losses(evaluation, args.geoencoder_path), folder)
+                      lambda: contents.read_losses(evaluation, args.geoencoder_path), folder)
 
 
 def remembered(read):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ga_llm.base import writing
 from ga_llm.base.cli import Parser, UserError, run
-from ga_llm.tables import results
+from ga_llm.tables import pages, results
 
 
 def main():
@@ -21,7 +21,8 @@ def main():
     parser.add_argument("--work_dir", type=Path, default=Path("runs/experiments"), help="default: %(default)s")
     parser.add_argument("--others", type=Path, nargs="*", default=[Path("runs"), Path("outputs")],
                         help="where other metrics.json may lie (default: runs outputs)")
-    parser.add_argument("--out", default="runs/results", help="the files' name, without .md and .csv (default: %(default)s)")
+    parser.add_argument("--out", default="runs/results",
+                        help="the files' name, without .md and .csv (default: %(default)s)")
     parser.add_argument("--keep", action="store_true", help="keep the rows of --work_dir in --kept")
     parser.add_argument("--readme", type=Path, help="the page whose short table to write anew, from --kept")
     parser.add_argument("--tables", type=Path, help="the page whose tables to write anew, from --kept")
@@ -30,19 +31,19 @@ def main():
     if args.keep:
         for path in results.keep(results.gather(args.work_dir), args.kept):
             print(f"wrote {path}")
-    pages = {args.readme: results.short, args.tables: results.markdown}
-    pages.pop(None, None)
-    if pages:
+    to_write = {args.readme: pages.short, args.tables: pages.markdown}
+    to_write.pop(None, None)
+    if to_write:
         rows = results.kept(args.kept)
-        for path, made in pages.items():
+        for path, made in to_write.items():
             write_page(path, made(rows))
             print(f"wrote {path}, of {len(rows)} rows")
-    if args.keep or pages:
+    if args.keep or to_write:
         return
     rows = results.gather(args.work_dir, args.others)
-    text = "# Results\n\n" + results.markdown(rows) + "\n"
+    text = "# Results\n\n" + pages.markdown(rows) + "\n"
     with writing.together() as new_file:
-        for ending, content in ((".md", text), (".csv", results.table(rows))):
+        for ending, content in ((".md", text), (".csv", pages.table(rows))):
             with new_file(args.out + ending) as file:
                 file.write(content)
     print(text)
@@ -54,7 +55,7 @@ def write_page(path: Path, tables: str) -> None:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text in UTF-8; give README.md or docs/tables.md") from None
-    written = results.between_marks(text, tables, str(path))
+    written = pages.between_marks(text, tables, str(path))
     with writing.atomic_write(path) as file:
         file.write(written)
 

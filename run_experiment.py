@@ -3,8 +3,8 @@
     python run_experiment.py experiments/main_nyc.yml [more.yml …] --scale cpu
     python run_experiment.py experiments/main_nyc.yml --scale gpu --model M --plan
 
-A step that is done is not run again, by whichever row; changed inputs are other steps; what was stopped goes on. `--plan`
-prints the commands and runs nothing. `python results.py` makes the table.
+A step that is done is not run again, by whichever row; changed inputs are other steps; what was stopped goes on.
+`--plan` prints the commands and runs nothing. `python results.py` makes the table.
 """
 import logging
 import sys
@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "data-preprocess"))    
 
 from checkins import config, readers  # noqa: E402
 from ga_llm.base import artifacts  # noqa: E402
-from ga_llm.base.cli import Parser, UserError, run  # noqa: E402
+from ga_llm.base.cli import Parser, run  # noqa: E402
 from ga_llm.tables import chain, experiments  # noqa: E402
 
 log = logging.getLogger("experiment")

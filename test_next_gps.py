@@ -110,7 +110,8 @@ def main():
 
     writing.hold(args.results)
     # Ranking hands the model a mask of the trie, which flash-attn does not take.
-    attention = tree_attention.TREE if args.decoding == "rank" else backbone.training_attention(args.flash_attn, full=True)
+    attention = (tree_attention.TREE if args.decoding == "rank" else
+                 backbone.training_attention(args.flash_attn, full=True))
     model, tokenizer = trained.load(args, mapping, attention, args.test_type, args.use_random_projector)
     ends = args.always_end or args.decoding == "beam"
     spelled = spelling.Spelling(tokenizer, sorted(mapping.ids.tolist()), end, ends)

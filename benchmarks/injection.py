@@ -37,9 +37,10 @@ import torch  # noqa: E402
 from ga_llm.base import artifacts, prompts  # noqa: E402
 from ga_llm.llm import backbone  # noqa: E402
 from ga_llm.pairs import sft_data  # noqa: E402
+from ga_llm.training import common  # noqa: E402
 from checkins import config as configs  # noqa: E402
 from checkins import questions, samples  # noqa: E402
-from geo_encoder import encoder, gps_tokens, injection, weights  # noqa: E402
+from geo_encoder import encoder, gps_tokens, injection  # noqa: E402
 
 STAGE_2_MORE, STAGE_1_MORE, FASTER_THAN_BY_ITSELF = 0.03, 0.25, 20
 PROMPTS = ("median places", "most places")
@@ -84,24 +85,23 @@ class Side:
     def __init__(self, args, length: int, stage: int, mapping, kind: type[injection.Injection] | None):
         """kind: how `<GPS n>` are injected; None: not at all."""
         tokenizer = backbone.load_tokenizer(args.model)
-        base = backbone.load_llm(args.model, length, backbone.training_attention(use_flash=True, full=False), torch.bfloat16)
+        attention = backbone.training_attention(use_flash=True, full=False)
+        base = backbone.load_llm(args.model, length, attention, torch.bfloat16)
         token_ids = gps_tokens.add_gps_tokens(tokenizer, mapping, base)
         torch.manual_seed(0)
         self.injection = None
         if stage == 1:
-            self.model = backbone.add_lora(base, 256, 512, dropout=0.0)
             if kind:
-                geo_encoder = encoder.build_encoder(encoder.GeoEncoderConfig(base.get_input_embeddings().embedding_dim))
-                weights.add_lora(geo_encoder, 256, 512)
-                usual = injection.gps_injection(geo_encoder, encoder.LEVEL, mapping, token_ids)
+                config = encoder.GeoEncoderConfig(base.get_input_embeddings().embedding_dim)
+                usual = injection.new_gps_injection(config, mapping, token_ids, (256, 512))
                 self.injection = kind(usual.encoder, usual.features, token_ids)
-                injection.attach(base, self.injection)
+            self.model = common.for_stage_1(base, self.injection, 256, 512)
         else:
             if kind:
                 injection.attach_untrained(base, mapping, token_ids)
             self.model = backbone.add_lora(base, 8, 16, dropout=0.1)
             backbone.train_by_name(self.model, "embed,norm")
-        backbone.trainable_to_fp32(self.model)
+            backbone.trainable_to_fp32(self.model)
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]

@@ -73,7 +73,7 @@ def main():
     folder = artifacts.preprocessed(args.dataset_name)
     mapping = gps_tokens.read_gps_mapping(folder / artifacts.gps_mapping(args.dataset_name))
     tokenizer = backbone.load_tokenizer(args.model)
-    model = backbone.load_llm(args.model, args.context_size, "sdpa", torch.bfloat16)      # but for ranking, see `ranked`
+    model = backbone.load_llm(args.model, args.context_size, "sdpa", torch.bfloat16)     # but for ranking, see `ranked`
     token_ids = gps_tokens.add_gps_tokens(tokenizer, mapping, model)
     torch.manual_seed(0)
     injection.attach_untrained(model, mapping, token_ids)

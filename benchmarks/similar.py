@@ -53,7 +53,8 @@ def against_naive(conf: config.Config) -> None:
     asked = np.flatnonzero([bool(query) for query in train.queries])
     keys, queries = similar.light(train.keys, {"train": [train.queries[i] for i in asked]})
     queries = queries["train"]
-    print(f"train: {len(train.ids):,} trajectories, {len(asked):,} queries; {keys.nnz / len(train.ids):.0f} terms a key")
+    print(f"train: {len(train.ids):,} trajectories, {len(asked):,} queries; "
+          f"{keys.nnz / len(train.ids):.0f} terms a key")
     started = time.perf_counter()
     found = dict(similar.search(queries, train.starts[asked], keys, train.ends, train.ids, similar.MOST))
     ours = (time.perf_counter() - started) / len(asked)

@@ -4,8 +4,8 @@
 
 Makes a file of the size of Gowalla's CA in a temporary folder (36,374 pairs of about 10,000 tokens; users whose prompts
 repeat their history as real ones do), then opens it twice, each time in a fresh process, and tokenizes every so manieth
-pair as a whole, which is what loading each prompt by itself costs, and compares the ids. The limits that docs/measured.md
-claims: peak memory of either start 1 GB, the second in under 5 s. The exit code is 1 if one is missed.
+pair as a whole, which is what loading each prompt by itself costs, and compares the ids. The limits that
+docs/measured.md claims: peak memory of either start 1 GB, the second in under 5 s. The exit code is 1 if one is missed.
 """
 import argparse
 import json

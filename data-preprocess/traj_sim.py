@@ -1,4 +1,4 @@
-"""Trajectories as text → for each the most similar earlier ones of any user, for `-use_sim True` of the question scripts.
+"""Trajectories as text → for each the most similar earlier ones of any user, for `-use_sim True` of the questions.
 
     python data-preprocess/traj_qk.py -dataset_name nyc
     python data-preprocess/traj_sim.py -dataset_name nyc                                        # no LLM, seconds

@@ -8,7 +8,6 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import nn
 
 from ga_llm.base.artifacts import PAM, POI_WIDTH, require

@@ -18,7 +18,7 @@ from geo_encoder.alignment import POIEmbeddings
 from geo_encoder.encoder import GeoEncoderConfig, build_encoder
 from geo_encoder.gps_tokens import GPSMapping, keep_rows
 from geo_encoder.quadkey import quadkeys
-from geo_encoder.weights import digest, load_encoder
+from geo_encoder.weights import add_lora, digest, load_encoder
 
 
 class Injection(nn.Module):
@@ -64,6 +64,15 @@ class Injection(nn.Module):
 def gps_injection(encoder: nn.Module, level: int, mapping: GPSMapping, token_ids: np.ndarray) -> Injection:
     """Injection of `<GPS n>` tokens by a geo-encoder of quadkeys of `level`."""
     return Injection(encoder, torch.from_numpy(quadkeys(mapping.latitude, mapping.longitude, level)), token_ids)
+
+
+def new_gps_injection(config: GeoEncoderConfig, mapping: GPSMapping, token_ids: np.ndarray,
+                      lora: tuple[int, int] | None = None) -> Injection:
+    """The same by an encoder that has learned nothing (torch's random numbers); lora: rank and alpha of its LoRA."""
+    encoder = build_encoder(config)
+    if lora:
+        add_lora(encoder, *lora)
+    return gps_injection(encoder, config.level, mapping, token_ids)
 
 
 def poi_injection(projector: nn.Module, embeddings: POIEmbeddings, token_ids: np.ndarray) -> Injection:
@@ -127,9 +136,9 @@ def attach_trained(model, loaded: Iterable[Loaded]) -> None:
 
 
 def attach_untrained(model, mapping: GPSMapping, token_ids: np.ndarray):
-    """The same with an encoder that has learned nothing: torch's random numbers, the default kind."""
+    """The same with an encoder that has learned nothing, of the default kind."""
     config = GeoEncoderConfig(model.get_input_embeddings().embedding_dim)
-    return attach_table(model, gps_injection(build_encoder(config), config.level, mapping, token_ids))
+    return attach_table(model, new_gps_injection(config, mapping, token_ids))
 
 
 def attach_table(model, injection: Injection):

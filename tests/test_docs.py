@@ -10,7 +10,7 @@ import pytest
 from harness import call
 from torch.distributed.run import get_args_parser
 
-from ga_llm.tables import results
+from ga_llm.tables import pages
 from ga_llm.training import arguments
 
 ROOT = Path(__file__).parents[1]
@@ -42,9 +42,9 @@ def prose(page):
 def test_pages_are_short(page):
     """What results.py writes into a page beside the README is not counted."""
     text = text_of(page)
-    if page != "README.md" and results.BEGIN in text:
-        before, _, rest = text.partition(results.BEGIN)
-        text = before + rest.partition(results.END)[2]
+    if page != "README.md" and pages.BEGIN in text:
+        before, _, rest = text.partition(pages.BEGIN)
+        text = before + rest.partition(pages.END)[2]
     assert text.count("\n") <= MOST_LINES.get(page, MOST_OF_OTHERS)
 
 

@@ -113,8 +113,8 @@ def make_tiny_llama(folder: Path | str, *, style: str = STYLES[0], corpus: Itera
 
     `corpus` yields texts to train the tokenizer on; by default prompts with random places. places: whose ids begin
     alike where they are near, category_of: or of one category ({POI id: category id}; `neighbours_alike`).
-    joined: as `words_tokenizer` takes it (`times_alike`). The global random state of torch is left as it was. Raises UserError
-    for sizes that do not make a Llama.
+    joined: as `words_tokenizer` takes it (`times_alike`). The global random state of torch is left as it was. Raises
+    UserError for sizes that do not make a Llama.
     """
     kv_heads = kv_heads or heads
     if hidden % (2 * heads) or heads % kv_heads:
@@ -166,7 +166,7 @@ def neighbours_alike(model, tokenizer, places: GPSMapping, category_of: dict[int
 
 @torch.no_grad()
 def times_alike(model, tokenizer) -> None:
-    """Add to the row of each token that holds "after 2h Tue 13h" a random vector for "after 2h", and one for "Tue 13h"."""
+    """Add to the row of each token that holds "after 2h Tue 13h" a random vector for "after 2h", one for "Tue 13h"."""
     by_row = sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
     words = {row: found for token, row in by_row
              if (found := re.fullmatch(rf"Ġ{prompts.AFTER}Ġ(\w+)Ġ(\w+Ġ\w+)ĠPOIĠidĠ", token))}
@@ -210,7 +210,7 @@ def sentencepiece_tokenizer(corpus: Iterable[str], vocab_size: int) -> LlamaToke
 
 
 # What a words tokenizer passes over: the question's and the answer's sentences, whose time the target's own words
-# repeat ("… At 2012-…, which POI …? … <answer>: At …, user 17 will visit Tue 13h POI id 9."), and the end of a sentence.
+# repeat ("… At 2012-…, which POI …? … <answer>: At …, user 17 will visit Tue 13h POI id 9."), and a sentence's end.
 PASSED_OVER = (r"At [0-9: -]{19}, which POI will user [0-9]+ visit\? POI ids range from [0-9]+ to [0-9]+\. "
                r"<answer>: At [0-9: -]{19}, user [0-9]+ will visit ", r"\.(?= )")
 # What is a token by itself; all between two of them is another.

@@ -11,7 +11,6 @@ import itertools
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -158,10 +157,10 @@ def search(queries: Sequence, starts: np.ndarray, keys: Sequence, ends: np.ndarr
            scores_at_once: int = SCORES_AT_ONCE) -> Iterator[tuple[int, np.ndarray]]:
     """For each query its number and the ids of the `top` keys most similar to it that ended before it starts.
 
-    queries, keys: rows of numbers, which `[row numbers]` gives as an array or a CSR matrix. starts, ends: datetime64, of
-    queries and keys. The most similar first, and of equals the smaller id; keys at a cosine of 0 or less have nothing
-    in common with the query, and are not listed. Departure from the usual k-nearest-neighbour search, which knows
-    neither a limit for each query nor an order of equals: here both are exact, whatever the size of a block.
+    queries, keys: rows of numbers, which `[row numbers]` gives as an array or a CSR matrix. starts, ends: datetime64,
+    of queries and keys. The most similar first, and of equals the smaller id; keys at a cosine of 0 or less have
+    nothing in common with the query, and are not listed. Departure from the usual k-nearest-neighbour search, which
+    knows neither a limit for each query nor an order of equals: here both are exact, whatever the size of a block.
     """
     in_time, by_end = np.argsort(starts, kind="stable"), np.argsort(ends, kind="stable")
     ids, ended = ids[by_end], np.searchsorted(ends[by_end], starts[in_time], side="left")      # strictly before

@@ -2,7 +2,6 @@
 
 A transition leads from one check-in to the next of its trajectory. All that is made here is made of train alone.
 """
-import dataclasses
 import logging
 from collections.abc import Iterator
 from pathlib import Path

@@ -43,8 +43,10 @@ class EncoderFiles:
     made_by: str
 
 
-GCIM = EncoderFiles("GCIM", MERGED_ENCODER, FINAL_ENCODER, "geo_encoder_config.json", "torchrun … finetune_GCIM.py (stage 1)")
-PAM = EncoderFiles("PAM", PROJECTOR, FINAL_PROJECTOR, "poi_projector_config.json", "torchrun … finetune_PAM.py (stage 1)")
+GCIM = EncoderFiles("GCIM", MERGED_ENCODER, FINAL_ENCODER, "geo_encoder_config.json",
+                    "torchrun … finetune_GCIM.py (stage 1)")
+PAM = EncoderFiles("PAM", PROJECTOR, FINAL_PROJECTOR, "poi_projector_config.json",
+                   "torchrun … finetune_PAM.py (stage 1)")
 
 
 def dataset_name(text: str, where: str = "-dataset_name") -> str:

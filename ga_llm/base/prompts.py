@@ -34,7 +34,7 @@ DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 # In front of all: how long after the check-in that is shown before, "after 2h".
 AFTER = "after"
 STEPS = {0: "0min", 5: "5min", 15: "15min", 30: "30min", 60: "1h", 120: "2h", 240: "4h", 480: "8h", 960: "16h",
-         1440: "1d", 2880: "2d", 5760: "4d", 10080: "1w", 20160: "2w", 40320: "4w", 80640: "8w"}      # minutes, at least
+         1440: "1d", 2880: "2d", 5760: "4d", 10080: "1w", 20160: "2w", 40320: "4w", 80640: "8w"}     # minutes, at least
 # With the POI Alignment Module: `<POI n>`, behind `POI id n`.
 ALIGNED = "poi_token"
 ORDER = (AFTER, WEEK, CLOCK, "time", "user", "poi", ALIGNED, "coordinates", "gps", "category")

@@ -26,8 +26,8 @@ def decode(decoding: str, model, tokenizer, trie: Trie, test_prompts: Sequence[T
            full: bool = False, done=frozenset(), seed: int = 0) -> Iterator[tuple[list[TestPrompt], list[Ranked]]]:
     """Yield (prompts, their results) chunk by chunk, the longest first; pairs in `done` need no result.
 
-    Which prompts share a chunk depends on the prompts, `batch_size` and the kind of device alone, and the random numbers
-    on the chunk, so that an interrupted evaluation goes on with the same numbers.
+    Which prompts share a chunk depends on the prompts, `batch_size` and the kind of device alone, and the random
+    numbers on the chunk, so that an interrupted evaluation goes on with the same numbers.
     """
     progress = tqdm(total=len(test_prompts), initial=len(done), disable=not show_progress(), unit="prompt")
     if decoding == "rank":

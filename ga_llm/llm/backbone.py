@@ -194,7 +194,7 @@ def add_dropout(model, share: float) -> None:
 
 
 def prepare_for_autocast(model) -> None:
-    """Let LoRA take what comes in as it is: PEFT would cast it to LoRA's fp32 at each map, and autocast back to bf16."""
+    """Let LoRA take what comes in as it is: PEFT would cast it to LoRA's fp32 each time, and autocast back to bf16."""
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.cast_input_dtype_enabled = False

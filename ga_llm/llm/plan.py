@@ -2,7 +2,7 @@
 
 Bytes are those of a GPU: one process, PyTorch's own kernels, no fragmentation and no CUDA context (about 1 GiB more).
 FLOPs are those of matrix products, two for a multiplication and an addition; what is elementwise is not counted, nor
-the geo-encoder (in stage 2 it is a table; in stage 1 under one per cent). Sliding windows are counted as full attention.
+the geo-encoder (in stage 2 it is a table; in stage 1 under one per cent). Sliding windows count as full attention.
 
 Sources: the count of saved tensors is transformers' Llama read line by line, as Korthikanti et al. (arXiv 2205.05198,
 Section 4) do it for GPT; ZeRO's shares: Rajbhandari et al. (arXiv 1910.02054, Section 3 and 5); NF4 with double

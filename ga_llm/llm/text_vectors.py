@@ -96,7 +96,8 @@ class TextEncoder:
         partial, started = path.with_name(f".{path.name}.partial"), time.monotonic()
         hidden = self.model.config.hidden_size
         head = io.BytesIO()
-        np.lib.format.write_array_header_1_0(head, {"descr": ROW, "fortran_order": False, "shape": (len(texts), hidden)})
+        np.lib.format.write_array_header_1_0(
+            head, {"descr": ROW, "fortran_order": False, "shape": (len(texts), hidden)})
         head, row = head.getvalue(), hidden * np.dtype(ROW).itemsize
         with writing.naming(partial), open(partial, "a+b", buffering=0) as file:
             file.seek(0)

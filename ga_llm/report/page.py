@@ -1,9 +1,5 @@
-"""The page of a report: sections of tables and pictures, everything in one file that loads nothing from anywhere."""
-import base64
+"""The page of a report: its sections, of tables and pictures."""
 import datetime
-import html
-import math
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,157 +8,16 @@ import numpy as np
 from ga_llm.base import artifacts
 from ga_llm.evaluation import metrics
 from ga_llm.report import contents, figures
-from ga_llm.report.contents import HISTORY, NEAR_KM, Absent, Baseline, EncoderViews, Evaluation
+from ga_llm.report.contents import HISTORY, NEAR_KM, Absent, Baseline, Evaluation
+from ga_llm.report.encoder_views import EncoderViews
+from ga_llm.report.markup import (NONE, RIGHT, Page, cell, count, definitions, interval, km, number, panels, paragraph,
+                                  percent, safe, table)
 from geo_encoder.gps_tokens import GPSMapping
 
-NONE, RIGHT = "–", "right"
 MODEL = "model"
 ACC = ("Acc@1", "Acc@5", "Acc@10")      # by group
 COLUMNS = tuple(column for block in metrics.BLOCKS for column in block)
 MOST_LINES = 2_000      # of an error map
-
-
-class Page:
-    """What is gathered on the way: `pictures`, {file name: PNG}, and `body`, the sections as HTML."""
-
-    def __init__(self, title: str):
-        self.title, self.pictures, self.body = title, {}, []
-
-    def section(self, heading: str, make: Callable[[], Sequence[str]]) -> None:
-        """A section of what `make` gives; of one line, where it raises Absent."""
-        try:
-            parts = list(make())
-        except Absent as absent:
-            parts = [f'<p class="absent">Not shown: {safe(absent)}.</p>']
-        self.body.append("\n".join(["<section>", f"<h2>{safe(heading)}</h2>", *parts, "</section>"]))
-
-    def picture(self, name: str, png: bytes, alt: str, caption: str, heading: str | None = None) -> str:
-        """A figure. name: of the PNG beside the page; alt: what is on it; caption: what to read from it."""
-        self.pictures[artifacts.REPORT_PICTURES.replace("*", name)] = png
-        above = f"<h3>{safe(heading)}</h3>" if heading else ""
-        inlined = base64.b64encode(png).decode()
-        return (f'<figure>{above}<img src="data:image/png;base64,{inlined}" alt="{safe(alt)}">'
-                f"<figcaption>{safe(caption)}</figcaption></figure>")
-
-    def html(self) -> str:
-        return (f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{POLICY}\n'
-                f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-                f"<title>{safe(self.title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-                f"<h1>{safe(self.title)}</h1>\n" + "\n".join(self.body) + "\n</main>\n</body>\n</html>\n")
-
-
-# Nothing may be loaded, whatever a name in the data tries to smuggle in.
-POLICY = ('<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-          'style-src \'unsafe-inline\'; base-uri \'none\'; form-action \'none\'">')
-STYLE = """
-:root { color-scheme: light; }
-* { box-sizing: border-box; }
-body { margin: 0; background: white; color: #1c2126; font: 16px/1.55 system-ui, "Segoe UI", sans-serif; }
-main { max-width: 74rem; margin: 0 auto; padding: 1rem 1.25rem 4rem; }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 1rem 0; overflow-wrap: anywhere; }
-h2 { font-size: 1.3rem; margin: 2.6rem 0 0.6rem; padding-top: 0.8rem; border-top: 1px solid #d5d9dd; }
-h3 { font-size: 1.02rem; margin: 0 0 0.4rem; }
-p, ul { max-width: 46rem; margin: 0.6rem 0; }
-p, li, dd, figcaption { overflow-wrap: anywhere; }
-.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: 1rem 2rem; }
-.panels.three { grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); }
-.panels > * { min-width: 0; }
-figure { margin: 0.8rem 0; max-width: 33rem; }
-img { display: block; width: 100%; height: auto; }
-figcaption { font-size: 0.88rem; color: #444c54; margin-top: 0.3rem; }
-.wide { overflow-x: auto; margin: 0.8rem 0; max-width: 100%; }
-.wide:focus { outline: 2px solid #12386b; }
-table { border-collapse: collapse; font-size: 0.88rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: #444c54; padding-bottom: 0.3rem; }
-th, td { text-align: left; padding: 0.25rem 0.8rem 0.25rem 0; border-bottom: 1px solid #e3e6e9; vertical-align: top; }
-th { font-weight: 600; }
-th.short { white-space: nowrap; }
-td.number { text-align: right; white-space: nowrap; }
-td.text { min-width: 5.5rem; max-width: 20rem; overflow-wrap: break-word; }
-tr.strong td, tr.strong th { font-weight: 600; background: #f0f3f6; }
-article { border: 1px solid #d5d9dd; border-radius: 6px; padding: 0.9rem 1rem; min-width: 0; }
-details { margin: 0.8rem 0; } summary { cursor: pointer; }
-.absent { color: #444c54; border-left: 3px solid #8b949c; padding-left: 0.7rem; }
-dl { display: grid; grid-template-columns: minmax(6rem, max-content) minmax(0, 1fr); gap: 0.2rem 1rem; }
-dt { font-weight: 600; font-size: 0.9rem; overflow-wrap: anywhere; }
-dd { margin: 0; font-family: ui-monospace, monospace; font-size: 0.82rem; }
-@media (max-width: 600px) { main { padding: 0.5rem 0.9rem 3rem; } dl { grid-template-columns: minmax(0, 1fr); }
-  dd { margin-bottom: 0.4rem; } th, td { padding-right: 0.5rem; } td.text { min-width: 4.5rem; }
-  article { padding: 0.7rem; } }
-@media print { section { break-inside: avoid; } }
-"""
-
-
-def safe(text) -> str:
-    """Text that HTML takes for nothing else; what cannot be seen or turns the writing round is shown as �."""
-    return html.escape("".join(char if char.isprintable() else " " if char.isspace() else "\ufffd"
-                               for char in str(text)))
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence], caption: str, strong: Sequence[int] = ()) -> str:
-    """A table that scrolls in a box of its own. The first cell of a row heads it; strong: rows that stand out.
-
-    Numbers stand to the right.
-    """
-    head = "".join(f'<th scope="col">{safe(text)}</th>' for text in heads)
-    lines = [f'<div class="wide" role="region" tabindex="0" aria-label="{safe(caption)}"><table>',
-             f"<caption>{safe(caption)}</caption>", f"<thead><tr>{head}</tr></thead>", "<tbody>"]
-    for i, (first, *cells) in enumerate(rows):
-        shown = "".join(f'<td class="{"number" if is_number(cell) else "text"}">{safe(cell)}</td>' for cell in cells)
-        lines.append(f'<tr{" class=strong" * (i in strong)}><th scope="row"{" class=short" * (len(str(first)) < 25)}>'
-                     f"{safe(first)}</th>{shown}</tr>")
-    return "\n".join([*lines, "</tbody></table></div>"])
-
-
-def is_number(cell) -> bool:
-    return (not isinstance(cell, str) or cell in (NONE, RIGHT)
-            or re.fullmatch(r"(< )?[\d.,]+( (%|km|\[[\d., -]+\]))?", cell) is not None)
-
-
-def panels(*pictures: str, three: bool = False) -> str:
-    """Figures side by side as far as there is room, else below each other."""
-    return f'<div class="panels{" three" * three}">' + "\n".join(pictures) + "</div>"
-
-
-def paragraph(text: str) -> str:
-    return f"<p>{safe(text)}</p>"
-
-
-def cell(summary: dict, metric: str) -> tuple[float, float, float] | None:
-    """(value, low, high); None if the summary has no such metric."""
-    found = summary.get(metric) if isinstance(summary, dict) else None
-    values = [found.get(key) for key in ("value", "low", "high")] if isinstance(found, dict) else []
-    is_whole = values and all(type(value) in (int, float) and math.isfinite(value) for value in values)
-    return tuple(values) if is_whole else None
-
-
-def number(value: float, metric: str = "") -> str:
-    return NONE if not math.isfinite(value) else f"{value:.2f}" if metric in metrics.KM else f"{value:.4f}"
-
-
-def count(summary: dict) -> str:
-    """How many pairs it is over."""
-    return f"{summary['n']:,}" if type(summary.get("n")) is int else NONE
-
-
-def interval(summary: dict, metric: str) -> str:
-    found = cell(summary, metric)
-    if found is None:
-        return NONE
-    value, low, high = (number(one, metric) for one in found)
-    return f"{value} [{low}, {high}]"
-
-
-def km(value: float) -> str:
-    return NONE if not math.isfinite(value) else f"{value:.2f} km" if value < 100 else f"{value:,.0f} km"
-
-
-def percent(value: float | None) -> str:
-    if value is None or not math.isfinite(value):
-        return NONE
-    if 0 < value < 1e-4:
-        return "< 0.01 %"
-    return f"{100 * value:.{2 if 0 < value < 0.01 else 1}f} %"
 
 
 def build(evaluation: Evaluation, mapping: Callable[[], GPSMapping], baseline: Callable[[], Baseline],
@@ -351,8 +206,7 @@ def errors_section(page: Page, evaluation: Evaluation, mapping: GPSMapping, base
         guessed, values = coordinates(tops, mapping), distances[name]
         drawn = shown[~np.isnan(values[shown]) & ~np.isnan(true[shown]).any(1) & ~np.isnan(guessed[shown]).any(1)]
         pictures.append(page.picture(
-            file, figures.error_map(mapping, true[drawn], guessed[drawn], values[drawn], right[name][drawn],
-                                           most),
+            file, figures.error_map(mapping, true[drawn], guessed[drawn], values[drawn], right[name][drawn], most),
             f"Map of {len(drawn):,} pairs: lines from the first guess of the {name} to the true place.",
             f"{len(drawn):,} of {len(targets):,} pairs; grey: the data set's places. A line leads from the first guess "
             "to the true place, which has the dot; light is near, dark is far. White circles: the guess is right.",
@@ -383,8 +237,8 @@ def examples_section(page: Page, evaluation: Evaluation, mapping: GPSMapping, ba
     found = contents.examples(evaluation, baseline, mapping, folder)
     counts = [int((evaluation.ranks == 1).sum()), int(((evaluation.ranks != 1) & (evaluation.km <= NEAR_KM)).sum())]
     return [paragraph(f"First guesses: {counts[0]:,} right, {counts[1]:,} near misses (wrong, within {NEAR_KM:g} km), "
-                      f"{len(evaluation.records) - sum(counts):,} far misses. Of each kind {contents.EACH} are shown, at "
-                      "one and two thirds of its pairs in the test file's order; nobody has picked them."),
+                      f"{len(evaluation.records) - sum(counts):,} far misses. Of each kind {contents.EACH} are shown, "
+                      "at one and two thirds of its pairs in the test file's order; nobody has picked them."),
             panels(*(example(page, i, one, mapping) for i, one in enumerate(found, start=1)))]
 
 
@@ -423,10 +277,10 @@ def example(page: Page, i: int, one: dict, mapping: GPSMapping) -> str:
 
 
 def encoder_section(page: Page, views: EncoderViews) -> list[str]:
-    config, figures = views.config, []
+    config, pictures = views.config, []
     for name, one in (("before", views.before), ("after", views.after)):
         when = f"{name} training"
-        figures.append(page.picture(
+        pictures.append(page.picture(
             f"places_{name}", figures.colour_map(views.mapping, one.colours),
             f"Map of {len(one.colours):,} places {when}, coloured by the principal components of their vectors.",
             f"Red, green and blue are the first three principal components, {percent(one.explained)} of the variance. "
@@ -434,7 +288,7 @@ def encoder_section(page: Page, views: EncoderViews) -> list[str]:
             "compared with each other, and say nothing in greyscale: see the pictures below.", f"Places, {when}"))
     for name, one in (("before", views.before), ("after", views.after)):
         correlations = f"Pearson {number(one.pearson)}, Spearman {number(one.spearman)}"
-        figures.append(page.picture(
+        pictures.append(page.picture(
             f"distances_{name}", figures.distances(one.km, one.distance),
             f"Distance of vectors over km, {name} training: {correlations}.",
             f"{correlations} over {len(one.km):,} pairs of places. A line that rises "
@@ -444,12 +298,13 @@ def encoder_section(page: Page, views: EncoderViews) -> list[str]:
     of = "" if len(views.mapping.ids) == views.places else f" of {views.places:,}, drawn with a fixed seed"
     return [paragraph(f"The encoder {views.path} ({config.kind}, n-grams of {config.ngram}, level {config.level}, "
                       f"width {config.hidden_size}, weights {views.digest}) on {len(views.mapping.ids):,} places{of}. "
-                      f"\"Before\" is an encoder of the same configuration, newly initialised with seed {contents.SEED}: "
-                      "not the very one that the training began with. Distances are Euclidean."), panels(*figures)]
+                      f"\"Before\" is an encoder of the same configuration, newly initialised with seed "
+                      f"{contents.SEED}: not the very one that the training began with. Distances are Euclidean."),
+            panels(*pictures)]
 
 
 def losses_section(page: Page, found: dict[str, list[dict]]) -> list[str]:
-    figures = []
+    pictures = []
     for i, (name, lines) in enumerate(found.items(), start=1):
         values = [line["loss"] for line in lines]
         part = max(1, len(values) // 10)
@@ -457,10 +312,10 @@ def losses_section(page: Page, found: dict[str, list[dict]]) -> list[str]:
         took = datetime.timedelta(seconds=round(lines[-1]["elapsed_seconds"]))
         said = (f"{lines[-1]['step']:,} steps in {took}; the mean loss of the first tenth of the log is "
                 f"{first:.3g}, of the last {last:.3g}")
-        figures.append(page.picture(f"loss_{i}", figures.losses(lines), f"Training loss: {said}.",
+        pictures.append(page.picture(f"loss_{i}", figures.losses(lines), f"Training loss: {said}.",
                                     f"{said}. It is the training's own loss: what was learned, the test above says.",
                                     name[0].upper() + name[1:]))
-    return [panels(*figures)]
+    return [panels(*pictures)]
 
 
 def origin_section(evaluation: Evaluation) -> list[str]:
@@ -480,10 +335,3 @@ def origin_section(evaluation: Evaluation) -> list[str]:
             "its command": start.get("command")}
     return [definitions(rows), "<details><summary>The test's settings, defaults included</summary>",
             definitions(dict(sorted(evaluation.settings.items()))), "</details>"]
-
-
-def definitions(rows: dict) -> str:
-    """A list of names and what they are, where that is told."""
-    shown = "".join(f"<dt>{safe(name)}</dt><dd>{safe(f'{value:.4g}' if isinstance(value, float) else value)}</dd>"
-                    for name, value in rows.items() if value is not None)
-    return f"<dl>{shown}</dl>"

@@ -1,5 +1,4 @@
 """A map of recommended places, beside the check-ins that they follow from: one HTML page, by folium."""
-import html
 import math
 from collections import Counter
 from collections.abc import Sequence

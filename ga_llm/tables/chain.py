@@ -4,9 +4,9 @@
     <work_dir>/steps/<step>-<key>/log.txt      what it said
     <work_dir>/steps/<step>-<key>/step.json    written last: command, start, seconds, git commit, machine, inputs
 
-The key is made of the command line, of the contents of all files that it names or reads, and of the keys of the steps it
-builds on. So changed inputs are another folder, and whoever asks for the same inputs finds the step done. The code is not
-in the key: step.json tells the commit.
+The key is made of the command line, of the contents of all files that it names or reads, and of the keys of the steps
+it builds on. So changed inputs are another folder, and whoever asks for the same inputs finds the step done. The code
+is not in the key: step.json tells the commit.
 """
 import contextlib
 import dataclasses
@@ -124,12 +124,13 @@ class Step:
     def _check_ended(self) -> None:
         """A training that is told to stop succeeds, too, and is not at its end. Raises UserError."""
         if self.command[0] == "torchrun":
-            from ga_llm.training import checkpoints, staging     # as below
+            from ga_llm.training import resuming, staging     # as below
             last = staging.last_checkpoint(self.out)
-            state = last and checkpoints.read_state(last)
+            state = last and resuming.read_state(last)
             if not state or state.global_step < state.max_steps:
-                raise UserError(f"{self.id}: told to stop {f'after step {state.global_step}' if state else 'early'}, see "
-                                f"{self.folder / LOG}; run it again, and it goes on")
+                when = f"after step {state.global_step}" if state else "early"
+                raise UserError(f"{self.id}: told to stop {when}, see {self.folder / LOG}; run it again, and it goes "
+                                "on")
 
     def _finish(self, command: list[str], started: str, seconds: float) -> None:
         from ga_llm.training import run_log      # here, for it takes seconds to import, which --plan need not wait for
@@ -232,7 +233,8 @@ def _stopping():
 
 
 def _last_words(log_file: Path) -> str:
-    """What a log says of the failure: our error, else Python's, else its last line. torchrun adds a report of its own."""
+    """What a log says of the failure: our error, else Python's, else its last line; torchrun adds a report of its own.
+    """
     lines = [re.sub(r"^\[rank\d+\]:", "", line).strip() for line in
              log_file.read_text(encoding="utf-8", errors="replace").rpartition("$ ")[2].splitlines()[1:]]
     lines = [line for line in lines if line.strip("=-")] or ["it said nothing"]

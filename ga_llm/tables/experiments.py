@@ -1,8 +1,9 @@
 """An experiment is a YAML of `experiments/`, a row of a table of the paper; a scale one of `experiments/scales/`.
 
 The scale says what all rows have in common (model, lengths, flags), the row what differs. Both hold the same sections,
-one for each kind of step, of `flag: value`; the row's flags count, and `gcim: false` leaves that step out. From both
-`chain_of` makes the steps from raw check-ins to metrics.
+one for each kind of step, of `flag: value`; the row's flags count, and `gcim: false` leaves that step out. A scale may
+name another that it is `like`, and then says only what differs. From row and scale `chain_of` makes the steps from raw
+check-ins to metrics.
 """
 import dataclasses
 import datetime
@@ -29,6 +30,7 @@ LEFT_OUT = ("gcim", "pam")      # by `false`; `similar` is there only where the 
 ROW = ("table", "row", "dataset")
 ROW_OPTIONAL = ("reference", "group", "members", "backbone", "published", "source", "note")
 SCALE = ("model", "backbone", "processes")
+LIKE = "like"       # of a scale: another one, whose keys and flags it has where it does not say its own
 METRICS = tuple(f"Acc@{k}" for k in ACC_AT) + ("MRR", "MRR@5", "MRR@10", "NDCG@10")
 
 
@@ -104,15 +106,26 @@ def read_scale(name: str) -> Scale:
         raise UserError(f"--scale {name[:60]}: no {SCALES}/{name[:60]}.yml; write one, or choose among: "
                         f"{', '.join(known) or 'none, so run from the root of the repository'}")
     path = SCALES / f"{name}.yml"
-    values = _values(path, SCALE, (), False)
+    values = _values(path, (), (LIKE, *SCALE), False)
+    other = {}
+    if LIKE in values:
+        _checker(path, values, False)(values[LIKE] in known, LIKE, f"one of {', '.join(known)}")
+        other = _values(SCALES / f"{values[LIKE]}.yml", SCALE, (), False)
+    sections, values = merged(other, values), other | values
     check = _checker(path, values, False)
+    for key in SCALE:
+        check(key in values, key, "it to be there")
     model = values["model"]
     check(_is_text(model) or isinstance(model, list) and len(model) > 0 and all(map(_is_text, model)), "model",
           "a model's folder, or the script that makes one and its flags, as a list of texts")
     check(_is_text(values["backbone"]), "backbone", "a line of text")
     check(type(values["processes"]) is int and values["processes"] > 0, "processes", "a number of processes")
-    return Scale(path, model, values["backbone"], values["processes"],
-                 {key: values[key] for key in SECTIONS if key in values})
+    return Scale(path, model, values["backbone"], values["processes"], sections)
+
+
+def merged(common: dict, own: dict) -> dict[str, dict]:
+    """{section: {flag: value}}: what is `common` to rows or scales, and what one has as its `own`, which counts."""
+    return {key: {**common.get(key, {}), **(own.get(key) or {})} for key in SECTIONS}
 
 
 def chain_of(experiment: Experiment, scale: Scale, raw: Callable, work_dir: Path | str, model: str | None = None,
@@ -123,7 +136,7 @@ def chain_of(experiment: Experiment, scale: Scale, raw: Callable, work_dir: Path
     the base LLM, instead of the scale's. Raises UserError if something from outside is missing.
     """
     name, root = experiment.dataset, Path(work_dir) / "steps"
-    sections = {key: {**scale.sections.get(key, {}), **(experiment.sections.get(key) or {})} for key in SECTIONS}
+    sections = merged(scale.sections, experiment.sections)
     if full_table:
         sections["test"]["full_table"] = True
     gcim, pam = (experiment.sections.get(key) is not False for key in LEFT_OUT)
@@ -200,8 +213,8 @@ def chain_of(experiment: Experiment, scale: Scale, raw: Callable, work_dir: Path
 
 
 def _table(member: Experiment, scale: Scale) -> str:
-    """Where its test leaves the table of its own probabilities. Raises UserError for what is a mean or mixture itself."""
-    flags = {**scale.sections.get("test", {}), **member.sections.get("test", {})}
+    """Where its test leaves the table of its own probabilities. Raises UserError for a mean or mixture."""
+    flags = merged(scale.sections, member.sections)["test"]
     if member.members or flags.get("history_weight"):
         raise UserError(f"{member.path}: others are averaged with a model's own probabilities; leave members and "
                         "history_weight out, or name another member")

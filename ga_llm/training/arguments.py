@@ -25,7 +25,7 @@ from transformers.utils import is_liger_kernel_available
 
 from ga_llm.base.artifacts import require
 from ga_llm.base.cli import LEAST_TOKENS, MOST_TOKENS, UserError, boolean
-from ga_llm.training import checkpoints
+from ga_llm.training import resuming
 
 log = logging.getLogger(__name__)
 
@@ -190,8 +190,8 @@ def _fit_to_machine(flags):
                 log.info("--%s: this CPU has no fast %s, training in fp32", precision, precision)
                 given[precision] = ["False"]
     if _is_true("use_liger_kernel", given.get("use_liger_kernel", ["False"])) and not is_liger_kernel_available():
-        raise UserError("--use_liger_kernel: liger-kernel is not installed; pip install liger-kernel, or leave the flag "
-                        "out")
+        raise UserError("--use_liger_kernel: liger-kernel is not installed; pip install liger-kernel, or leave the "
+                        "flag out")
     for flag in ("deepspeed", "fsdp"):
         if flag in given and "RANK" not in os.environ:
             raise UserError(f"--{flag}: start with `torchrun --nproc_per_node=N finetune_….py …`, not with python")
@@ -261,7 +261,7 @@ def _check(args: SFTArguments, required: Sequence[str]) -> None:
     if args.tree_tokens and not (args.shared_prefix and args.tree_tokens >= args.model_max_length):
         raise UserError(f"--tree_tokens {args.tree_tokens}: goes with --shared_prefix True, and a tree must hold a "
                         f"prompt of --model_max_length {args.model_max_length}; give as many, or leave it out")
-    checkpoints.check_output(args)
+    resuming.check_output(args)
 
 
 def _check_numbers(args: SFTArguments) -> None:

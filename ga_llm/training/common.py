@@ -1,4 +1,4 @@
-"""What both stages set up alike: tokens, pairs, the LLM."""
+"""What trainings set up alike: tokens, pairs, the LLM; and in stage 1 the module before it."""
 import dataclasses
 import logging
 
@@ -7,11 +7,13 @@ import torch
 from transformers import set_seed
 
 from ga_llm.base import writing
+from ga_llm.base.artifacts import GCIM, EncoderFiles
 from ga_llm.base.cli import UserError
 from ga_llm.llm import backbone, shared_prefix
 from ga_llm.pairs import sft_data, token_cache
 from ga_llm.training import preemption
 from ga_llm.training.arguments import SFTArguments
+from geo_encoder import injection
 from geo_encoder.alignment import POIEmbeddings, read_poi_embeddings
 from geo_encoder.gps_tokens import GPSMapping, add_gps_tokens, add_poi_tokens, add_rows, read_gps_mapping
 
@@ -69,3 +71,15 @@ def set_up(args: SFTArguments) -> Setup:
     added = np.concatenate([token_ids, poi_token_ids]) if poi_path else token_ids
     add_rows(model, len(tokenizer), added[added >= known])
     return Setup(mapping, token_ids, poi_embeddings, poi_token_ids, tokenizer, dataset, train_dataset, collator, model)
+
+
+def for_stage_1(llm: torch.nn.Module, injected: injection.Injection | None, rank: int, alpha: int,
+                low_rank: bool = True, files: EncoderFiles = GCIM) -> torch.nn.Module:
+    """`llm` as stage 1 trains it, frozen but for LoRA of its own (not `low_rank`: all of it), with a module in the
+    place of its embeddings of `<GPS n>`, or PAM's `<POI n>` (`files`). What is trained is in fp32.
+    """
+    model = backbone.add_lora(llm, rank, alpha, dropout=0.0) if low_rank else llm
+    if injected is not None:
+        injection.attach(llm, injected, injection.INJECTIONS[files])
+    backbone.trainable_to_fp32(model)
+    return model

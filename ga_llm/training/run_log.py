@@ -233,8 +233,8 @@ def describe_start(trainer: Trainer, step: int) -> dict:
 
 def describe_evaluation() -> dict:
     """What a figure must be given with: when it was measured, by which command and code, and on what."""
-    return {"date": datetime.date.today().isoformat(), "command": shlex.join(["python", *sys.argv]), "git": git_state(ROOT),
-            "machine": machine()}
+    return {"date": datetime.date.today().isoformat(), "command": shlex.join(["python", *sys.argv]),
+            "git": git_state(ROOT), "machine": machine()}
 
 
 def machine() -> dict:

@@ -8,6 +8,9 @@ import make_sample_raw as tool
 import numpy as np
 import pandas as pd
 import pytest
+from synthetic.city import CATEGORIES, EXPLORABLE, FORMATS, City
+from synthetic.people import DAY, generate
+from synthetic.raw_files import Times
 
 from ga_llm.base.cli import UserError
 
@@ -26,7 +29,7 @@ def make(monkeypatch, out, *flags):
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("raw")
     with pytest.MonkeyPatch.context() as patch:
-        return {form: make(patch, root / form, "-format", form) for form in tool.FORMATS}
+        return {form: make(patch, root / form, "-format", form) for form in FORMATS}
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +148,7 @@ def test_gowalla_check_ins_lie_in_three_states(folders, gowalla):
 
 
 def test_opening_hours(tky):
-    hours = {c.name: (c.opens * 60, c.closes * 60) for c in tool.CATEGORIES}
+    hours = {c.name: (c.opens * 60, c.closes * 60) for c in CATEGORIES}
     opens, closes = (tky.category.map({name: pair[i] for name, pair in hours.items()}) for i in (0, 1))
     minute = tky.local.dt.hour * 60 + tky.local.dt.minute + tky.local.dt.second / 60
     assert (((opens <= minute) & (minute < closes)) | (minute + 1440 < closes)).all()
@@ -160,7 +163,7 @@ def test_hops_are_short(tky):
         return np.hypot(north, east) * 111.32
 
     before = tky.shift()
-    public = tky.category.isin([c.name for c in tool.CATEGORIES if c.kind in tool.EXPLORABLE])
+    public = tky.category.isin([c.name for c in CATEGORIES if c.kind in EXPLORABLE])
     soon = (tky.user == before.user) & (tky.local - before.local < pd.Timedelta(hours=6)) & public
     others = tky[public].sample(int(soon.sum()), random_state=0, replace=True).reset_index(drop=True)
     more = tky[public].sample(int(soon.sum()), random_state=1, replace=True).reset_index(drop=True)
@@ -202,23 +205,23 @@ def test_the_hour_tells_more_than_the_count(tky):
 
 
 def test_without_jitter_a_habit_has_one_clock_time():
-    city = tool.City(tool.FORMATS["tky"], 200, seed=0)
+    city = City(FORMATS["tky"], 200, seed=0)
     repeats = {}
     for jitter in (0., 10.):
-        rows = tool.generate(city, 10, 60, seed=0, jitter=jitter)
-        table = pd.DataFrame({"user": rows.user, "poi": rows.poi, "clock": rows.seconds % tool.DAY})
+        rows = generate(city, 10, 60, seed=0, jitter=jitter)
+        table = pd.DataFrame({"user": rows.user, "poi": rows.poi, "clock": rows.seconds % DAY})
         repeats[jitter] = table.groupby(["user", "poi", "clock"]).size().groupby("user").max().median()
     assert repeats[0.] >= 8 and repeats[10.] <= 2  # check-ins at one place to the same second
 
 
 def test_two_thousand_users_and_more_than_one_block():
-    city = tool.City(tool.FORMATS["tky"], 4000, seed=0)
-    rows = tool.generate(city, 2100, 20, seed=0, jitter=10.)
+    city = City(FORMATS["tky"], 4000, seed=0)
+    rows = generate(city, 2100, 20, seed=0, jitter=10.)
     assert len(np.unique(rows.user)) > 2000 and rows.user.max() < 2100
     assert 10 < len(rows.user) / 2100 < 60
     order = np.lexsort((rows.seconds, rows.user))
     assert (order == np.arange(len(order))).all()
-    assert rows.seconds.min() >= 0 and rows.seconds.max() < 20 * tool.DAY
+    assert rows.seconds.min() >= 0 and rows.seconds.max() < 20 * DAY
 
 
 def test_a_file_with_other_contents_is_kept_unless_told(monkeypatch, tmp_path):
@@ -265,7 +268,7 @@ def test_senseless_numbers_are_one_line(monkeypatch, tmp_path, flags):
 
 
 def test_times_across_midnight_and_the_year():
-    times = tool.Times(datetime.date(2012, 12, 31), np.array([3 * 86400]), "%a %b %d {} +0000 %Y")
+    times = Times(datetime.date(2012, 12, 31), np.array([3 * 86400]), "%a %b %d {} +0000 %Y")
     assert times(np.array([-1, 0, 86399, 86400])).tolist() == [
         "Sun Dec 30 23:59:59 +0000 2012", "Mon Dec 31 00:00:00 +0000 2012", "Mon Dec 31 23:59:59 +0000 2012",
         "Tue Jan 01 00:00:00 +0000 2013"]

@@ -19,7 +19,8 @@ FLAGS = ["--max_steps", STEPS, "--save_steps", "4", "--per_device_train_batch_si
 AUTO = ["--resume_from_checkpoint", "auto"]
 TERM, USR1 = signal.SIGTERM, signal.SIGUSR1
 FINAL = {1: [FINAL_ENCODER], 2: [], "pam": [FINAL_PROJECTOR]}
-STEP, LOAD, PUBLISH = "ga_llm.training.checkpoints:GATrainer.training_step", "ga_llm.llm.backbone:load_llm", "ga_llm.training.staging:publish"
+STEP = "ga_llm.training.trainers:GATrainer.training_step"
+LOAD, PUBLISH = "ga_llm.llm.backbone:load_llm", "ga_llm.training.staging:publish"
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +108,9 @@ def test_at_other_moments(repo, tmp_path, hook, word, steps):
     assert stopped(repo, 1, tmp_path / "stopped", hooks=[functools.partial(forked.tell, *hook)], word=word) == steps
 
 
-@pytest.mark.parametrize("hook", [(STEP, STEPS, USR1), (PUBLISH, 2, TERM), (
-    "ga_llm.training.checkpoints:EncoderTrainer.save_final_encoders", 1, USR1, TERM), ("ga_llm.base.sharding:leave", 1, TERM)],
-    ids=["last step", "last checkpoint", "final files", "end"])
+@pytest.mark.parametrize("hook", [
+    (STEP, STEPS, USR1), (PUBLISH, 2, TERM), ("ga_llm.training.trainers:EncoderTrainer.save_final_encoders", 1, USR1, TERM),
+    ("ga_llm.base.sharding:leave", 1, TERM)], ids=["last step", "last checkpoint", "final files", "end"])
 def test_too_late_it_is_done(repo, tmp_path, trained, hook):
     folder = tmp_path / "done"
     forked.train(repo, 1, folder, *all_flags(repo, 1), hooks=[functools.partial(forked.tell, *hook)])

@@ -12,8 +12,6 @@ import yaml
 from commands import ROOT, run
 from harness import call, refusal
 
-from ga_llm.tables import experiments
-
 ROWS = sorted(path.name for path in (ROOT / "experiments").glob("*.yml"))
 SCRIPTS = ("run.py", "traj_qk.py", "traj_sim.py", "poi_embeddings.py", "process_llm_gps.py", "process_pam_stage1.py",
            "process_projector_gps_stage1.py")
@@ -98,6 +96,27 @@ def test_rows_of_one_table_share_what_they_can(place):
         assert {name.rpartition("-")[0] for name in found - main} == expected and len(main & found) >= 6, row
 
 
+def test_a_scale_like_another_has_its_flags_save_its_own(place):
+    """So its steps are those of the same scale written out in full: the same commands in the same folders."""
+    def plan(scale):
+        found = call(place, "run_experiment.py", "experiments/main_nyc.yml", "--scale", scale, "--plan")
+        assert found.code == 0, found.err
+        return found.out
+
+    cpu, joined = (yaml.safe_load((place / f"experiments/scales/{name}.yml").read_text())
+                   for name in ("cpu", "cpu_joined"))
+    assert joined.keys() == {"like", "model"}
+    (place / "experiments/scales/full.yml").write_text(yaml.safe_dump({**cpu, "model": joined["model"]}, sort_keys=False))
+    assert plan("full") == plan("cpu_joined") != plan("cpu")
+    (place / "experiments/scales/more.yml").write_text("like: cpu\ngcim: {max_steps: 7}\n")
+    assert plan("cpu").count(" --max_steps 300 ") == plan("more").count(" --max_steps 300 ") + 1
+    assert plan("more").count(" --max_steps 7 ") == 1
+    for text, names in (("like: nothing\n", ["like", "cpu_joined"]), ("like: cpu_joined\n", ["unknown key like"]),
+                        ("model: m\n", ["backbone"]), ("like: cpu\nprocesses: 0\n", ["processes"])):
+        (place / "experiments/scales/bad.yml").write_text(text)
+        refusal(call(place, "run_experiment.py", "experiments/main_nyc.yml", "--scale", "bad", "--plan"), *names)
+
+
 @pytest.mark.parametrize("change, flags, names", [
     (None, ["--scale", "mainframe"], ["--scale mainframe", "cpu_pretrained"]),
     ("table: [1]\nrow: x\ndataset: nyc\n", [], ["bad.yml", "table"]), ("row: x\n", [], ["bad.yml", "table"]),
@@ -128,8 +147,8 @@ def test_from_raw_check_ins_to_the_table(repo):
     (repo / "experiments/with.yml").write_text(ROW.format(row="with") + "published: {Acc@1: 0.5}\nsource: nobody\n")
     (repo / "experiments/without.yml").write_text(ROW.format(row="without") + "gcim: false\nreference: with\n")
     (repo / "experiments/mean.yml").write_text(ROW.format(row="mean") + "gcim: false\nmembers: [with]\n")
-    command = [sys.executable, "run_experiment.py", *(f"experiments/{name}.yml" for name in ("with", "without", "mean")),
-               "--scale", "tiny"]
+    rows = [f"experiments/{name}.yml" for name in ("with", "without", "mean")]
+    command = [sys.executable, "run_experiment.py", *rows, "--scale", "tiny"]
     first, again = (run(repo, *command) for _ in range(2))
     assert first.stderr.count("done in") == 7 + 3 + 1 and first.stderr.count("done before") == 2 + 9, first.stderr
     assert "done in" not in again.stderr and again.stderr.count("done before") == 7 + 5 + 10
@@ -145,7 +164,8 @@ def test_from_raw_check_ins_to_the_table(repo):
     both = json.loads((repo / "runs/experiments" / mean["metrics"]).read_text())["all"]
     without = json.loads((repo / "runs/experiments/tiny/without.json").read_text())
     assert "average2" in mean["metrics"] and both["model"]["n"] == 8
-    assert both["model alone"] == json.loads((repo / "runs/experiments" / without["metrics"]).read_text())["all"]["model"]
+    alone = json.loads((repo / "runs/experiments" / without["metrics"]).read_text())["all"]
+    assert both["model alone"] == alone["model"]
     run(repo, sys.executable, "results.py", "--keep")
     kept = json.loads((repo / "results/tiny/with.json").read_text())
     assert kept["found"] == metrics["all"] and kept["training"].keys() == {"gcim", "stage2"}

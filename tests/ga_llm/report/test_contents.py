@@ -11,7 +11,7 @@ from scipy import stats
 
 from ga_llm.base.cli import UserError
 from ga_llm.evaluation import metrics
-from ga_llm.report import contents, figures, page
+from ga_llm.report import contents, encoder_views, figures, markup
 from geo_encoder.encoder import GeoEncoderConfig, build_encoder
 from geo_encoder.gps_tokens import GPSMapping
 
@@ -89,7 +89,7 @@ def test_correlation_of_vectors_that_are_the_map():
     """All pairs, as there are few. On a grid many distances are equal but for the rounding, which moves their ranks."""
     mapping = grid(6)
     table = np.stack([mapping.latitude, mapping.longitude], axis=1) * 7
-    found = contents.embeddings(table, mapping)
+    found = encoder_views.embeddings(table, mapping)
     assert len(found.km) == 36 * 35 // 2 and found.pearson > 0.9999 and found.spearman > 0.99
     assert found.explained == pytest.approx(1) and found.colours.shape == (36, 3)
     assert (found.colours[:, 2] == 0.5).all()       # two dimensions have no third component
@@ -98,26 +98,26 @@ def test_correlation_of_vectors_that_are_the_map():
 
 def test_correlation_by_hand_and_by_scipy():
     km, distance = np.array([1.0, 2, 3, 4]), np.array([2.0, 1, 4, 3])
-    assert contents.correlation(km, distance) == pytest.approx(0.6) == stats.pearsonr(km, distance)[0]
-    assert np.isnan(contents.correlation(km, np.ones(4)))
+    assert encoder_views.correlation(km, distance) == pytest.approx(0.6) == stats.pearsonr(km, distance)[0]
+    assert np.isnan(encoder_views.correlation(km, np.ones(4)))
     random = np.random.default_rng(0)
     mapping = grid(8)
-    found = contents.embeddings(random.normal(size=(64, 5)), mapping)
+    found = encoder_views.embeddings(random.normal(size=(64, 5)), mapping)
     assert abs(found.pearson) < 0.1
     assert found.spearman == pytest.approx(stats.spearmanr(found.km, found.distance)[0])
 
 
 def test_an_encoder_that_tells_no_places_apart():
-    found = contents.embeddings(np.ones((36, 4), dtype=np.float32), grid(6))
+    found = encoder_views.embeddings(np.ones((36, 4), dtype=np.float32), grid(6))
     assert np.isnan(found.pearson) and np.isnan(found.spearman) and np.isfinite(found.colours).all()
     assert figures.distances(found.km, found.distance).startswith(b"\x89PNG")
-    assert page.number(found.pearson) == page.percent(found.explained) == "–"
+    assert markup.number(found.pearson) == markup.percent(found.explained) == "–"
 
 
 def test_pairs_of_many_places_are_drawn_and_are_pairs():
-    one, other = contents.place_pairs(1000)
-    assert len(one) == contents.PAIRS and (one != other).all() and other.max() < 1000
-    np.testing.assert_array_equal(one, contents.place_pairs(1000)[0])
+    one, other = encoder_views.place_pairs(1000)
+    assert len(one) == encoder_views.PAIRS and (one != other).all() and other.max() < 1000
+    np.testing.assert_array_equal(one, encoder_views.place_pairs(1000)[0])
     assert abs(np.corrcoef(one, other)[0, 1]) < 0.03
 
 
@@ -125,24 +125,24 @@ def test_colours_are_the_principal_components():
     """Of three clusters along one line: the first component orders them, whatever its sign."""
     table = np.repeat([[0.0, 0, 0, 0], [1, 1, 0, 0], [5, 5, 0, 0]], 12, axis=0)
     table += np.random.default_rng(0).normal(scale=0.01, size=table.shape)
-    first = contents.embeddings(table, grid(6)).colours[:, 0].reshape(3, 12).mean(1)
+    first = encoder_views.embeddings(table, grid(6)).colours[:, 0].reshape(3, 12).mean(1)
     assert abs(first[2] - first[0]) > 0.9 and abs(first[1] - first[0]) == pytest.approx(0.2, abs=0.05)
 
 
 def test_the_untrained_encoder_is_another_and_always_the_same(town):
     _, evaluation, _, mapping, _ = town
-    views = contents.read_encoder(evaluation, mapping)
+    views = encoder_views.read_encoder(evaluation, mapping)
     with torch.random.fork_rng():
         torch.manual_seed(contents.SEED)
         untrained = build_encoder(GeoEncoderConfig(8, ngram=4))
-    expected = contents.embeddings(contents.vectors(untrained, views.config, mapping), mapping)
+    expected = encoder_views.embeddings(encoder_views.vectors(untrained, views.config, mapping), mapping)
     assert views.before.pearson == expected.pearson != views.after.pearson
     assert views.places == 12 and views.config == GeoEncoderConfig(8, ngram=4)
 
 
 def test_no_more_places_than_a_cpu_takes(monkeypatch):
-    monkeypatch.setattr(contents, "MOST_PLACES", 10)
-    shown = contents.some_places(grid(5))
+    monkeypatch.setattr(encoder_views, "MOST_PLACES", 10)
+    shown = encoder_views.some_places(grid(5))
     assert len(shown.ids) == 10 == len(set(shown.ids.tolist()))
     np.testing.assert_array_equal(shown.latitude, grid(5).latitude[shown.ids])
 
@@ -243,7 +243,7 @@ def test_no_result_without_the_baseline(town, tmp_path):
     ("<img src=x onerror=alert(1)>", "&lt;img src=x onerror=alert(1)&gt;"), ("a\u202eb\x07", "a\ufffdb\ufffd"),
     ("\"'&", "&quot;&#x27;&amp;"), ("one\ntwo", "one two"), (7, "7")])
 def test_text_is_nothing_else(text, shown):
-    assert page.safe(text) == shown
+    assert markup.safe(text) == shown
 
 
 def test_names_in_pictures_are_no_formulas():

@@ -138,7 +138,8 @@ def test_what_a_step_should_have_left_is_missed(tmp_path, script):
 
 def test_links_are_files_of_ones_own(tmp_path, script):
     one, _ = two(tmp_path, script)
-    replace = "p = pathlib.Path(sys.argv[1], 'in', 'a'); t = p.with_name('t'); t.write_text(p.read_text() + '!'); t.replace(p)"
+    replace = ("p = pathlib.Path(sys.argv[1], 'in', 'a'); t = p.with_name('t'); t.write_text(p.read_text() + '!'); "
+               "t.replace(p)")
     other = Step("two", ("python", script("two", replace), OWN), tmp_path / "steps", ((Made(one), "in"),))
     one.run()
     (one.out / "tokens-1").mkdir(), (one.out / ".lock").touch()
@@ -162,7 +163,8 @@ def test_the_plan_can_be_pasted(tmp_path, script):
     other = Step("two", ("python", script("two", "p = pathlib.Path(sys.argv[1], 'in/a'); p.rename(p.with_name('b'))"),
                          OWN), tmp_path / "steps", ((Made(one), "in"),))
     text = chain.plan(chain.in_order(other))
-    assert [line for line in text.splitlines() if line.startswith("#")] == [f"# {one.id}: to do", f"# {other.id}: to do"]
+    heads = [line for line in text.splitlines() if line.startswith("#")]
+    assert heads == [f"# {one.id}: to do", f"# {other.id}: to do"]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     subprocess.run(["bash", "-euc", text], check=True, env=environment, capture_output=True)
     assert (other.out / "in/b").read_text() == "it's $HOME" and not one.done

@@ -11,7 +11,7 @@ import pytest
 from harness import call, refusal
 
 from ga_llm.base.cli import UserError
-from ga_llm.tables import results
+from ga_llm.tables import pages, results
 
 ROOT = Path(__file__).parents[3]
 SECRET = "somebodys-machine"        # the folder of base model and host: for nobody else's eyes
@@ -41,8 +41,9 @@ def measured(folder, ranks, baseline):
         "machine": {"cpu": "a processor", "cores": 2, "gpus": []}}))
     with (folder / "predictions.jsonl").open("w") as file:
         for pair, rank in enumerate(ranks):
-            file.write(json.dumps({"pair": pair, "user": pair % 7, "time": "2012-01-01 00:00:00", "target": 5,
-                                   "fits": True, "rank": rank, "top": [[5 if rank == 1 else 6, -0.1]], "km": 1.0}) + "\n")
+            record = {"pair": pair, "user": pair % 7, "time": "2012-01-01 00:00:00", "target": 5, "fits": True,
+                      "rank": rank, "top": [[5 if rank == 1 else 6, -0.1]], "km": 1.0}
+            file.write(json.dumps(record) + "\n")
 
 
 def link(work_dir, name, folder, **about):
@@ -81,7 +82,7 @@ def test_rows_with_differences_and_baselines(work_dir):
     worse, same = rows["worse"].differences["Acc@1"], rows["same"].differences["Acc@1"]
     assert worse["difference"] == pytest.approx(-0.4) and results.verdict(worse) == "worse"
     assert same["difference"] == pytest.approx(-0.01) and results.verdict(same) == "within noise"
-    text = results.markdown(list(rows.values()))
+    text = pages.markdown(list(rows.values()))
     main = next(line for line in text.splitlines() if line.startswith("| main"))
     assert main == "| main | 100 | .6000 [.5000, .7000] | 1.0000 | .8000 | – | (1) |"
     assert text.count("| user-history frequency | 100 |") == 1
@@ -93,13 +94,13 @@ def test_rows_with_differences_and_baselines(work_dir):
 
 def test_a_reference_of_another_table_is_shown(work_dir):
     link(work_dir, "main", "main", table="main results")
-    text = results.markdown(results.gather(work_dir)).partition("### modules")[2]
+    text = pages.markdown(results.gather(work_dir)).partition("### modules")[2]
     assert "| main (reference) | 100 | .6000 [.5000, .7000] | 1.0000 | .8000 | – | see main results |" in text
     assert text.count("(reference)") == 1 and "| worse | 100 |" in text
 
 
 def test_csv_holds_the_same(work_dir):
-    found = list(csv.DictReader(io.StringIO(results.table(results.gather(work_dir)))))
+    found = list(csv.DictReader(io.StringIO(pages.table(results.gather(work_dir)))))
     main = next(row for row in found if row["row"] == "main")
     assert (main["Acc@1 published"], main["Acc@1 ours"], main["n"]) == ("0.3988", "0.6", "100")
     assert float(main["user-history frequency MRR"]) == pytest.approx(1 / 3) and main["reference"] == ""
@@ -122,7 +123,7 @@ def test_distance_and_rare_targets_apart(work_dir):
         report["all"]["model"] |= {"mean km": {"value": 2.5, "low": 2.0, "high": 3.0},
                                    "share within 1 km": {"value": 0.5, "low": 0.4, "high": 0.6}}
         path.write_text(json.dumps(report))
-    text = results.markdown(results.gather(work_dir))
+    text = pages.markdown(results.gather(work_dir))
     assert "| mean km [95 %] | within 1 km | target's check-ins in train: at most 2 (n = 20) |" in text
     assert "| main | 2.50 [2.00, 3.00] | .5000 | 1.0000 |" in text
     assert "| worse | 2.50 [2.00, 3.00] | .5000 | .7500 |" in text
@@ -140,7 +141,7 @@ def test_a_file_that_tells_little_is_shown_with_what_it_tells(work_dir):
     path.write_text(json.dumps({"all": json.loads(path.read_text())["all"]}))
     rows = results.gather(work_dir)
     note = "3. worse: tiny; protocol –, decoding –; –; –; reference: main; `python run worse`"
-    assert note in results.markdown(rows).splitlines() and rows[2].groups == {} and rows[2].fits is None
+    assert note in pages.markdown(rows).splitlines() and rows[2].groups == {} and rows[2].fits is None
     results.keep(rows, work_dir / "results")
     assert results.kept(work_dir / "results") == rows
 
@@ -183,12 +184,12 @@ def test_kept_rows_are_the_rows_of_the_runs(work_dir):
     assert keep(work_dir) == first and sorted(first) == ["cold.json", "main.json", "same.json", "worse.json"]
     rows = results.kept(work_dir / "results")
     assert rows == results.gather(work_dir)
-    assert results.markdown(rows) == results.markdown(results.gather(work_dir))
+    assert pages.markdown(rows) == pages.markdown(results.gather(work_dir))
     cold, worse = rows[0], rows[-1]
     assert cold.group == ["user activity", "inactive"] and cold.n == 10 and cold.groups == {}
     assert worse.differences["Acc@1"]["verdict"] == "worse"
     assert worse.groups["user activity"]["inactive"]["model"]["n"] == 10
-    text = results.markdown(rows)
+    text = pages.markdown(rows)
     assert "| cold | 10 | 1.0000 [.9000, 1.1000] | 1.0000 | 1.0000 |" in text
     assert "cold: tiny; user activity: inactive;" in text
 
@@ -216,7 +217,7 @@ def test_what_a_training_took(work_dir):
     row = next(row for row in results.gather(work_dir) if row.name == "main")
     assert row.seconds == {"samples": 19.5, "stage2": 660, "test": 60.5}
     assert row.training == {"stage2": {"steps": 800, "seconds": 660}}
-    assert "training 11.0 min (steps: stage2 800); all steps of its chain 12.3 min;" in results.markdown([row])
+    assert "training 11.0 min (steps: stage2 800); all steps of its chain 12.3 min;" in pages.markdown([row])
     (work_dir / "steps/samples-1/step.json").unlink()
     row = next(row for row in results.gather(work_dir) if row.name == "main")
     assert row.seconds is None and row.training is None and row.n == 100
@@ -225,44 +226,44 @@ def test_what_a_training_took(work_dir):
 def test_prompts_that_do_not_fit_are_told(work_dir):
     path = work_dir / "steps/main/metrics.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"fits": {"model": summary([1, 1, 2, 2])}}))
-    text = results.markdown(results.gather(work_dir))
+    text = pages.markdown(results.gather(work_dir))
     assert text.count("prompts fit") == 1 and "4 prompts fit --seq_len, Acc@1 .5000 [.4000, .6000]" in text
 
 
 def test_pages_are_what_is_kept():
     rows = results.kept(ROOT / results.KEPT)
-    for name, tables in (("README.md", results.short(rows)), ("docs/tables.md", results.markdown(rows))):
+    for name, tables in (("README.md", pages.short(rows)), ("docs/tables.md", pages.markdown(rows))):
         text = (ROOT / name).read_text(encoding="utf-8")
-        assert results.between_marks(text, tables, name) == text
+        assert pages.between_marks(text, tables, name) == text
 
 
 def test_short_table_has_baselines_below_their_pairs(work_dir, monkeypatch):
     """Rows by scale, in the order of SHORT; a row that it does not name is left out."""
-    monkeypatch.setattr(results, "SHORT", ("worse", "main"))
-    assert results.short(results.gather(work_dir)).splitlines()[2:] == [
+    monkeypatch.setattr(pages, "SHORT", ("worse", "main"))
+    assert pages.short(results.gather(work_dir)).splitlines()[2:] == [
         "| worse | tiny | – | 100 | .2000 [.1000, .3000] | 1.0000 | .6000 |",
         "| main | tiny | – | 100 | .6000 [.5000, .7000] | 1.0000 | .8000 |",
         "| *user-history frequency* | – | – | 100 | .0000 [-0.1000, .1000] | 1.0000 | .3333 |"]
-    monkeypatch.setattr(results, "SHORT", ())
-    assert results.short(results.gather(work_dir)) == results.NO_RESULT
+    monkeypatch.setattr(pages, "SHORT", ())
+    assert pages.short(results.gather(work_dir)) == pages.NO_RESULT
 
 
 @pytest.mark.parametrize("flag, first", [("--readme", "|  | model |"), ("--tables", "Every figure")])
 def test_a_page_is_written_between_its_marks(work_dir, flag, first):
     """Without a result it says so; again, nothing changes; what stands around the marks stays."""
     page = work_dir / "page.md"
-    page.write_text(f"# before\n{results.BEGIN}\nold\n{results.END}\nbehind é\n", encoding="utf-8")
+    page.write_text(f"# before\n{pages.BEGIN}\nold\n{pages.END}\nbehind é\n", encoding="utf-8")
     assert call(work_dir, "results.py", flag, "page.md").code == 0
-    none = f"# before\n{results.BEGIN}\n\nNo result is kept yet.\n\n{results.END}\nbehind é\n"
+    none = f"# before\n{pages.BEGIN}\n\nNo result is kept yet.\n\n{pages.END}\nbehind é\n"
     assert page.read_text(encoding="utf-8") == none
     link(work_dir, "main_nyc", "main")
     result = call(work_dir, "results.py", "--work_dir", work_dir, "--keep", flag, "page.md")
     assert result.code == 0 and "wrote page.md, of 4 rows" in result.out
     text = page.read_text(encoding="utf-8")
-    assert text.startswith(f"# before\n{results.BEGIN}\n\n{first}") and text.endswith(f"{results.END}\nbehind é\n")
+    assert text.startswith(f"# before\n{pages.BEGIN}\n\n{first}") and text.endswith(f"{pages.END}\nbehind é\n")
     assert call(work_dir, "results.py", flag, "page.md").code == 0 and page.read_text(encoding="utf-8") == text
-    page.write_text(f"{results.END}\n{results.BEGIN}\n")
-    refusal(call(work_dir, "results.py", flag, "page.md"), "page.md", results.BEGIN)
+    page.write_text(f"{pages.END}\n{pages.BEGIN}\n")
+    refusal(call(work_dir, "results.py", flag, "page.md"), "page.md", pages.BEGIN)
     refusal(call(work_dir, "results.py", flag, "none.md"), "none.md")
 
 

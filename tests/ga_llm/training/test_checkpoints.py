@@ -10,7 +10,7 @@ from transformers import TrainerCallback, set_seed
 from ga_llm.base.cli import UserError
 from ga_llm.llm import backbone
 from ga_llm.pairs import sft_data, token_cache
-from ga_llm.training import arguments, checkpoints
+from ga_llm.training import arguments, checkpoints, resuming, trainers
 from geo_encoder import encoder, gps_tokens, injection, weights
 
 PAIRS = [f"<question>: user 1 POI id {i} <GPS {i}>. Where next? <answer>: user 1 will visit POI id {i}."
@@ -42,7 +42,7 @@ def train(tiny_llama, mapping_csv, tmp_path):
             weights.add_lora(geo, 4, 8)
             model = backbone.add_lora(model, 4, 8, 0.0)
             injection.attach(base, injection.gps_injection(geo, 25, mapping, token_ids))
-            trainer = checkpoints.EncoderTrainer(model=model, trained=[checkpoints.Trained(geo, config)], **common)
+            trainer = trainers.EncoderTrainer(model=model, trained=[trainers.Trained(geo, config)], **common)
         else:
             file = tmp_path / "e" / "geo_encoder_merged.pth"
             weights.save_encoder(geo.state_dict(), config, file)
@@ -52,18 +52,18 @@ def train(tiny_llama, mapping_csv, tmp_path):
                 backbone.train_by_name(model, "embed,norm")
             if train_encoders:
                 injection.attach_trained(base, loaded)
-                trainer = checkpoints.EncoderTrainer(model=model, **common, encoders={}, trained=[
-                    checkpoints.Trained(one.injection.encoder, one.config, one.files) for one in loaded])
+                trainer = trainers.EncoderTrainer(model=model, **common, encoders={}, trained=[
+                    trainers.Trained(one.injection.encoder, one.config, one.files) for one in loaded])
             else:
                 found = injection.attach_encoders(base, loaded)
-                trainer = checkpoints.GATrainer(model=model, encoders=found, **common)
+                trainer = trainers.GATrainer(model=model, encoders=found, **common)
             if dropout:
                 backbone.add_dropout(base, dropout)
         if lengths is not None:
             trainer.train_dataset.lengths = lengths
         if interrupt_at is not None:
             trainer.add_callback(Interruption(interrupt_at))
-        checkpoints.train(trainer)
+        resuming.train(trainer)
         return trainer
 
     return run
@@ -216,8 +216,8 @@ def test_stage_1_keeps_merged_encoders_and_prunes_them(train, tmp_path):
     torch.testing.assert_close(merged.eval()(digits), trained(digits), rtol=1e-4, atol=1e-5)
     assert (output / "geo_encoder_final_merged.pth").exists()
     torch.manual_seed(0)
-    moved = [name for name, p in trainer.trained[0].encoder.named_parameters() if ("lora_B" in name or "lora_embedding_A" in name)
-             and p.abs().sum() > 0]
+    moved = [name for name, p in trainer.trained[0].encoder.named_parameters()
+             if ("lora_B" in name or "lora_embedding_A" in name) and p.abs().sum() > 0]
     assert len(moved) == 7      # the embedding; out_proj, linear1 and linear2 of two layers
 
 
