@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 QUESTIONS = "qa_pairs_kqt_200items_sample_llm_without_sim_gps_pam"
 PROJECTOR = "outputs/pam/6/poi_projector.pth"
+NEITHER = ["--poi_embedding_path", "", "--projector_path", ""]
 BOTH = ["--poi_embedding_path", EMBEDDINGS, "--projector_path", PROJECTOR]
 STAGE_2 = ["--data_path", f"{DATA}/train_{QUESTIONS}.json", *BOTH]
 TEST = ["--test_file", f"test_{QUESTIONS}.txt"]
@@ -51,10 +52,10 @@ def test_evaluation_with_both_modules(aligned, tmp_path):
 
 
 @pytest.mark.parametrize("flags, names", [
-    ([*TEST], ["<POI ", "--poi_embedding_path"]),
-    (["--projector_path", PROJECTOR], ["--projector_path", "--poi_embedding_path"]),
-    (["--poi_embedding_path", EMBEDDINGS], ["--poi_embedding_path", "--projector_path"]),
-    ([], ["ga_llm.json", "trained with PAM", "--projector_path"]),
+    ([*TEST, *NEITHER], ["<POI ", "--poi_embedding_path"]),
+    (["--poi_embedding_path", ""], ["--projector_path", "--poi_embedding_path"]),
+    (["--projector_path", ""], ["--poi_embedding_path", "--projector_path"]),
+    (NEITHER, ["ga_llm.json", "trained with PAM", "--projector_path"]),
     ([*TEST, "--poi_embedding_path", EMBEDDINGS, "--projector_path", "outputs/pam/4/poi_projector.pth"],
      ["ga_llm.json", "other weights of PAM's"]),
     ([*TEST, *BOTH, "--geoencoder_path", "outputs/gcim/4/geo_encoder_merged.pth"], ["other weights of GCIM's"]),
