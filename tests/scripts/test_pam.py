@@ -1,5 +1,6 @@
-"""PAM by its commands: transitions to embeddings, a projector trained on them, stage 2 and evaluation with both modules."""
+"""PAM by its commands: transitions to embeddings, a projector trained on them, stage 2 and evaluation with both."""
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -49,6 +50,20 @@ def test_evaluation_with_both_modules(aligned, tmp_path):
     metrics = json.loads((aligned / "outputs/both/checkpoint-6/metrics.json").read_text())
     assert metrics["n"] == metrics["all"]["user-history frequency"]["n"] > 20
     assert metrics["machine"]["cores"] >= 1 and "test_next_gps.py --batch_size 8" in metrics["command"]
+
+
+def test_evaluation_by_the_checkpoint_alone(aligned, tmp_path):
+    """It remembers both modules, and questions with <POI n>."""
+    found = []
+    for name, command in (("full", lambda folder: evaluation(folder, *TEST, *BOTH)),
+                          ("short", lambda folder: ["test_next_gps.py", "--output_dir", folder])):
+        folder = shutil.copytree(aligned / "outputs/both/checkpoint-6", tmp_path / name,
+                                 ignore=shutil.ignore_patterns("predictions.jsonl", "metrics.json"))
+        result = forked.run(aligned, list(map(str, command(folder))), tmp_path / f"{name}.log")
+        assert result.code == 0, result.err
+        found.append(((folder / "predictions.jsonl").read_text(),
+                      json.loads((folder / "metrics.json").read_text())["all"]))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("flags, names", [
