@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ga_llm.base import artifacts
+from ga_llm.base import artifacts, prompts
 from ga_llm.base.cli import UserError, boolean, token_count
 from ga_llm.llm import backbone
 from ga_llm.training import checkpoints
@@ -55,73 +55,81 @@ def fill_in(args: argparse.Namespace) -> dict:
     """
     args.base_model = args.base_model or args.model_path
     _require(args, "output_dir")
-    agreement, where = checkpoints.read_agreement(args.output_dir), Path(args.output_dir) / checkpoints.AGREEMENT
-    paths, left_out = agreement.get("paths", {}), [name for name, value in vars(args).items() if value is None]
-
-    def recall(flag, is_there, ways_out):
-        path = paths.get(REMEMBERED[flag])
-        if getattr(args, flag) is not None or path is None:
-            return
-        if not is_there(path):
-            raise UserError(f"{where}: the checkpoint remembers {path[:200]!r}, which is not there; give {ways_out}")
-        setattr(args, flag, path)
+    agreement, left_out = checkpoints.read_agreement(args.output_dir), {name for name in vars(args)
+                                                                        if getattr(args, name) is None}
+    paths = agreement.get("paths", {})
 
     def is_base(path):      # one without a fingerprint was a name on the hub
         return os.path.isdir(path) or "base_model" not in agreement and HUB.fullmatch(path)
 
     full = getattr(args, "test_type", "llm") == "llm" and checkpoints.holds_full_model(args.output_dir)
-    if full and args.base_model is None and not is_base(paths.get("model_name_or_path", "")):
+    if full and args.base_model is None and not is_base(paths.get(REMEMBERED["base_model"], "")):
         args.base_model = args.output_dir       # it needs no base but itself
-    recall("base_model", is_base, "--base_model")
-    for files in (artifacts.GCIM, artifacts.PAM):
-        if not (files == artifacts.GCIM and getattr(args, "use_random_projector", False)):
-            recall(files.flag, os.path.isfile, f"--{files.flag}")
-    recall("poi_embedding_path", os.path.isfile, "--poi_embedding_path")
-
-    known = artifacts.dataset_of(paths.get("gps_mapping_path", ""))
-    if args.dataset_name is None:
-        known = artifacts.dataset_of(args.gps_mapping_path or "") or known
-    name, root = known or (None, artifacts.DATASETS)
-    args.dataset_name = name if args.dataset_name is None else args.dataset_name
-    _require(args, "base_model", "dataset_name")
-    if args.data_path is None:      # who names a data set may mean another one than that of the training
-        there = "dataset_name" in left_out or artifacts.preprocessed(args.dataset_name, root).is_dir()
-        args.data_path = str(root if there else artifacts.DATASETS)
-    if known is None:
-        recall("gps_mapping_path", os.path.isfile, "--gps_mapping_path")
-    elif {"dataset_name", "data_path"} <= set(left_out):
-        recall("gps_mapping_path", os.path.isfile, "--data_path, the root of the data sets, or --gps_mapping_path")
-    args.gps_mapping_path = args.gps_mapping_path or (artifacts.preprocessed(args.dataset_name, args.data_path)
-                                                      / artifacts.gps_mapping(args.dataset_name))
-    for name in {"context_size", "seq_len"} & set(left_out):
+    _recall(args, paths, "base_model", "--base_model", is_base)
+    for flag in ("geoencoder_path", "projector_path", "poi_embedding_path"):
+        if flag != "geoencoder_path" or not getattr(args, "use_random_projector", False):
+            _recall(args, paths, flag, f"--{flag}")
+    _require(args, "base_model")
+    _fill_in_data_set(args, paths)
+    for name in {"context_size", "seq_len"} & left_out:
         setattr(args, name, agreement.get("model_max_length", LENGTH))
     if paths:
-        told = [f"--{name} {shlex.quote(str(value))}" for name, value in vars(args).items()
-                if name in left_out and value is not None]
-        log.info("from %s: %s", where, " ".join(told) or "nothing")
+        filled = [f"--{name} {shlex.quote(str(value))}" for name, value in vars(args).items()
+                  if name in left_out and value is not None]
+        log.info("%s: from the training are %s", args.output_dir, " ".join(filled) or "no flags, all are given")
     return agreement
 
 
-def _require(args: argparse.Namespace, *names: str) -> None:
-    for name in names:
-        if not getattr(args, name):
-            raise UserError(f"--{name} is required" + ", for the checkpoint does not tell it" * (name != "output_dir")
-                            + f"; see python {sys.argv[0]} --help")
+def _fill_in_data_set(args: argparse.Namespace, paths: dict[str, str]) -> None:
+    """Name, root and mapping. Whoever names a data set or a root may mean another one than the training's."""
+    named, rooted = args.dataset_name is not None, args.data_path is not None
+    known = artifacts.dataset_of(paths.get("gps_mapping_path", ""))
+    if not named:
+        known = artifacts.dataset_of(args.gps_mapping_path or "") or known
+    name, root = known or (None, artifacts.DATASETS)
+    args.dataset_name = args.dataset_name if named else name
+    _require(args, "dataset_name")
+    if not rooted:
+        there = not named or artifacts.preprocessed(args.dataset_name, root).is_dir()
+        args.data_path = str(root if there else artifacts.DATASETS)
+    if known is None:
+        _recall(args, paths, "gps_mapping_path", "--gps_mapping_path")
+    elif not (named or rooted):
+        _recall(args, paths, "gps_mapping_path", "--data_path, the root of the data sets, or --gps_mapping_path")
+    args.gps_mapping_path = args.gps_mapping_path or (artifacts.preprocessed(args.dataset_name, args.data_path)
+                                                      / artifacts.gps_mapping(args.dataset_name))
+
+
+def _recall(args: argparse.Namespace, paths: dict[str, str], flag: str, way_out: str, is_there=os.path.isfile) -> None:
+    path = paths.get(REMEMBERED[flag])
+    if getattr(args, flag) is not None or path is None:
+        return
+    if not is_there(path):
+        raise UserError(f"{Path(args.output_dir) / checkpoints.AGREEMENT}: the checkpoint remembers {path[:200]!r}, "
+                        f"which is not there; give {way_out}")
+    setattr(args, flag, path)
+
+
+def _require(args: argparse.Namespace, name: str) -> None:
+    if not getattr(args, name):
+        raise UserError(f"--{name} is required" + ", for the checkpoint does not tell it" * (name != "output_dir")
+                        + f"; see python {sys.argv[0]} --help")
 
 
 def question_kind(agreement: dict) -> tuple[bool, bool]:
     """Of the questions that a checkpoint was trained on: whether they show similar trajectories; `<POI n>`."""
     shown = agreement.get("questions", {}) if "paths" in agreement else {}
     fields = shown.get("fields")
-    return shown.get("use_sim") is True, isinstance(fields, list) and "poi_token" in fields
+    return shown.get("use_sim") is True, isinstance(fields, list) and prompts.ALIGNED in fields
 
 
 def load(args: argparse.Namespace, agreement: dict, mapping: GPSMapping, attention: str, test_type: str = "llm",
          random_encoder: bool = False):
     """The LLM of `add_flags`' flags, in eval mode, and its tokenizer with the tokens of the places.
 
-    agreement: as of `fill_in`. attention: what `attn_implementation` calls it. test_type: one of `TEST_TYPES`. random_encoder: an untrained
-    geo-encoder instead of --geoencoder_path's. Raises UserError if the files are not of one training.
+    agreement: as of `fill_in`. attention: what `attn_implementation` calls it. test_type: one of `TEST_TYPES`.
+    random_encoder: an untrained geo-encoder instead of --geoencoder_path's. Raises UserError if the files are not of
+    one training.
     """
     injection.check_paths(args)
     embeddings = read_poi_embeddings(args.poi_embedding_path, mapping) if args.poi_embedding_path else None
