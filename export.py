@@ -1,9 +1,11 @@
 """Export a trained model as a plain Hugging Face folder, which transformers and vLLM serve without this project.
 
-    python export.py --base_model M --output_dir O/checkpoint-N --dataset_name nyc --context_size 32768 \
-        --gps_mapping_path G.csv --geoencoder_path O1/N/geo_encoder_merged.pth --export_dir exported \
-        [--poi_embedding_path E.npy --projector_path P1/N/poi_projector.pth]
+    python export.py --output_dir O/checkpoint-N --export_dir exported \
+        [--base_model M --dataset_name nyc --gps_mapping_path G.csv --context_size 32768 \
+         --geoencoder_path O1/N/geo_encoder_merged.pth \
+         --poi_embedding_path E.npy --projector_path P1/N/poi_projector.pth]
 
+The checkpoint remembers what stands in brackets; a flag overrides it, and is checked.
 LoRA is merged in fp32 into the unquantized base, and the embedding rows of <GPS n> (and <POI n>) become the vectors
 that the encoders gave for them; then all is cast to --dtype. Beside the model stand its tokenizer, a card (README.md)
 and what recommend.py needs to ask it (ga_llm.json). The folder appears whole or not at all.
@@ -33,39 +35,33 @@ from geo_encoder import gps_tokens, injection  # noqa: E402
 log = logging.getLogger("export")
 
 
-def arguments() -> argparse.Namespace:
+def arguments() -> tuple[argparse.Namespace, dict]:
+    """The flags, and what the checkpoint was trained with (`trained.fill_in`)."""
     parser = Parser(__doc__)
     trained.add_flags(parser)
-    parser.add_argument("--dataset_name", help="that of the training")
-    parser.add_argument("--data_path", default=str(artifacts.DATASETS), help="the root of the data sets' files")
     parser.add_argument("--questions", type=Path, metavar="FILE.settings.json",
                         help="what the training's questions showed, where the checkpoint does not say it")
     parser.add_argument("--export_dir", type=Path, help="the folder to make; it must not be there")
     args = parser.parse_args()
-    args.base_model = args.base_model or args.model_path
-    for name in ("base_model", "output_dir", "dataset_name", "export_dir"):
-        if not getattr(args, name):
-            raise UserError(f"--{name} is required; see python export.py --help")
-    folder = artifacts.preprocessed(args.dataset_name, args.data_path)
-    args.gps_mapping_path = args.gps_mapping_path or folder / artifacts.gps_mapping(args.dataset_name)
-    return args
+    if not args.export_dir:
+        raise UserError("--export_dir is required; see python export.py --help")
+    return args, trained.fill_in(args)
 
 
 def main():
-    args = arguments()
+    args, agreement = arguments()
     export.check_new(args.export_dir)
     injection.check_paths(args)
     checkpoint = Path(args.output_dir)
     checkpoints.require_checkpoint(checkpoint)
     dataset = config.load(artifacts.config_file(args.dataset_name), args.data_path)
     mapping = gps_tokens.read_gps_mapping(args.gps_mapping_path)
-    questions = export.question_settings(checkpoint, args.questions)
-    agreement = checkpoints.read_agreement(checkpoint)
+    questions = export.question_settings(checkpoint, agreement, args.questions)
     run_, metrics = export.read_run(checkpoint), export.read_metrics(checkpoint)
 
     dtype = args.dtype or backbone.default_dtype()
     whole = argparse.Namespace(**{**vars(args), "dtype": "float32", "load_in_4bit": False})
-    model, tokenizer = trained.load(whole, mapping, "sdpa")
+    model, tokenizer = trained.load(whole, agreement, mapping, "sdpa")
     model = export.plain(model, getattr(torch, dtype))
 
     context = agreement.get("model_max_length", args.context_size)

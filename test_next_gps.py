@@ -1,9 +1,12 @@
 """Evaluation: how often is the true next POI among the first k? (Paper, Section 4.3.)
 
+    python test_next_gps.py --output_dir O/checkpoint-N
+
     python test_next_gps.py --base_model M --output_dir O/checkpoint-N --dataset_name nyc --data_path datasets \
         --test_file test_qa_pairs_kqt_200items_nyc_llm_without_sim_gps.txt --test_type llm \
         --gps_mapping_path G.csv --geoencoder_path O1/N/geo_encoder_merged.pth
 
+The checkpoint remembers what the second command says of the training; a flag overrides it, and is checked.
 Ranks every POI exactly (--decoding rank), or searches beams or samples one answer, as others do. Prints the metrics,
 beside three baselines on the same pairs, and writes metrics.json and predictions.jsonl. Killed, it goes on where it
 stopped when it is started again.
@@ -28,11 +31,10 @@ from ga_llm.training import run_log
 from geo_encoder import gps_tokens, injection
 
 
-def arguments() -> argparse.Namespace:
+def arguments() -> tuple[argparse.Namespace, dict]:
+    """The flags, and what the checkpoint was trained with (`trained.fill_in`)."""
     parser = Parser(__doc__)
     trained.add_flags(parser)
-    parser.add_argument("--data_path", default=str(artifacts.DATASETS))
-    parser.add_argument("--dataset_name")
     parser.add_argument("--test_file", help="a file in <data_path>/<dataset_name>/preprocessed")
     parser.add_argument("--test_type", choices=trained.TEST_TYPES, default="llm", help=str(trained.TEST_TYPES))
     parser.add_argument("--use_random_projector", type=boolean, default=False, help="an untrained encoder instead")
@@ -45,27 +47,24 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--average_with", nargs="+", default=[], metavar="FILE.npy",
                         help="log_probabilities.npy of other runs: average their probabilities with this one's")
     parser.add_argument("--batch_size", type=whole_number(1), default=8)
-    parser.add_argument("--seq_len", type=token_count, default=32768, help="longer prompts are cut from the left")
+    parser.add_argument("--seq_len", type=token_count, help="longer prompts are cut from the left (default: as above)")
     parser.add_argument("--flash_attn", type=boolean, default=True)
     parser.add_argument("--limit", type=whole_number(1), help="only the first so many pairs")
     parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=42)
     parser.add_argument("--compare", nargs=2, metavar="PREDICTIONS", help="compare two predictions.jsonl, and no more")
     args = parser.parse_args()
     if args.compare:
-        return args
-    args.base_model = args.base_model or args.model_path
-    for name in ("base_model", "output_dir", "dataset_name"):
-        if not getattr(args, name):
-            raise UserError(f"--{name} is required; see python test_next_gps.py --help")
+        return args, {}
+    agreement = trained.fill_in(args)
     args.full_table |= args.history_weight > 0 or bool(args.average_with)       # every POI's probability
     for path in args.average_with:
         artifacts.require(path, ensemble.MADE_BY)
     decoding.check_table(args.decoding, args.full_table)
     args.folder = folder = artifacts.preprocessed(args.dataset_name, args.data_path)
-    args.test_file = folder / (args.test_file or artifacts.questions("test", args.dataset_name, 2, use_sim=False))
-    args.gps_mapping_path = args.gps_mapping_path or folder / artifacts.gps_mapping(args.dataset_name)
+    args.test_file = folder / (args.test_file or artifacts.questions("test", args.dataset_name, 2,
+                                                                     *trained.question_kind(agreement)))
     args.results = Path(args.output_dir) / artifacts.results(vars(args))
-    return args
+    return args, agreement
 
 
 def predict(args, model, tokenizer, test_prompts, trie) -> tuple[predictions.Store, float | None]:
@@ -97,13 +96,14 @@ def mixed(args, store: predictions.Store, test_prompts, candidates, others: dict
 
 
 def main():
-    args = arguments()
+    args, agreement = arguments()
     if args.compare:
         return print(comparison.compare(*map(Path, args.compare)))
     torch.manual_seed(args.seed)
     injection.check_paths(args)
     mapping = gps_tokens.read_gps_mapping(args.gps_mapping_path)
-    pairs = sft_data.read_test_pairs(args.test_file, artifacts.questions_command(args.dataset_name))[:args.limit]
+    made_by = artifacts.questions_command(args.dataset_name, *trained.question_kind(agreement))
+    pairs = sft_data.read_test_pairs(args.test_file, made_by)[:args.limit]
     sft_data.check_places(pairs, trained.known_places(args, mapping), args.test_file, args.gps_mapping_path)
     end = spelling.read_answers(pairs, args.test_file)
     train = baselines.read_train(args.folder / artifacts.split_sample("train"))
@@ -112,7 +112,8 @@ def main():
     # Ranking hands the model a mask of the trie, which flash-attn does not take.
     attention = (tree_attention.TREE if args.decoding == "rank" else
                  backbone.training_attention(args.flash_attn, full=True))
-    model, tokenizer = trained.load(args, mapping, attention, args.test_type, args.use_random_projector)
+    model, tokenizer = trained.load(args, agreement, mapping, attention, args.test_type,
+                                    args.use_random_projector)
     ends = args.always_end or args.decoding == "beam"
     spelled = spelling.Spelling(tokenizer, sorted(mapping.ids.tolist()), end, ends)
     test_prompts = spelled.prompts(pairs, min(args.seq_len, args.context_size), args.test_file)

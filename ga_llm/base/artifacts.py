@@ -35,18 +35,22 @@ REPORT_PICTURES = "report_*.png"    # beside it
 
 @dataclasses.dataclass(frozen=True)
 class EncoderFiles:
-    """What is kept of a module: N/`merged` at checkpoint N, `final` at the end, `config` beside each; what makes it."""
+    """What is kept of a module: N/`merged` at checkpoint N, `final` at the end, `config` beside each; what makes it.
+
+    flag: which later steps take it by.
+    """
     module: str
     merged: str
     final: str
     config: str
     made_by: str
+    flag: str
 
 
 GCIM = EncoderFiles("GCIM", MERGED_ENCODER, FINAL_ENCODER, "geo_encoder_config.json",
-                    "torchrun … finetune_GCIM.py (stage 1)")
+                    "torchrun … finetune_GCIM.py (stage 1)", "geoencoder_path")
 PAM = EncoderFiles("PAM", PROJECTOR, FINAL_PROJECTOR, "poi_projector_config.json",
-                   "torchrun … finetune_PAM.py (stage 1)")
+                   "torchrun … finetune_PAM.py (stage 1)", "projector_path")
 
 
 def dataset_name(text: str, where: str = "-dataset_name") -> str:
@@ -80,6 +84,14 @@ def split_sample(split: str) -> str:
 
 def gps_mapping(dataset: str) -> str:
     return f"{dataset}_gps_mapping.csv"
+
+
+def dataset_of(mapping: Path | str) -> tuple[str, Path] | None:
+    """(data set, root of the data sets) whose GPS mapping lies at `mapping`; None if it lies elsewhere."""
+    path = Path(mapping)
+    name, root = path.parent.parent.name, path.parent.parent.parent
+    is_one = NAME.fullmatch(name) and path == preprocessed(name, root) / gps_mapping(name)
+    return (name, root) if is_one else None
 
 
 def key_query_pairs(split: str) -> str:
@@ -120,9 +132,10 @@ def questions(split: str, dataset: str, stage: int, use_sim: bool, use_pam: bool
     return f"{split}_qa_pairs_kqt_200items_{dataset}_{tail}.{'json' if split == 'train' else 'txt'}"
 
 
-def questions_command(dataset: str) -> str:
+def questions_command(dataset: str, use_sim: bool = False, use_pam: bool = False) -> str:
     """What makes stage 2's question files."""
-    return f"python data-preprocess/process_llm_gps.py -dataset_name {dataset} -use_sim False"
+    return (f"python data-preprocess/process_llm_gps.py -dataset_name {dataset} -use_sim {use_sim}"
+            + " -use_pam True" * use_pam)
 
 
 def require(path: Path | str, made_by: str) -> Path:

@@ -21,7 +21,7 @@ from ga_llm.base import artifacts, writing
 from ga_llm.base.cli import UserError
 from ga_llm.base.prompts import ORDER
 from ga_llm.base.reading import WAY_OUT, read_json
-from ga_llm.training.checkpoints import AGREEMENT, read_agreement
+from ga_llm.training.checkpoints import AGREEMENT
 from geo_encoder.gps_tokens import GPSMapping
 
 DAY = 24 * 60           # minutes; what begins a trajectory where the data set's YAML does not say it
@@ -104,12 +104,12 @@ def _remove(folder: Path) -> None:
         folder.rmdir()
 
 
-def question_settings(checkpoint: Path, given: Path | None) -> dict:
-    """What the training's questions showed: as the checkpoint says, else the file `given`.
+def question_settings(checkpoint: Path, agreement: dict, given: Path | None) -> dict:
+    """What the training's questions showed: as the checkpoint's `agreement` says, else the file `given`.
 
     Raises UserError if neither says it, or they differ.
     """
-    found, where = read_agreement(checkpoint).get("questions"), checkpoint / AGREEMENT
+    found, where = agreement.get("questions"), checkpoint / AGREEMENT
     if given is not None:
         other, where = read_json(given), given
         if found is not None and found != other:

@@ -89,7 +89,7 @@ A question shows at most {model.questions["max_history"]} check-ins of the user'
 question from a user's check-ins, and ranks all POIs exactly, which one answer does not:
 
 ```bash
-python recommend.py --model {shlex.quote(str(model.folder))} --check_ins my.csv --time "{now[:-3]}" -k 5
+python recommend.py --model {shlex.quote(name)} --check_ins my.csv --time "{now[:-3]}" -k 5
 ```
 
 With vLLM (not tried by those who wrote this card; it must be a version that reads `rope_parameters` of config.json, as

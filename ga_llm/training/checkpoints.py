@@ -2,7 +2,7 @@
 
     O/checkpoint-N/adapter_model.safetensors        LoRA (PEFT)
     O/checkpoint-N/trainable_params.safetensors     what is trained beside LoRA: embeddings, norms
-    O/checkpoint-N/ga_llm.json                      what evaluation must agree with
+    O/checkpoint-N/ga_llm.json                      what evaluation must agree with, and the paths it finds all else by
     O/checkpoint-N/model.safetensors, config.json   instead of the first two, with --low_rank_training False; encoders
                                                     that are trained with the model stand in the second all the same
     O/N/geo_encoder_merged.pth                      stage 1: the encoder, LoRA merged in (PAM: poi_projector.pth);
@@ -21,7 +21,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from ga_llm.base.artifacts import TRAINABLE_PARAMS
-from ga_llm.base.cli import UserError
+from ga_llm.base.cli import LEAST_TOKENS, MOST_TOKENS, UserError
 from ga_llm.base.reading import WAY_OUT, fingerprint, listed, read_json, read_tensors, reason
 from ga_llm.llm.backbone import rope_factor
 from geo_encoder.injection import INJECTIONS
@@ -33,6 +33,9 @@ ADAPTER_CONFIG = "adapter_config.json"
 FULL_MODEL = ("model.safetensors", "model.safetensors.index.json")
 CONVERTED = "pytorch_model.bin"     # the README's name for zero_to_fp32.py's output: a file, or a folder of files
 AGREEMENT = "ga_llm.json"
+# A training's flags that its checkpoint remembers, as they were given; nobody has to agree with them.
+PATHS = ("model_name_or_path", "data_path", "gps_mapping_path", "geoencoder_path", "projector_path",
+         "poi_embedding_path")
 PEFT_PREFIX = "base_model.model."
 LORA_FIELDS = ("r", "lora_alpha", "lora_dropout", "target_modules")
 NOTES = ("peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode")
@@ -51,9 +54,10 @@ def require_checkpoint(folder: Path) -> None:
                             "finetune_LLM_with_GCIM.py wrote")
 
 
-def load_adapter(llm, folder: Path | str):
+def load_adapter(llm, folder: Path | str, agreement: dict):
     """Put on `llm` what stage 2 learned: the adapter and the trainable parameters of `folder` (checkpoint-N).
 
+    agreement: as `read_agreement` finds it there.
     If zero_to_fp32.py has been run there, its output is read instead, whether it wrote a file or a folder.
     Raises UserError if something is missing, broken, or belongs to another base model.
     """
@@ -66,7 +70,7 @@ def load_adapter(llm, folder: Path | str):
     except ValueError as error:
         raise _unfit(folder / ADAPTER_CONFIG, reason(error)) from None
     load_weights(model, lora, folder / ADAPTER, [name for name in model.state_dict() if "lora_" in name])
-    trained = [in_model(name) for name in read_agreement(folder).get("trained", []) if not of_encoder(name)]
+    trained = [in_model(name) for name in agreement.get("trained", []) if not of_encoder(name)]
     if (folder / CONVERTED).exists():
         log.info("weights from %s", folder / CONVERTED)
         state, needed = read_converted(folder / CONVERTED), [*map(in_model, lora), *trained]
@@ -168,27 +172,34 @@ def _unfit(path: Path, why: str) -> UserError:
                      "the training")
 
 
-def read_agreement(folder: Path) -> dict:
+def read_agreement(folder: Path | str) -> dict:
     """What the training wrote down for those who go on from its checkpoint; nothing in the released code's."""
-    path = folder / AGREEMENT
+    path = Path(folder) / AGREEMENT
     found = read_json(path) if path.exists() else {}
-    kinds = {"model_max_length": int, "base_model": str, "trained": list, "encoders": dict, "questions": dict}
+    kinds = {"model_max_length": int, "base_model": str, "trained": list, "encoders": dict, "questions": dict,
+             "paths": dict}
     for name, value in found.items():
-        if not isinstance(value, kinds.get(name, object)) or value == 0:
+        if name in kinds and type(value) is not kinds[name]:
             raise UserError(f"{path}: {name} is {str(value)[:100]!r}; {WAY_OUT}")
+    length = found.get("model_max_length", LEAST_TOKENS)
+    if not LEAST_TOKENS <= length <= MOST_TOKENS:
+        raise UserError(f"{path}: model_max_length is {str(length)[:100]}; {WAY_OUT}")
     if not all(isinstance(name, str) for name in found.get("trained", [])):
         raise UserError(f"{path}: trained is no list of names; {WAY_OUT}")
+    for name, value in found.get("paths", {}).items():
+        if not isinstance(value, str) or not value:
+            raise UserError(f"{path}: paths: {name[:100]!r} is {str(value)[:100]!r}; {WAY_OUT}")
     return found
 
 
-def check_agreement(folder: Path | str, context_size: int, native_context: int, base_model: str | None = None,
-                    encoders: dict[str, str] | None = None) -> None:
+def check_agreement(folder: Path | str, found: dict, context_size: int, native_context: int,
+                    base_model: str | None = None, encoders: dict[str, str] | None = None) -> None:
     """The model must be the one that was trained, its positions scaled as they were. Raises UserError if not.
 
-    A base model by its name on the hub is not looked at. encoders: as of `injection.attach_encoders`, must be those of
-    the training; None: whatever they are.
+    found: as `read_agreement` finds it in `folder`. A base model by its name on the hub is not looked at. encoders: as
+    of `injection.attach_encoders`, must be those of the training; None: whatever they are.
     """
-    path, found = Path(folder) / AGREEMENT, read_agreement(Path(folder))
+    path = Path(folder) / AGREEMENT
     trained = found.get("model_max_length", context_size)
     if rope_factor(trained, native_context) != rope_factor(context_size, native_context):
         raise UserError(f"{path}: trained with --model_max_length {trained}, whose positions --context_size "

@@ -121,9 +121,9 @@ def check_resumable(checkpoint: Path, trainer: Trainer) -> None:
     transformers starts with a fresh optimizer, and says nothing, where it does not find one; nor does it say that
     weights are missing.
     """
-    check_agreement(checkpoint, trainer.args.model_max_length, trainer.model.config.max_position_embeddings,
-                    trainer.args.model_name_or_path)
     before = read_agreement(checkpoint)
+    check_agreement(checkpoint, before, trainer.args.model_max_length, trainer.model.config.max_position_embeddings,
+                    trainer.args.model_name_or_path)
     for name in {"seed", "encoder", "encoders"} & before.keys() & trainer.agreement.keys():
         if before[name] != trainer.agreement[name]:
             raise UserError(f"{checkpoint / AGREEMENT}: trained with {name} {before[name]}, not "

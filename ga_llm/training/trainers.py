@@ -22,7 +22,8 @@ from ga_llm.base.sharding import set_up_fsdp
 from ga_llm.base.writing import atomic_write, saving
 from ga_llm.llm.backbone import compile_layers, prepare_for_autocast
 from ga_llm.training import preemption, staging
-from ga_llm.training.checkpoints import ADAPTER, AGREEMENT, PEFT_PREFIX, load_weights, of_encoder, without_encoders
+from ga_llm.training.checkpoints import (ADAPTER, AGREEMENT, PATHS, PEFT_PREFIX, load_weights, of_encoder,
+                                         without_encoders)
 from ga_llm.training.run_log import LoggedTrainer
 from ga_llm.training.sampling import EpochSampler
 from geo_encoder.weights import digest, merged_state_dict, save_encoder
@@ -106,12 +107,18 @@ class GATrainer(LoggedTrainer):
             self.processing_class.save_pretrained(str(output_dir))
         if self.args.should_save:
             with atomic_write(Path(output_dir or self.args.output_dir) / AGREEMENT) as file:
-                json.dump(self.agreement | self.saved_with, file)
+                json.dump(self.agreement | {"paths": self.paths} | self.saved_with, file)
 
     @property
     def saved_with(self) -> dict:
         """What evaluation must agree with, too, and changes while training."""
         return {}
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """Where evaluation finds what it needs beside the checkpoint, relative to where the training was started."""
+        found = {name: getattr(self.args, name, None) for name in PATHS}
+        return {name: str(path) for name, path in found.items() if path}
 
     def _beside_lora(self) -> list[str]:
         return sorted(name for name, p in self.model.named_parameters() if p.requires_grad and "lora_" not in name)
@@ -198,6 +205,13 @@ class EncoderTrainer(GATrainer):
         if self.encoders is None:
             return {}
         return {"encoders": {one.files.module: digest(merged) for one, merged in zip(self.trained, self.merged)}}
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """Of stage 2, its own encoders."""
+        folder = Path(self.args.output_dir) / str(self.state.global_step)
+        own = {} if self.encoders is None else {one.files.flag: str(folder / one.files.merged) for one in self.trained}
+        return super().paths | own
 
     def gather(self) -> None:
         """Merge the weights as they are now. Every rank must call it, for ZeRO-3 and FSDP gather them."""

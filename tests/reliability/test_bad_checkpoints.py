@@ -90,6 +90,10 @@ BROKEN = {
     "agreement: another length": (edit_json(AGREEMENT, model_max_length=8192), [AGREEMENT, "give --context_size 8192"]),
     "agreement: a number for a model": (edit_json(AGREEMENT, base_model=7), [AGREEMENT, "base_model"]),
     "agreement: numbers for names": (edit_json(AGREEMENT, trained=[7]), [AGREEMENT, "trained"]),
+    "agreement: a list for paths": (edit_json(AGREEMENT, paths=["models/tiny"]), [AGREEMENT, "paths"]),
+    "agreement: a number for a path": (edit_json(AGREEMENT, paths={"geoencoder_path": 7}), [AGREEMENT, "paths", "7"]),
+    "agreement: an empty path": (edit_json(AGREEMENT, paths={"data_path": ""}), [AGREEMENT, "paths", "data_path"]),
+    "agreement: a length beyond any": (edit_json(AGREEMENT, model_max_length=10**30), [AGREEMENT, "model_max_length"]),
     "agreement: another model": (edit_json(AGREEMENT, base_model="0" * 64), [AGREEMENT, "trained on other weights"]),
     "adapter: NaN": (fill(ADAPTER, Q_PROJ, float("nan")), [ADAPTER, "NaN"]),
     "adapter: infinity": (fill(ADAPTER, Q_PROJ, float("-inf")), [ADAPTER, "infinity"]),
@@ -131,7 +135,7 @@ def test_broken(repo, checkpoint, tmp_path, change, names):
 
 WHOLE = {
     "the released code's": remove(AGREEMENT),
-    "of an earlier version": edit_json(AGREEMENT, base_model=None, trained=None),
+    "of an earlier version": edit_json(AGREEMENT, base_model=None, trained=None, paths=None),
     "converted, a file": converted(),
     "converted, a folder": converted("pytorch_model.bin"),
     "converted, a folder with an index": both(converted("a.bin", "b.bin", index=["a.bin", "b.bin"]),
@@ -277,6 +281,8 @@ RESUMED = {
     "a deeper model": (remove(AGREEMENT), ["--model_name_or_path", "models/deep"], [ADAPTER, "layers.2"]),
     "another length": (lambda folder: None, ["--model_max_length", "8192"], [AGREEMENT, "4096"]),
     "all of the model": (lambda folder: None, ["--low_rank_training", "False"], ["no model.safetensors"]),
+    "files that are elsewhere now": (edit_json(AGREEMENT, paths={"model_name_or_path": "gone", "data_path": "gone",
+                                                                 "geoencoder_path": "gone"}), [], None),
     "step beyond the end": (edit_json("trainer_state.json", global_step=99), [], None),
 }
 

@@ -1,5 +1,6 @@
-"""PAM by its commands: transitions to embeddings, a projector trained on them, stage 2 and evaluation with both modules."""
+"""PAM by its commands: transitions to embeddings, a projector trained on them, stage 2 and evaluation with both."""
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 QUESTIONS = "qa_pairs_kqt_200items_sample_llm_without_sim_gps_pam"
 PROJECTOR = "outputs/pam/6/poi_projector.pth"
+NEITHER = ["--poi_embedding_path", "", "--projector_path", ""]
 BOTH = ["--poi_embedding_path", EMBEDDINGS, "--projector_path", PROJECTOR]
 STAGE_2 = ["--data_path", f"{DATA}/train_{QUESTIONS}.json", *BOTH]
 TEST = ["--test_file", f"test_{QUESTIONS}.txt"]
@@ -50,11 +52,25 @@ def test_evaluation_with_both_modules(aligned, tmp_path):
     assert metrics["machine"]["cores"] >= 1 and "test_next_gps.py --batch_size 8" in metrics["command"]
 
 
+def test_evaluation_by_the_checkpoint_alone(aligned, tmp_path):
+    """It remembers both modules, and questions with <POI n>."""
+    found = []
+    for name, command in (("full", lambda folder: evaluation(folder, *TEST, *BOTH)),
+                          ("short", lambda folder: ["test_next_gps.py", "--output_dir", folder])):
+        folder = shutil.copytree(aligned / "outputs/both/checkpoint-6", tmp_path / name,
+                                 ignore=shutil.ignore_patterns("predictions.jsonl", "metrics.json"))
+        result = forked.run(aligned, list(map(str, command(folder))), tmp_path / f"{name}.log")
+        assert result.code == 0, result.err
+        found.append(((folder / "predictions.jsonl").read_text(),
+                      json.loads((folder / "metrics.json").read_text())["all"]))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("flags, names", [
-    ([*TEST], ["<POI ", "--poi_embedding_path"]),
-    (["--projector_path", PROJECTOR], ["--projector_path", "--poi_embedding_path"]),
-    (["--poi_embedding_path", EMBEDDINGS], ["--poi_embedding_path", "--projector_path"]),
-    ([], ["ga_llm.json", "trained with PAM", "--projector_path"]),
+    ([*TEST, *NEITHER], ["<POI ", "--poi_embedding_path"]),
+    (["--poi_embedding_path", ""], ["--projector_path", "--poi_embedding_path"]),
+    (["--projector_path", ""], ["--poi_embedding_path", "--projector_path"]),
+    (NEITHER, ["ga_llm.json", "trained with PAM", "--projector_path"]),
     ([*TEST, "--poi_embedding_path", EMBEDDINGS, "--projector_path", "outputs/pam/4/poi_projector.pth"],
      ["ga_llm.json", "other weights of PAM's"]),
     ([*TEST, *BOTH, "--geoencoder_path", "outputs/gcim/4/geo_encoder_merged.pth"], ["other weights of GCIM's"]),

@@ -130,7 +130,7 @@ def test_conversion(repo, stack):
         mapping = gps_tokens.read_gps_mapping(repo / "datasets/sample/preprocessed/sample_gps_mapping.csv")
         model = backbone.load_llm(str(repo / "models/tiny"), 4096, "sdpa", torch.float32)
         gps_tokens.add_gps_tokens(backbone.load_tokenizer(str(repo / "models/tiny")), mapping, model)
-        return checkpoints.load_adapter(model, folder).state_dict()
+        return checkpoints.load_adapter(model, folder, checkpoints.read_agreement(folder)).state_dict()
 
     shutil.copytree(repo / checkpoint, repo / f"outputs/{stack}_direct",
                     ignore=shutil.ignore_patterns("pytorch_model.bin", "global_step*"))

@@ -93,7 +93,7 @@ def reload(trainer, tiny_llama, mapping_csv, tmp_path, tied=False, folder="check
     injection.attach_encoders(model, injection.load_encoders(model, mapping, token_ids,
                                                              encoder_file or tmp_path / "e/geo_encoder_merged.pth"))
     if source == base:
-        model = checkpoints.load_adapter(model, checkpoint)
+        model = checkpoints.load_adapter(model, checkpoint, checkpoints.read_agreement(checkpoint))
     batch = tokenizer(PAIRS[0], return_tensors="pt")
     with torch.no_grad():
         return trainer.model.eval()(**batch).logits, model.eval()(**batch).logits
@@ -174,10 +174,11 @@ def test_encoders_that_stage_2_trains(train, tiny_llama, mapping_csv, tmp_path, 
     before, after, final = (torch.load(path, weights_only=True) for path in (
         tmp_path / "e/geo_encoder_merged.pth", own, tmp_path / "stage2/geo_encoder_final_merged.pth"))
     assert all((before[name] - after[name]).abs().max() > 0 and torch.equal(after[name], final[name]) for name in after)
-    found = {"GCIM": weights.digest(after)}
-    checkpoints.check_agreement(checkpoint, 256, 2048, encoders=found)
+    found, agreement = {"GCIM": weights.digest(after)}, checkpoints.read_agreement(checkpoint)
+    assert agreement["paths"]["geoencoder_path"] == str(own)
+    checkpoints.check_agreement(checkpoint, agreement, 256, 2048, encoders=found)
     with pytest.raises(UserError, match="with other weights of GCIM's; give the --geoencoder_path"):
-        checkpoints.check_agreement(checkpoint, 256, 2048, encoders={"GCIM": weights.digest(before)})
+        checkpoints.check_agreement(checkpoint, agreement, 256, 2048, encoders={"GCIM": weights.digest(before)})
     if not low_rank:
         assert not any("injection" in name for name in load_file(checkpoint / "model.safetensors"))
     tokens = gps_tokens.read_gps_mapping(mapping_csv).tokens
@@ -240,10 +241,11 @@ def test_broken_checkpoints(train, tiny_llama, mapping_csv, tmp_path, break_it, 
 
 def test_positions_must_be_scaled_as_in_training(tmp_path):
     (tmp_path / checkpoints.AGREEMENT).write_text('{"model_max_length": 32768}')
-    checkpoints.check_agreement(tmp_path, 32768, native_context=4096)
-    checkpoints.check_agreement(tmp_path, 30000, native_context=4096)       # the same factor of 8
+    found = checkpoints.read_agreement(tmp_path)
+    checkpoints.check_agreement(tmp_path, found, 32768, native_context=4096)
+    checkpoints.check_agreement(tmp_path, found, 30000, native_context=4096)       # the same factor of 8
     with pytest.raises(UserError, match="give --context_size 32768"):
-        checkpoints.check_agreement(tmp_path, 4096, native_context=4096)
+        checkpoints.check_agreement(tmp_path, found, 4096, native_context=4096)
 
 
 def test_an_earlier_run_is_not_written_over(train, tmp_path):
