@@ -13,6 +13,8 @@ from ga_llm.base.artifacts import FINAL_ENCODER, FINAL_PROJECTOR, TRAINER_LOG
 from ga_llm.training import run_log, staging
 from ga_llm.training.checkpoints import ADAPTER
 
+pytestmark = pytest.mark.bulk
+
 # 12 pairs in batches of 2 are 6 batches an epoch, 3 with two processes; dropout is on.
 STEPS = 8
 FLAGS = ["--max_steps", STEPS, "--save_steps", "4", "--per_device_train_batch_size", "2"]
