@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # spinning threads of two processes stop each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")       # tiny models are no faster with more
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np  # noqa: E402
@@ -49,8 +50,18 @@ def pytest_sessionstart(session):
 @pytest.hookimpl(trylast=True)      # -m and -k come first
 def pytest_collection_modifyitems(config, items):
     part = config.getoption("part")
-    if part == "all":
-        return
+    if part != "all":
+        drawn = draw(items)
+        config.hook.pytest_deselected(items=[item for item in items if (item in drawn) != (part == "drawn")])
+        items[:] = [item for item in items if (item in drawn) == (part == "drawn")]
+    # While one process makes `repo`, the other has what does without; and the last files are not the longest.
+    need = {item.path for item in items if "repo" in item.fixturenames}
+    first = max(need, default=None)
+    items.sort(key=lambda item: item.path, reverse=True)
+    items.sort(key=lambda item: (item.path in need) - 2 * (item.path == first))
+
+
+def draw(items) -> set:
     cases, drawn = {}, set()
     for item in items:
         if item.get_closest_marker("slow"):
@@ -62,8 +73,7 @@ def pytest_collection_modifyitems(config, items):
     for function, alike in cases.items():
         chance = random.Random(f"{os.environ['GA_LLM_DRAW']} {function}")
         drawn.update(chance.sample(alike, math.ceil(len(alike) / 10)))
-    config.hook.pytest_deselected(items=[item for item in items if (item in drawn) != (part == "drawn")])
-    items[:] = [item for item in items if (item in drawn) == (part == "drawn")]
+    return drawn
 
 
 # Fixtures.

@@ -89,6 +89,7 @@ def test_stops_after_the_step_and_goes_on(repo, tmp_path, trained, stage, number
     check_alike(folder, undisturbed)
 
 
+@pytest.mark.slow
 def test_within_accumulated_steps_and_again_and_again(repo, tmp_path, trained):
     """Told in the first of a step's two batches: the second is read. Each start is told anew, twice at once."""
     flags = ["--gradient_accumulation_steps", "2", "--save_strategy", "epoch"]
@@ -131,6 +132,7 @@ def test_two_processes_stop_at_one_step(repo, tmp_path, hooks, last):
     assert stopped(repo, 1, tmp_path / "stopped", processes=2, hooks=hooks, word=word) == [last] * bool(last)
 
 
+@pytest.mark.slow
 def test_two_processes_go_on(repo, tmp_path, trained):
     """The second alone is told."""
     folder = tmp_path / "stopped"

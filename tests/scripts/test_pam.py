@@ -50,6 +50,7 @@ def test_evaluation_with_both_modules(aligned, tmp_path):
     assert metrics["machine"]["cores"] >= 1 and "test_next_gps.py --batch_size 8" in metrics["command"]
 
 
+@pytest.mark.bulk
 @pytest.mark.parametrize("flags, names", [
     ([*TEST], ["<POI ", "--poi_embedding_path"]),
     (["--projector_path", PROJECTOR], ["--projector_path", "--poi_embedding_path"]),
@@ -70,6 +71,7 @@ def test_a_checkpoint_without_pam_takes_none(aligned, tmp_path):
     refusal(forked.run(aligned, evaluation("outputs/llm/checkpoint-6", *BOTH), tmp_path / "log"), "without PAM")
 
 
+@pytest.mark.bulk
 @pytest.mark.parametrize("stage, flags, names", [
     ("pam", ["--poi_embedding_path", ""], ["--poi_embedding_path is required"]),
     ("pam", ["--geo_encoder", "fourier"], ["--geo_encoder", "unknown flag"]),

@@ -41,6 +41,7 @@ def test_golden_run(repo):
     assert metrics["all"]["model"]["Acc@5"]["value"] == sum(r is not None and r <= 5 for r in ranked) / len(ranked)
 
 
+@pytest.mark.bulk
 @pytest.mark.parametrize("flags, same", [(["--test_type", "base"], False), (["--test_type", "projector"], False),
                                          (["--test_type", "llm", "--batch_size", "3"], True)])
 def test_types_of_test(repo, flags, same):
@@ -54,6 +55,7 @@ def test_types_of_test(repo, flags, same):
     assert (difference < 1e-3) == same
 
 
+@pytest.mark.bulk
 @pytest.mark.parametrize("how", ["sample", "beam"])
 def test_other_decodings(repo, how):
     result, metrics = evaluate(repo, "outputs/llm/checkpoint-6", "--decoding", how, "--limit", "12")
@@ -152,6 +154,7 @@ def test_a_finished_run_is_left_as_it_is(repo):
     assert "nothing is left to train" in (repo / "outputs/llm.log").read_text() and not (repo / "outputs/llm/checkpoint-7").exists()
 
 
+@pytest.mark.bulk
 @pytest.mark.parametrize("change, message", [
     (["--geoencoder_path", "outputs/nowhere.pth"], "outputs/nowhere.pth: not found; make it with"),
     (["--test_file", "nothing.txt"], "nothing.txt: not found; make it with `python data-preprocess/process_llm_gps.py"),
