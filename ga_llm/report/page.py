@@ -423,10 +423,10 @@ def example(page: Page, i: int, one: dict, mapping: GPSMapping) -> str:
 
 
 def encoder_section(page: Page, views: EncoderViews) -> list[str]:
-    config, figures = views.config, []
+    config, pictures = views.config, []
     for name, one in (("before", views.before), ("after", views.after)):
         when = f"{name} training"
-        figures.append(page.picture(
+        pictures.append(page.picture(
             f"places_{name}", figures.colour_map(views.mapping, one.colours),
             f"Map of {len(one.colours):,} places {when}, coloured by the principal components of their vectors.",
             f"Red, green and blue are the first three principal components, {percent(one.explained)} of the variance. "
@@ -434,7 +434,7 @@ def encoder_section(page: Page, views: EncoderViews) -> list[str]:
             "compared with each other, and say nothing in greyscale: see the pictures below.", f"Places, {when}"))
     for name, one in (("before", views.before), ("after", views.after)):
         correlations = f"Pearson {number(one.pearson)}, Spearman {number(one.spearman)}"
-        figures.append(page.picture(
+        pictures.append(page.picture(
             f"distances_{name}", figures.distances(one.km, one.distance),
             f"Distance of vectors over km, {name} training: {correlations}.",
             f"{correlations} over {len(one.km):,} pairs of places. A line that rises "
@@ -445,11 +445,11 @@ def encoder_section(page: Page, views: EncoderViews) -> list[str]:
     return [paragraph(f"The encoder {views.path} ({config.kind}, n-grams of {config.ngram}, level {config.level}, "
                       f"width {config.hidden_size}, weights {views.digest}) on {len(views.mapping.ids):,} places{of}. "
                       f"\"Before\" is an encoder of the same configuration, newly initialised with seed {contents.SEED}: "
-                      "not the very one that the training began with. Distances are Euclidean."), panels(*figures)]
+                      "not the very one that the training began with. Distances are Euclidean."), panels(*pictures)]
 
 
 def losses_section(page: Page, found: dict[str, list[dict]]) -> list[str]:
-    figures = []
+    pictures = []
     for i, (name, lines) in enumerate(found.items(), start=1):
         values = [line["loss"] for line in lines]
         part = max(1, len(values) // 10)
@@ -457,10 +457,10 @@ def losses_section(page: Page, found: dict[str, list[dict]]) -> list[str]:
         took = datetime.timedelta(seconds=round(lines[-1]["elapsed_seconds"]))
         said = (f"{lines[-1]['step']:,} steps in {took}; the mean loss of the first tenth of the log is "
                 f"{first:.3g}, of the last {last:.3g}")
-        figures.append(page.picture(f"loss_{i}", figures.losses(lines), f"Training loss: {said}.",
+        pictures.append(page.picture(f"loss_{i}", figures.losses(lines), f"Training loss: {said}.",
                                     f"{said}. It is the training's own loss: what was learned, the test above says.",
                                     name[0].upper() + name[1:]))
-    return [panels(*figures)]
+    return [panels(*pictures)]
 
 
 def origin_section(evaluation: Evaluation) -> list[str]:
