@@ -152,8 +152,8 @@ def test_git_state(tmp_path):
         subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *command], check=True,
                        capture_output=True)
 
-    code = tmp_path / "ga_llm" / "run_log.py"
-    code.parent.mkdir()
+    code = tmp_path / "ga_llm" / "training" / "run_log.py"
+    code.parent.mkdir(parents=True)
     code.write_text("1")
     assert run_log.git_state(tmp_path) is None
     git("init")
