@@ -35,8 +35,9 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     """The processes of pytest-xdist, which start later, inherit the draw."""
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    os.environ.setdefault("GA_LLM_DRAW", commit.stdout.strip() or str(datetime.date.today()))
+    commit = shutil.which("git") and subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], text=True,
+                                                    capture_output=True).stdout.strip()
+    os.environ.setdefault("GA_LLM_DRAW", commit or str(datetime.date.today()))
 
 
 @pytest.hookimpl(trylast=True)
@@ -62,6 +63,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def draw(items) -> set:
+    """Those that `make test` runs."""
     cases, drawn = {}, set()
     for item in items:
         if item.get_closest_marker("slow"):
