@@ -1,7 +1,8 @@
-# make demo   the whole system on a synthetic city, from raw check-ins to Acc@k (about 10 minutes on 2 cores)
-# make test   the tests
-# make soak   the long part of the tests of reliability: hundreds of kills
-# make env    the environment of both, in .venv
+# make demo        the whole system on a synthetic city, from raw check-ins to Acc@k (about 10 minutes on 2 cores)
+# make test        the tests; of nearly alike cases a drawn tenth (tests/conftest.py)
+# make test-all    all tests; make test-rest: those that make test leaves out
+# make soak        the long part of the tests of reliability: hundreds of kills
+# make env         the environment of them all, in .venv
 #
 # On a GPU node use environment.yml. TORCH may name another build: make env TORCH=torch==2.13.0+cu130
 # With another Python or other versions, in an environment of their own (.venv-3.12-oldest):
@@ -22,10 +23,12 @@ endif
 export OMP_WAIT_POLICY = PASSIVE
 export PATH := $(VENV)/bin:$(PATH)
 
-# Their kills are timed, so they run alone.
+PYTEST := cd $(ROOT) && python -m pytest
+IN_TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Their kills are timed, so but for the drawn few they run alone.
 KILLS := tests/reliability/test_kills.py
 
-.PHONY: env demo test soak
+.PHONY: env demo test test-rest test-all soak
 env: $(VENV)/.complete
 
 # The stamp is written last: after an interruption pip runs again and finishes what is missing.
@@ -40,8 +43,15 @@ demo: env
 	cd $(ROOT) && bash demo.sh
 
 test: env
-	cd $(ROOT) && python -m pytest --numprocesses 2 --dist loadfile --ignore $(KILLS)
-	cd $(ROOT) && python -m pytest $(KILLS)
+	$(PYTEST) --part drawn $(IN_TWO)
+
+test-rest: env
+	$(PYTEST) --part rest $(IN_TWO) --ignore $(KILLS)
+	$(PYTEST) --part rest $(KILLS)
+
+test-all: env
+	$(PYTEST) $(IN_TWO) --ignore $(KILLS)
+	$(PYTEST) $(KILLS)
 
 soak: env
-	cd $(ROOT) && python -m pytest tests/reliability -m soak
+	$(PYTEST) tests/reliability -m soak

@@ -1,9 +1,21 @@
-"""Tests run on a CPU with what they build themselves: tiny random Llamas, a handful of places."""
+"""Tests run on a CPU with what they build themselves: tiny random Llamas, a handful of places.
+
+`make test` runs `--part drawn`: of each test function that is marked `bulk` (nearly alike cases) a tenth of its cases, at
+least one, and nothing that is marked `slow`. `--part rest` is what that leaves out; without the option all run. What is
+drawn depends on the commit; GA_LLM_DRAW, which the first line tells, repeats another's draw.
+"""
+import datetime
+import fcntl
+import math
 import os
+import random
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # spinning threads of two processes stop each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")       # tiny models are no faster with more
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np  # noqa: E402
@@ -14,6 +26,59 @@ from make_tiny_llama import make_tiny_llama  # noqa: E402
 
 PLACES = 12
 
+
+# The two parts.
+
+def pytest_addoption(parser):
+    parser.addoption("--part", choices=("all", "drawn", "rest"), default="all", help="see tests/conftest.py")
+
+
+def pytest_configure(config):
+    """The processes of pytest-xdist, which start later, inherit the draw."""
+    commit = shutil.which("git") and subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], text=True,
+                                                    capture_output=True).stdout.strip()
+    os.environ.setdefault("GA_LLM_DRAW", commit or str(datetime.date.today()))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionstart(session):
+    """Where pytest's header would stand, which -q leaves out."""
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    if terminal and session.config.getoption("part") != "all":
+        terminal.write_line(f"--part {session.config.getoption('part')}, GA_LLM_DRAW={os.environ['GA_LLM_DRAW']}")
+
+
+@pytest.hookimpl(trylast=True)      # -m and -k come first
+def pytest_collection_modifyitems(config, items):
+    part = config.getoption("part")
+    if part != "all":
+        drawn = draw(items)
+        config.hook.pytest_deselected(items=[item for item in items if (item in drawn) != (part == "drawn")])
+        items[:] = [item for item in items if (item in drawn) == (part == "drawn")]
+    # While one process makes `repo`, the other has what does without; and the last files are not the longest.
+    need = {item.path for item in items if "repo" in item.fixturenames}
+    first = max(need, default=None)
+    items.sort(key=lambda item: item.path, reverse=True)
+    items.sort(key=lambda item: (item.path in need) - 2 * (item.path == first))
+
+
+def draw(items) -> set:
+    """Those that `make test` runs."""
+    cases, drawn = {}, set()
+    for item in items:
+        if item.get_closest_marker("slow"):
+            continue
+        if item.get_closest_marker("bulk"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        else:
+            drawn.add(item)
+    for function, alike in cases.items():
+        chance = random.Random(f"{os.environ['GA_LLM_DRAW']} {function}")
+        drawn.update(chance.sample(alike, math.ceil(len(alike) / 10)))
+    return drawn
+
+
+# Fixtures.
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory):
@@ -44,9 +109,32 @@ def mapping_csv(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def repo(tmp_path_factory):
+def once(tmp_path_factory):
+    """once(name, make): a folder that make(folder) fills. The processes of pytest-xdist make one, and take a copy each."""
+    base = tmp_path_factory.getbasetemp()
+    common = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def copy(name, make) -> Path:
+        made, unfinished = common / f"{name}.made", common / f"{name}.unfinished"
+        with open(common / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.exists():
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir()
+                make(unfinished)
+                unfinished.rename(made)
+        return Path(shutil.copytree(made, tmp_path_factory.mktemp(name) / name, symlinks=True))
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def repo(once):
     """A copy of the code, then every step up to a trained stage 2."""
-    repo = tmp_path_factory.mktemp("repo")
+    return once("repo", make_repo)
+
+
+def make_repo(repo):
     for name in CODE:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, repo / name, **({"ignore": shutil.ignore_patterns("data", "__pycache__")}
@@ -61,4 +149,3 @@ def repo(tmp_path_factory):
         run(repo, sys.executable, *command)
     stage_1(repo, "outputs/gcim")
     stage_2(repo, "outputs/llm")
-    return repo

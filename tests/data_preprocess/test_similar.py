@@ -104,6 +104,7 @@ def conf(settings):
     return config.load(settings("csv"))
 
 
+@pytest.mark.bulk
 @pytest.mark.parametrize("seed, top", [(0, 200), (1, 5)])
 @pytest.mark.parametrize("scores, keys", [(1, 16), (350, 7), (similar.SCORES_AT_ONCE, similar.KEYS_AT_ONCE)])
 def test_as_plain_loops_find(conf, monkeypatch, seed, top, scores, keys):
@@ -272,6 +273,7 @@ DAMAGED = {
 }
 
 
+@pytest.mark.bulk
 @pytest.mark.parametrize("text, words", DAMAGED.values(), ids=DAMAGED)
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_damaged_pairs(conf, error_of, split, text, words):

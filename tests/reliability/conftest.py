@@ -11,16 +11,18 @@ from trials import CASES, Disk, Trial
 
 
 @pytest.fixture(scope="session")
-def city(tmp_path_factory):
+def city(once):
     """A larger sample city than that of `repo`, up to its questions."""
-    city = tmp_path_factory.mktemp("city")
+    return once("city", make_city)
+
+
+def make_city(city):
     shutil.copytree(ROOT / "best_conf", city / "best_conf")
     raw = ["data-preprocess/make_sample_raw.py", "-users", "300", "-out", "data-preprocess/data/sample/raw"]
     for command in (raw, *(CASES[name][0] for name in ("samples", "questions 2"))):
         result = call(city, *command)
         assert result.code == 0, result.err
     few_pairs(city, 2, 800)
-    return city
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,8 @@ import cities
 from cities import COLUMN, FORMATS, cell, city, copies, every, good, in_order, refused, succeeds  # noqa: F401
 from harness import snapshot
 
+pytestmark = pytest.mark.bulk
+
 
 def test_the_good_cities_are_what_they_should_be(good):
     for format_ in FORMATS:

@@ -15,6 +15,7 @@ from strangers import (ADAPTER, CONFIG, TRAINED, both, copy, cut, edit_json, edi
 
 from ga_llm.training.checkpoints import AGREEMENT, CONVERTED
 
+pytestmark = pytest.mark.bulk
 Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"
 INDEX = f"{CONVERTED}/pytorch_model.bin.index.json"

@@ -10,6 +10,7 @@ from cities import CATEGORY, FORMATS, HEADERS, SQUARE, every, line, refused, suc
 from cities import city, copies, good  # noqa: F401
 from ga_llm.base import prompts
 
+pytestmark = pytest.mark.bulk
 START = datetime.datetime(2024, 1, 1)
 
 

@@ -25,6 +25,7 @@ from ga_llm.pairs import sft_data, spelling, token_cache
 from ga_llm.training import common
 from geo_encoder import gps_tokens, injection
 
+pytestmark = pytest.mark.bulk
 TEST = f"{DATA}/{artifacts.questions('test', 'sample', 2, False)}"
 TRAIN = PAIRS[2]
 ENCODER = "outputs/gcim/6/geo_encoder_merged.pth"

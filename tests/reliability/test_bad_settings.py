@@ -8,6 +8,7 @@ import yaml
 from cities import City, cell, city, config, copies, good, refused, succeeds  # noqa: F401
 from harness import snapshot
 
+pytestmark = pytest.mark.bulk
 QUESTION_SCRIPTS = ("process_llm_gps.py", "process_projector_gps_stage1.py", "traj_qk.py")
 PAM_SCRIPTS = ("poi_embeddings.py", "process_pam_stage1.py")
 LAUGHS = "a: &a [lol, lol]\n" + "".join(f"{new}: &{new} [*{old}, *{old}, *{old}, *{old}, *{old}, *{old}, *{old}]\n"

@@ -166,6 +166,7 @@ def in_variant(folder: Path, variant: str, *parts: str):
     return [run_chain(copy, part, environment, umask, absolute) for part in parts][-1]
 
 
+@pytest.mark.bulk
 @pytest.mark.parametrize("variant", [FIRST, SECOND, *ALONE])
 def test_data_is_the_same_bytes(plain, tmp_path, variant):
     printed, files = in_variant(tmp_path, variant, DATA_SETS)
@@ -173,6 +174,7 @@ def test_data_is_the_same_bytes(plain, tmp_path, variant):
     assert len(files["data-preprocess/data"]) > 8 and len(files["datasets"]) > 40 and printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [FIRST, pytest.param(SECOND, marks=pytest.mark.soak), *ALONE])
 def test_models_and_tokens_are_the_same_bytes(plain, tmp_path, variant):
     """Random weights, tokenizers of both styles, the tokens of both stages; and the baselines' table."""

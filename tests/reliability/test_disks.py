@@ -18,6 +18,8 @@ from ga_llm.base import writing
 from ga_llm.base.artifacts import FINAL_ENCODER, TRAINER_LOG
 from ga_llm.training import run_log, staging
 
+pytestmark = pytest.mark.bulk
+
 # Of what a command writes, as much as there is room for.
 SHARES = [0.6, *(pytest.param(share / 8, marks=pytest.mark.soak) for share in range(8))]
 ALL = [*CASES, *TRAININGS]

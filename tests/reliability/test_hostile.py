@@ -18,6 +18,7 @@ from strangers import (CONFIG, TRAINED, Payload, both, copy, cut, edit_json, edi
 from ga_llm.base.artifacts import MERGED_ENCODER
 from ga_llm.training import staging
 
+pytestmark = pytest.mark.bulk
 FORMATS = {"zip": zipped, "legacy": legacy, "raw": raw, "tar": tar}
 CODE = "import os\nos.mkdir({mark!r})\nfrom transformers import LlamaConfig as Config, LlamaForCausalLM as Model\n"
 

@@ -25,6 +25,7 @@ from ga_llm.training.checkpoints import ADAPTER
 KILLS = [pytest.param(3, id="short"), pytest.param(20, id="long", marks=pytest.mark.soak)]
 
 
+@pytest.mark.bulk
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("kills", KILLS)
 def test_killed(name, kills, trial):
@@ -48,6 +49,7 @@ def test_killed(name, kills, trial):
     assert killed == kills and half_done >= kills // 3
 
 
+@pytest.mark.bulk
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("times", [pytest.param(1, id="short"), pytest.param(10, id="long", marks=pytest.mark.soak)])
 def test_stopped(name, times, trial):
@@ -122,7 +124,6 @@ def wait_for_step(process, folder, step):
         time.sleep(0.0005)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("kills", [pytest.param(6, id="short"), pytest.param(20, id="long", marks=pytest.mark.soak)])
 def test_training_killed(repo, tmp_path, stage, kills):
@@ -155,6 +156,7 @@ def test_training_killed(repo, tmp_path, stage, kills):
     assert half_done >= kills // 4 and len(seen) >= 3
 
 
+@pytest.mark.bulk
 @pytest.mark.parametrize("name", TRAININGS)
 @pytest.mark.parametrize("number, code, steps, words", [
     (signal.SIGINT, 130, [2], "interrupted"), (signal.SIGTERM, 0, [2, 4], "told to stop by SIGTERM: step 4 of 6"),

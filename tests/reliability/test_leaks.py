@@ -190,7 +190,7 @@ def cities(tmp_path_factory):
     return make
 
 
-@pytest.fixture(scope="module", params=["sample", "nyc"])
+@pytest.fixture(scope="module", params=["sample", pytest.param("nyc", marks=pytest.mark.slow)])
 def city(request, cities):
     return cities(request.param)
 

@@ -13,6 +13,8 @@ from ga_llm.base.artifacts import FINAL_ENCODER, FINAL_PROJECTOR, TRAINER_LOG
 from ga_llm.training import run_log, staging
 from ga_llm.training.checkpoints import ADAPTER
 
+pytestmark = pytest.mark.bulk
+
 # 12 pairs in batches of 2 are 6 batches an epoch, 3 with two processes; dropout is on.
 STEPS = 8
 FLAGS = ["--max_steps", STEPS, "--save_steps", "4", "--per_device_train_batch_size", "2"]
@@ -88,6 +90,7 @@ def test_stops_after_the_step_and_goes_on(repo, tmp_path, trained, stage, number
     check_alike(folder, undisturbed)
 
 
+@pytest.mark.slow
 def test_within_accumulated_steps_and_again_and_again(repo, tmp_path, trained):
     """Told in the first of a step's two batches: the second is read. Each start is told anew, twice at once."""
     flags = ["--gradient_accumulation_steps", "2", "--save_strategy", "epoch"]
@@ -130,6 +133,7 @@ def test_two_processes_stop_at_one_step(repo, tmp_path, hooks, last):
     assert stopped(repo, 1, tmp_path / "stopped", processes=2, hooks=hooks, word=word) == [last] * bool(last)
 
 
+@pytest.mark.slow
 def test_two_processes_go_on(repo, tmp_path, trained):
     """The second alone is told."""
     folder = tmp_path / "stopped"

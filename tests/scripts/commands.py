@@ -79,13 +79,16 @@ def evaluation(output, *flags):
             "--geoencoder_path", "outputs/gcim/6/geo_encoder_merged.pth", "--use_random_projector", "False", *flags]
 
 
-def evaluate(repo, output, *flags, check=True):
-    result = run(repo, sys.executable, *evaluation(output, *flags), check=check)
-    if not check:
-        return result, None
-    wrote = result.stdout.strip().splitlines()[-1].split()
+def evaluate(repo, output, *flags):
+    result = run(repo, sys.executable, *evaluation(output, *flags))
+    return result, metrics(repo, result.stdout)
+
+
+def metrics(repo, printed):
+    """The metrics that an evaluation says, in its last line, it has written."""
+    wrote = printed.strip().splitlines()[-1].split()
     assert wrote[0] == "wrote" and (repo / wrote[3]).name == "predictions.jsonl"
-    return result, json.loads((repo / wrote[1]).read_text())
+    return json.loads((repo / wrote[1]).read_text())
 
 
 def losses(folder):

@@ -13,10 +13,11 @@ import resource
 import runpy
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
-from commands import FLAGS, README_FLAGS, ROOT, SCRIPTS, free_port
+from commands import FLAGS, README_FLAGS, ROOT, SCRIPTS, evaluation, free_port, metrics
 from harness import Result
 
 from ga_llm.base import writing
@@ -46,6 +47,14 @@ def end(process, log) -> Result:
     process.join(300)
     return Result(process.exitcode, *(path.read_text() if path.exists() else ""
                                       for path in (Path(f"{log}.out"), Path(log))))
+
+
+def evaluate(repo, output, *flags):
+    """(result, metrics) of an evaluation."""
+    with tempfile.TemporaryDirectory() as logs:
+        result = run(repo, evaluation(output, *flags), Path(logs) / "log")
+    assert result.code == 0, result.err[-5000:]
+    return result, metrics(repo, result.out)
 
 
 def start(repo, stage, output, *flags, processes=1, hooks=()):

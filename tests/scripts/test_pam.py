@@ -66,6 +66,7 @@ def test_evaluation_by_the_checkpoint_alone(aligned, tmp_path):
     assert found[0] == found[1]
 
 
+@pytest.mark.bulk
 @pytest.mark.parametrize("flags, names", [
     ([*TEST, *NEITHER], ["<POI ", "--poi_embedding_path"]),
     (["--poi_embedding_path", ""], ["--projector_path", "--poi_embedding_path"]),
@@ -86,6 +87,7 @@ def test_a_checkpoint_without_pam_takes_none(aligned, tmp_path):
     refusal(forked.run(aligned, evaluation("outputs/llm/checkpoint-6", *BOTH), tmp_path / "log"), "without PAM")
 
 
+@pytest.mark.bulk
 @pytest.mark.parametrize("stage, flags, names", [
     ("pam", ["--poi_embedding_path", ""], ["--poi_embedding_path is required"]),
     ("pam", ["--geo_encoder", "fourier"], ["--geo_encoder", "unknown flag"]),

@@ -1,14 +1,16 @@
 """The README's commands in a copy of the repository: raw check-ins to Acc@k, with a tiny random Llama."""
 import json
 import re
-import subprocess
-import sys
 import time
 
+import commands
+import forked
 import numpy as np
 import pytest
 import torch
-from commands import DATA, MAPPING, evaluate, evaluation, losses, run, stage_1, stage_2
+from commands import DATA, MAPPING, evaluation, losses
+from forked import evaluate
+from harness import call
 from safetensors.torch import load_file
 
 
@@ -22,7 +24,7 @@ def test_golden_run(repo):
     adapter = load_file(llm / "checkpoint-6/adapter_model.safetensors")
     assert all(tensor.abs().sum() > 0 for name, tensor in adapter.items() if "lora_B" in name)
 
-    result, metrics = evaluate(repo, "outputs/llm/checkpoint-6", "--test_type", "llm")
+    result, metrics = commands.evaluate(repo, "outputs/llm/checkpoint-6", "--test_type", "llm")
     lines = (repo / DATA / "test_qa_pairs_kqt_200items_sample_llm_without_sim_gps.txt").read_text().splitlines()
     places = (repo / MAPPING).read_text().count("\n") - 1
     assert f"protocol ga-llm, n = {len(lines)}" in result.stdout
@@ -39,12 +41,13 @@ def test_golden_run(repo):
     assert metrics["all"]["model"]["Acc@5"]["value"] == sum(r is not None and r <= 5 for r in ranked) / len(ranked)
 
 
+@pytest.mark.bulk
 @pytest.mark.parametrize("flags, same", [(["--test_type", "base"], False), (["--test_type", "projector"], False),
                                          (["--test_type", "llm", "--batch_size", "3"], True)])
 def test_types_of_test(repo, flags, same):
     """base and projector leave the adapter out, so they rank otherwise; the batch size changes nothing."""
     def predictions(result):
-        return [json.loads(line) for line in (repo / result.stdout.split()[-1]).open()]
+        return [json.loads(line) for line in (repo / result.out.split()[-1]).open()]
 
     reference = predictions(evaluate(repo, "outputs/llm/checkpoint-6", "--test_type", "llm")[0])
     other = predictions(evaluate(repo, "outputs/llm/checkpoint-6", *flags)[0])
@@ -52,10 +55,11 @@ def test_types_of_test(repo, flags, same):
     assert (difference < 1e-3) == same
 
 
+@pytest.mark.bulk
 @pytest.mark.parametrize("how", ["sample", "beam"])
 def test_other_decodings(repo, how):
     result, metrics = evaluate(repo, "outputs/llm/checkpoint-6", "--decoding", how, "--limit", "12")
-    assert f"outputs/llm/checkpoint-6/{how}_limit12/" in result.stdout
+    assert f"outputs/llm/checkpoint-6/{how}_limit12/" in result.out
     assert metrics["all"]["model"]["n"] == metrics["all"]["popularity"]["n"] == 12
     assert ("Acc@5" in metrics["all"]["model"]) == (how == "beam") and "Acc@1" in metrics["all"]["model"]
 
@@ -66,17 +70,18 @@ def test_protocol_and_comparison(repo):
     result, sample = evaluate(repo, output, "--protocol", "sthgcn")
     assert whole["protocol"] == "ga-llm" and sample["protocol"] == "sthgcn" and 0 < sample["n"] <= whole["n"]
     files = [f"{output}/predictions.jsonl", f"{output}/sthgcn/predictions.jsonl"]
-    assert f"protocol sthgcn, n = {sample['n']}" in result.stdout and (repo / files[1]).exists()
-    same = run(repo, sys.executable, "test_next_gps.py", "--compare", files[0], files[0])
-    assert "Acc@1" in same.stdout and "MRR" in same.stdout
-    alone = run(repo, sys.executable, "tools/baselines.py", "-dataset_name", "sample")     # needs no model
-    for line in result.stdout.split("by group")[0].splitlines():
-        assert not line.startswith(("user-history", "popularity", "Markov")) or line in alone.stdout.splitlines()
-    unlike = run(repo, sys.executable, "test_next_gps.py", "--compare", *files, check=False)
-    assert (unlike.returncode == 0) == (sample["n"] == whole["n"])
+    assert f"protocol sthgcn, n = {sample['n']}" in result.out and (repo / files[1]).exists()
+    same = call(repo, "test_next_gps.py", "--compare", files[0], files[0])
+    assert same.code == 0 and "Acc@1" in same.out and "MRR" in same.out
+    alone = call(repo, "tools/baselines.py", "-dataset_name", "sample")     # needs no model
+    assert alone.code == 0
+    for line in result.out.split("by group")[0].splitlines():
+        assert not line.startswith(("user-history", "popularity", "Markov")) or line in alone.out.splitlines()
+    unlike = call(repo, "test_next_gps.py", "--compare", *files)
+    assert (unlike.code == 0) == (sample["n"] == whole["n"])
 
 
-def test_killed_evaluation_ends_with_the_same_files(repo):
+def test_killed_evaluation_ends_with_the_same_files(repo, tmp_path):
     flags = ["--batch_size", "1", "--full_table", "True"]
     folder = repo / "outputs/llm/checkpoint-6"
     evaluate(repo, "outputs/llm/checkpoint-6", *flags)
@@ -88,8 +93,7 @@ def test_killed_evaluation_ends_with_the_same_files(repo):
     for row, record in zip(table, records):
         assert sorted(row)[-20:][::-1] == pytest.approx([value for _, value in record["top"]], abs=1e-3)
 
-    process = subprocess.Popen([sys.executable, *evaluation("outputs/llm/checkpoint-6", *flags)], cwd=repo,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = forked.launch(repo, evaluation("outputs/llm/checkpoint-6", *flags), tmp_path / "log")
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         partial = list(folder.glob(".predictions.jsonl.*.partial"))
@@ -97,13 +101,13 @@ def test_killed_evaluation_ends_with_the_same_files(repo):
             break
         time.sleep(0.01)
     process.kill()
-    process.wait()
+    process.join(120)
     done = partial[0].read_bytes().count(b"\n")
     assert 3 <= done < len(records)
     for name in names:
         (folder / name).unlink()
     result, _ = evaluate(repo, "outputs/llm/checkpoint-6", *flags)
-    assert f"going on behind {done} pairs" in result.stderr
+    assert f"going on behind {done} pairs" in result.err
     assert {name: (folder / name).read_bytes() for name in names} == whole
     assert not list(folder.glob(".*partial"))
 
@@ -114,7 +118,7 @@ def test_prompts_that_do_not_fit_are_a_denominator_of_their_own(repo):
 
 
 def test_full_training_of_a_small_model(repo):
-    stage_2(repo, "outputs/full", "--low_rank_training", "False")
+    forked.train(repo, 2, "outputs/full", "--low_rank_training", "False")
     assert losses(repo / "outputs/full/checkpoint-6")[-1] < losses(repo / "outputs/full/checkpoint-6")[0]
     _, metrics = evaluate(repo, "outputs/full/checkpoint-6", "--test_type", "llm")
     assert metrics["all"]["model"]["n"] > 20
@@ -123,9 +127,10 @@ def test_full_training_of_a_small_model(repo):
 def test_shared_prefix(repo):
     """Both stages train on trees; what stage 2 leaves is evaluated like any other."""
     flags = ["--shared_prefix", "True", "--use_full_attn", "True"]
-    for stage, output in ((stage_1, "outputs/gcim_trees"), (stage_2, "outputs/trees")):
-        result = stage(repo, output, *flags)
-        told = re.search(r"(\d+) pairs in (\d+) trees.*: (\d+) tokens instead of (\d+)", result.stderr)
+    for stage, output in ((1, "outputs/gcim_trees"), (2, "outputs/trees")):
+        forked.train(repo, stage, output, *flags)
+        told = re.search(r"(\d+) pairs in (\d+) trees.*: (\d+) tokens instead of (\d+)",
+                         (repo / f"{output}.log").read_text())
         pairs, trees, tokens, instead = map(int, told.groups())
         assert trees < pairs and tokens < instead
         assert losses(repo / output / "checkpoint-6")[-1] < losses(repo / output / "checkpoint-6")[0]
@@ -138,17 +143,18 @@ def test_a_finished_run_is_left_as_it_is(repo):
     final = repo / "outputs/gcim/geo_encoder_final_merged.pth"
     before = torch.load(final, weights_only=True)
     final.unlink()
-    result = stage_1(repo, "outputs/gcim", "--resume_from_checkpoint", "auto")
-    assert "nothing is left to train" in result.stderr
+    forked.train(repo, 1, "outputs/gcim", "--resume_from_checkpoint", "auto")
+    assert "nothing is left to train" in (repo / "outputs/gcim.log").read_text()
     assert sorted(p.name for p in (repo / "outputs/gcim").iterdir() if p.is_dir()) == ["4", "6", "checkpoint-4",
                                                                                        "checkpoint-6"]
     after = torch.load(final, weights_only=True)
     for name in before:
         torch.testing.assert_close(after[name], before[name])
-    result = stage_2(repo, "outputs/llm", "--resume_from_checkpoint", "auto")
-    assert "nothing is left to train" in result.stderr and not (repo / "outputs/llm/checkpoint-7").exists()
+    forked.train(repo, 2, "outputs/llm", "--resume_from_checkpoint", "auto")
+    assert "nothing is left to train" in (repo / "outputs/llm.log").read_text() and not (repo / "outputs/llm/checkpoint-7").exists()
 
 
+@pytest.mark.bulk
 @pytest.mark.parametrize("change, message", [
     (["--geoencoder_path", "outputs/nowhere.pth"], "outputs/nowhere.pth: not found; make it with"),
     (["--test_file", "nothing.txt"], "nothing.txt: not found; make it with `python data-preprocess/process_llm_gps.py"),
@@ -156,18 +162,19 @@ def test_a_finished_run_is_left_as_it_is(repo):
     (["--context_size", "2048"], "give --context_size 4096"),
     (["--output_dir", "outputs/gcim"], "no adapter_config.json"),
 ])
-def test_mistakes_are_one_line(repo, change, message):
+def test_mistakes_are_one_line(repo, tmp_path, change, message):
     before = (repo / "outputs/llm/checkpoint-6/predictions.jsonl")
     kept = before.read_bytes() if before.exists() else None
-    result, _ = evaluate(repo, "outputs/llm/checkpoint-6", *change, check=False)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert result.stderr.strip().splitlines()[-1].startswith("error: ") and message in result.stderr
+    result = forked.run(repo, evaluation("outputs/llm/checkpoint-6", *change), tmp_path / "log")
+    assert result.code == 2 and "Traceback" not in result.err
+    assert result.err.strip().splitlines()[-1].startswith("error: ") and message in result.err
     assert kept is None or before.read_bytes() == kept
 
 
-def test_stage_2_refuses_an_encoder_of_another_width(repo):
-    run(repo, sys.executable, "tools/make_tiny_llama.py", "--output_dir", "models/width48", "--hidden", "48")
-    result = stage_2(repo, "outputs/wide", "--model_name_or_path", "models/width48", check=False)
-    assert result.returncode != 0
-    assert "made for an LLM of width 32, this one has 48" in result.stderr
+def test_stage_2_refuses_an_encoder_of_another_width(repo, tmp_path):
+    assert call(repo, "tools/make_tiny_llama.py", "--output_dir", "models/width48", "--hidden", "48").code == 0
+    command = forked.training(2, "outputs/wide", "--model_name_or_path", "models/width48")
+    result = forked.run(repo, command, tmp_path / "log", **forked.ranks())
+    assert result.code == 2
+    assert "made for an LLM of width 32, this one has 48" in result.err
     assert not (repo / "outputs/wide").exists()

@@ -13,10 +13,10 @@ from ga_llm.llm import backbone
 from ga_llm.training import checkpoints
 from geo_encoder import gps_tokens
 
-pytestmark = pytest.mark.slow
 STACKS = {"ddp": [], "zero2": ["--deepspeed", "ds_configs/stage2.json"],
           "zero3": ["--deepspeed", "ds_configs/stage3.json"], "fsdp2": ["--fsdp", "True"]}
 LEAVES = {"ddp": "optimizer.pt", "zero2": "latest", "zero3": "latest", "fsdp2": "pytorch_model_fsdp.bin"}
+CUT_UP = [pytest.param(stack, marks=pytest.mark.slow) for stack in STACKS if stack != "ddp"]
 # 12 pairs in steps of 4 are 3 steps an epoch; checkpoint-4 lies in the second.
 STEPS = ["--max_steps", "6", "--save_steps", "2", "--load_in_4bit", "False", "--bf16", "False"]
 NO_DROPOUT = {1: ["--geo_encoder", "fourier", "--encoder_training", "full"], 2: ["--lora_dropout", "0"]}
@@ -61,7 +61,7 @@ def one_process(repo):
     return make
 
 
-@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("stack", ["ddp", *CUT_UP])
 def test_stage_2(repo, one_process, stack):
     reference, output = one_process(2), f"outputs/{stack}_2"
     checkpoint = train(repo, 2, output, *NO_DROPOUT[2], *STACKS[stack], start=stage) / "checkpoint-6"
@@ -74,6 +74,7 @@ def test_stage_2(repo, one_process, stack):
     assert sorted(path.name for path in resumed.glob("[!.]*/")) == ["checkpoint-4", "checkpoint-6"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stack", ["zero3", "fsdp2"])
 def test_stage_1(repo, one_process, stack):
     """Where parameters are cut up: the encoder that is saved is whole."""
@@ -86,6 +87,7 @@ def test_stage_1(repo, one_process, stack):
     assert close(encoder, expected, 1e-4) and close(encoder, final, 0) and not close(encoder, before, 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stack", ["zero3", "fsdp2"])
 def test_stage_1_resumes(repo, stack):
     """LoRA on the encoder, and each process's own dropout."""
@@ -95,6 +97,7 @@ def test_stage_1_resumes(repo, stack):
     assert close(one, other, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stack", ["zero3", "fsdp2"])
 def test_bf16_and_4_bits(repo, stack):
     """The README's precision: the loss is as fine as with DDP, which the checks above compare in fp32."""
@@ -106,6 +109,7 @@ def test_bf16_and_4_bits(repo, stack):
     assert losses(output / "checkpoint-2") == pytest.approx(losses(expected / "checkpoint-2"), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_tied_embeddings_are_not_trained_in_pieces(repo):
     run(repo, sys.executable, "tools/make_tiny_llama.py", "--output_dir", "models/tied", "--hidden", "32",
         "--kv_heads", "2", "--tie_embeddings", "True")
@@ -118,6 +122,7 @@ def test_tied_embeddings_are_not_trained_in_pieces(repo):
     assert any(line.startswith("error: ") and "use --deepspeed ds_configs/stage2.json" in line for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stack", ["zero2", "zero3"])
 def test_conversion(repo, stack):
     """zero_to_fp32.py, from the checkpoint's place, gives what the checkpoint holds, and test_next_gps.py reads it."""

@@ -411,6 +411,7 @@ def test_published_sizes(name):
 
 # The scripts.
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3", "mistral-0.1"])
 def test_scripts(repo, folder, tmp_path, family):
     """Stage 1, stage 2 and the evaluation take a family as they take any other."""

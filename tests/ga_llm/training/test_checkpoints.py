@@ -120,6 +120,7 @@ def weights_of(folder):
     return state
 
 
+@pytest.mark.bulk
 @pytest.mark.parametrize("stage, interruptions, flags", [
     (1, (2, 4, 7), {}),
     (1, (2, 4, 7), {"train_sampling_strategy": "group_by_length"}),
