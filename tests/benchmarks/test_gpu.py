@@ -14,8 +14,8 @@ from card.record import Record  # noqa: E402
 from ga_llm.base.cli import UserError  # noqa: E402
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("parts", ["numerics,llama7b,ranking", "real", "processes"])
+@pytest.mark.parametrize("parts", ["numerics,llama7b,ranking", *(pytest.param(part, marks=pytest.mark.slow)
+                                                                 for part in ("real", "processes"))])
 def test_all_parts_at_toy_sizes(tmp_path, parts):
     result = run(ROOT, sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--toy", "--parts", parts,
                  "--minutes", "20", "--output_dir", tmp_path)
