@@ -166,7 +166,7 @@ def in_variant(folder: Path, variant: str, *parts: str):
     return [run_chain(copy, part, environment, umask, absolute) for part in parts][-1]
 
 
-@pytest.mark.bulk
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [FIRST, SECOND, *ALONE])
 def test_data_is_the_same_bytes(plain, tmp_path, variant):
     printed, files = in_variant(tmp_path, variant, DATA_SETS)
