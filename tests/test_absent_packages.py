@@ -8,8 +8,9 @@ from commands import ROOT
 
 PACKAGES = ("bitsandbytes", "deepspeed", "flash_attn", "orjson", "ijson", "shapely", "folium", "gguf")
 NEEDS = {"checkins.gowalla": "shapely", "ga_llm.serving.places_map": "folium"}      # modules that cannot do without
-SCRIPTS = ("finetune_GCIM.py", "finetune_LLM_with_GCIM.py", "finetune_PAM.py", "test_next_gps.py", "export.py", "recommend.py",
-           "run_experiment.py", "results.py", "report.py", "tools/get_smollm2.py", "tools/make_tiny_llama.py",
+SCRIPTS = ("finetune_GCIM.py", "finetune_LLM_with_GCIM.py", "finetune_PAM.py", "test_next_gps.py", "export.py",
+           "recommend.py", "run_experiment.py", "results.py", "report.py", "tools/get_smollm2.py",
+           "tools/make_tiny_llama.py",
            *sorted(f"data-preprocess/{path.name}" for path in (ROOT / "data-preprocess").glob("*.py")))
 # Each part runs in a process forked from one in which the packages cannot be found and all modules are imported.
 HIDDEN = """

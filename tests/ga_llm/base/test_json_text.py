@@ -68,10 +68,12 @@ def test_the_same_records_up_to_the_same_mistake(without, tmp_path, content):
 
 def test_the_same_at_every_place_where_a_file_may_be_cut_or_damaged(without, tmp_path):
     pytest.importorskip("ijson")
-    whole = json.dumps([{"question": "é \" \\ 1", "answer": "x", "n": [1, {"a": 2.5e3}], "t": True}] * 3, indent=1).encode()
+    pair = {"question": "é \" \\ 1", "answer": "x", "n": [1, {"a": 2.5e3}], "t": True}
+    whole = json.dumps([pair] * 3, indent=1).encode()
     draw = random.Random(0)
     contents = [whole[:i] for i in range(len(whole))]
-    contents += [whole[:i] + bytes([draw.choice(b'"\\{}[],: \n\x00\xff\xc3t1-')]) + whole[i + 1:] for i in range(len(whole))]
+    contents += [whole[:i] + bytes([draw.choice(b'"\\{}[],: \n\x00\xff\xc3t1-')]) + whole[i + 1:]
+                 for i in range(len(whole))]
     expected, path = [], tmp_path / "x.json"
     for hide in (lambda: None, without):
         hide()
