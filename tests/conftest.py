@@ -1,8 +1,8 @@
 """Tests run on a CPU with what they build themselves: tiny random Llamas, a handful of places.
 
-`make test` runs `--part drawn`: of each test function that is marked `bulk` (nearly alike cases) a tenth of its cases, at
-least one, and nothing that is marked `slow`. `--part rest` is what that leaves out; without the option all run. What is
-drawn depends on the commit; GA_LLM_DRAW, which the first line tells, repeats another's draw.
+`make test` runs `--part drawn`: of each test function that is marked `bulk` (nearly alike cases) a tenth of its cases,
+at least one, and nothing that is marked `slow`. `--part rest` is what that leaves out; without the option all run. What
+is drawn depends on the commit; GA_LLM_DRAW, which the first line tells, repeats another's draw.
 """
 import datetime
 import fcntl
@@ -55,10 +55,10 @@ def pytest_collection_modifyitems(config, items):
         drawn = draw(items)
         config.hook.pytest_deselected(items=[item for item in items if (item in drawn) != (part == "drawn")])
         items[:] = [item for item in items if (item in drawn) == (part == "drawn")]
-    # While one process makes `repo`, the other has what does without; and the last files are not the longest.
+    # While one process makes `repo`, the other has what does without. tests/scripts come last, for they evaluate in it.
     need = {item.path for item in items if "repo" in item.fixturenames}
-    first = max(need, default=None)
-    items.sort(key=lambda item: item.path, reverse=True)
+    first = min(need, default=None)
+    items.sort(key=lambda item: item.path)
     items.sort(key=lambda item: (item.path in need) - 2 * (item.path == first))
 
 
@@ -110,7 +110,7 @@ def mapping_csv(tmp_path):
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory):
-    """once(name, make): a folder that make(folder) fills. The processes of pytest-xdist make one, and take a copy each."""
+    """once(name, make): a folder that make(folder) fills. Processes of pytest-xdist make one, and take a copy each."""
     base = tmp_path_factory.getbasetemp()
     common = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 

@@ -1,4 +1,5 @@
 """The project's own scripts, started as a user starts them, in a folder of their own."""
+import itertools
 import os
 import subprocess
 import sys
@@ -23,6 +24,11 @@ class Chain:
         self.environment = dict(os.environ)
         if device == "cpu":
             self.environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "PASSIVE"}
+
+    def new_runs(self) -> Path:
+        """A folder that is not there yet, for what the scripts train."""
+        number = next(number for number in itertools.count(1) if not (self.folder / f"runs{number}").exists())
+        return self.folder / f"runs{number}"
 
     def launch(self, script: str, *flags, launcher=(sys.executable,)) -> subprocess.Popen:
         """The started script; what it prints goes to <folder>/<script>.log."""

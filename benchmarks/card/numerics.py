@@ -1,7 +1,6 @@
 """The card computes what a CPU computes: attention, trees, ranking, NF4, injection, and a run that is resumed."""
 import copy
 import functools
-import shutil
 import unittest.mock
 
 import numpy as np
@@ -184,17 +183,17 @@ def resume(record, args) -> None:
     chain = Chain(args.output_dir / "resume", args.device)
     chain.sample_city()
     data = chain.folder / "datasets/sample/preprocessed"
-    shutil.rmtree(chain.folder / "runs", ignore_errors=True)
+    runs = chain.new_runs()
     flags = ["--model_name_or_path", chain.tiny_llama(), "--gps_mapping_path", data / "sample_gps_mapping.csv",
              "--data_path", data / "train_qa_pairs_kqt_200items_sample_llm_without_sim_gps.json",
              "--model_max_length", 1024, "--bf16", True, "--load_in_4bit", False, "--max_steps", 6, "--save_steps", 3,
              "--per_device_train_batch_size", 2, "--learning_rate", 1e-3, "--logging_steps", 3]
-    chain.start("finetune_LLM_with_GCIM.py", *flags, "--output_dir", "runs/whole")
-    chain.start("finetune_LLM_with_GCIM.py", *flags, "--output_dir", "runs/again",
-                "--resume_from_checkpoint", "runs/whole/checkpoint-3")
+    chain.start("finetune_LLM_with_GCIM.py", *flags, "--output_dir", runs / "whole")
+    chain.start("finetune_LLM_with_GCIM.py", *flags, "--output_dir", runs / "again",
+                "--resume_from_checkpoint", runs / "whole/checkpoint-3")
     wait(args.device)
     furthest = 0.0
     for name in ("adapter_model.safetensors", "trainable_params.safetensors"):
-        whole, again = (read_tensors(chain.folder / "runs" / run / "checkpoint-6" / name) for run in ("whole", "again"))
+        whole, again = (read_tensors(runs / run / "checkpoint-6" / name) for run in ("whole", "again"))
         furthest = max(furthest, *((whole[key] - again[key]).abs().max().item() for key in whole))
     record.add(PART, "resumed run: furthest weight from the whole run's (0: bitwise)", furthest, most=1e-4)

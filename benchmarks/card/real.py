@@ -1,6 +1,5 @@
 """A real result: the paper's recipe with a small LLM on a real data set, as many steps as the minutes allow."""
 import json
-import shutil
 import signal
 import subprocess
 import time
@@ -21,7 +20,7 @@ COMMON = ["--bf16", True, "--load_in_4bit", False, "--lr_scheduler_type", "const
 def run(record, args) -> None:
     chain = Chain(args.output_dir / "real", args.device)
     dataset, model, context = args.dataset_name, args.model.resolve(), args.context
-    shutil.rmtree(chain.folder / "runs", ignore_errors=True)
+    runs = chain.new_runs()
     if args.toy:
         chain.sample_city()
         dataset, model, context = "sample", chain.tiny_llama(), 1024
@@ -33,13 +32,13 @@ def run(record, args) -> None:
     steps = ["--max_steps", 4] if args.toy else ["--max_steps", 10**5]
 
     left = record.left
-    stage_1 = until(chain, left * SHARES["stage_1"], "finetune_GCIM.py", *common, *steps, "--output_dir", "runs/stage1",
-                    "--data_path", data / artifacts.questions("train", dataset, 1, False), "--model_max_length", 640,
-                    "--use_full_attn", True, "--lora_r", 16, "--lora_alpha", 32, "--learning_rate", 5e-4,
+    stage_1 = until(chain, left * SHARES["stage_1"], "finetune_GCIM.py", *common, *steps, "--output_dir",
+                    runs / "stage1", "--data_path", data / artifacts.questions("train", dataset, 1, False),
+                    "--model_max_length", 640, "--use_full_attn", True, "--lora_r", 16, "--lora_alpha", 32, "--learning_rate", 5e-4,
                     "--per_device_train_batch_size", 4 if args.toy else 64)
-    encoder = chain.folder / "runs/stage1" / stage_1.name.rpartition("-")[2] / artifacts.MERGED_ENCODER
+    encoder = runs / "stage1" / stage_1.name.rpartition("-")[2] / artifacts.MERGED_ENCODER
     stage_2 = until(chain, left * SHARES["stage_2"], "finetune_LLM_with_GCIM.py", *common, *steps, "--output_dir",
-                    "runs/stage2", "--data_path", data / artifacts.questions("train", dataset, 2, False),
+                    runs / "stage2", "--data_path", data / artifacts.questions("train", dataset, 2, False),
                     "--geoencoder_path", encoder, "--model_max_length", context, "--use_full_attn", True,
                     "--shared_prefix", True, "--loss_on", "poi_ids", "--learning_rate", args.learning_rate,
                     "--per_device_train_batch_size", 2 if args.toy else 4)
@@ -63,7 +62,7 @@ def prepare(chain: Chain, dataset: str, model) -> None:
 def until(chain: Chain, seconds: float, script: str, *flags):
     """Train for so many seconds from the first step on, then tell the run to stop, which leaves a checkpoint: that."""
     process = chain.launch(script, *flags)
-    output = chain.folder / flags[flags.index("--output_dir") + 1]
+    output = flags[flags.index("--output_dir") + 1]
     while process.poll() is None and not (output / artifacts.RUN).exists():
         time.sleep(0.1)
     try:
