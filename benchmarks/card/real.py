@@ -34,8 +34,8 @@ def run(record, args) -> None:
     left = record.left
     stage_1 = until(chain, left * SHARES["stage_1"], "finetune_GCIM.py", *common, *steps, "--output_dir",
                     runs / "stage1", "--data_path", data / artifacts.questions("train", dataset, 1, False),
-                    "--model_max_length", 640, "--use_full_attn", True, "--lora_r", 16, "--lora_alpha", 32, "--learning_rate", 5e-4,
-                    "--per_device_train_batch_size", 4 if args.toy else 64)
+                    "--model_max_length", 640, "--use_full_attn", True, "--lora_r", 16, "--lora_alpha", 32,
+                    "--learning_rate", 5e-4, "--per_device_train_batch_size", 4 if args.toy else 64)
     encoder = runs / "stage1" / stage_1.name.rpartition("-")[2] / artifacts.MERGED_ENCODER
     stage_2 = until(chain, left * SHARES["stage_2"], "finetune_LLM_with_GCIM.py", *common, *steps, "--output_dir",
                     runs / "stage2", "--data_path", data / artifacts.questions("train", dataset, 2, False),
