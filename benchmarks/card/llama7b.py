@@ -70,7 +70,7 @@ def ours(attention: str, length: int, args, four_bit: bool):
         injection.attach_untrained(base, *shape.places(args.toy))
     backbone.trainable_to_fp32(model)
     backbone.prepare_for_autocast(model)
-    checkpoint_activations(base)
+    base.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
 
 
@@ -84,14 +84,8 @@ def plain(length: int, args, four_bit: bool):
         if "lora_" in name or any(part in name for part in ("embed", "norm")):
             parameter.requires_grad_(True)
             parameter.data = parameter.data.float()
-    checkpoint_activations(base)
+    base.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
-
-
-def checkpoint_activations(model) -> None:
-    """What --activation_checkpointing True does; transformers has renamed it."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
 
 
 class Step:

@@ -63,10 +63,10 @@ def set_up(args: SFTArguments) -> Setup:
     else:
         train_dataset, collator = dataset, sft_data.AnswerCollator(tokenizer.pad_token_id)
     frozen = args.low_rank_training
-    model = backbone.load_llm(args.model_name_or_path, args.model_max_length,
-                         backbone.training_attention(args.use_flash_attn, args.use_full_attn, args.shared_prefix),
-                         dtype=torch.bfloat16 if args.bf16 and frozen else torch.float32,
-                         four_bit=args.load_in_4bit and frozen, cache_dir=args.cache_dir)
+    attention = backbone.training_attention(args.use_flash_attn, args.use_full_attn, args.shared_prefix)
+    model = backbone.load_llm(args.model_name_or_path, args.model_max_length, attention,
+                              dtype=torch.bfloat16 if args.bf16 and frozen else torch.float32,
+                              four_bit=args.load_in_4bit and frozen, cache_dir=args.cache_dir)
     backbone.round_norms(model)
     added = np.concatenate([token_ids, poi_token_ids]) if poi_path else token_ids
     add_rows(model, len(tokenizer), added[added >= known])
