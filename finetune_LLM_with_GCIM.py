@@ -10,12 +10,13 @@ S²-Attn while training (paper, Section 4.2). Leaves O/checkpoint-N/ for test_ne
 """
 import dataclasses
 import logging
+from typing import Literal
 
 from ga_llm.base import sharding
 from ga_llm.base.cli import UserError, run
 from ga_llm.llm import backbone
-from ga_llm.training import arguments, common, dry_run, resuming, trainers
-from geo_encoder import injection
+from ga_llm.training import additions, arguments, common, dry_run, resuming, trainers
+from geo_encoder import encoder, injection
 
 log = logging.getLogger("stage 2")
 
@@ -30,6 +31,15 @@ class Stage2Arguments(arguments.SFTArguments):
         default=None, metadata={"help": "poi_projector.pth of PAM's stage 1"})
     train_encoders: bool = dataclasses.field(
         default=False, metadata={"help": "go on training GCIM's encoder and PAM's projector, instead of freezing them"})
+    pointer: bool = dataclasses.field(
+        default=False, metadata={"help": "point to the prompt's check-ins by time and distance, too"})
+    pointer_heads: int = 8
+    pointer_without: Literal["", "clock", "recency", "distance", "context"] = dataclasses.field(
+        default="", metadata={"help": "leave these biases of the pointer out, to see what they are worth"})
+    geo_output: bool = dataclasses.field(
+        default=False, metadata={"help": "a place's rows, input and output: own + encoder + category"})
+    geo_encoder: Literal["", *encoder.KINDS] = dataclasses.field(
+        default="", metadata={"help": "a new encoder, trained with the LLM, instead of --geoencoder_path"})
     dropout: float = dataclasses.field(
         default=0.0, metadata={"help": "of the embeddings and of what attention and feed-forward add, in each layer"})
     lora_r: int = 8
@@ -42,6 +52,7 @@ class Stage2Arguments(arguments.SFTArguments):
 def main():
     args = arguments.parse(Stage2Arguments)
     injection.check_paths(args)
+    additions.check(args)
 
     # The question-answer pairs, one token per place, the LLM.
     setup = common.set_up(args)
@@ -49,9 +60,11 @@ def main():
 
     loaded = injection.load_encoders(model, setup.mapping, setup.token_ids, args.geoencoder_path,
                                      setup.poi_token_ids, setup.poi_embeddings, args.projector_path)
+    if args.geo_encoder and not args.geo_output:
+        loaded.append(injection.new_encoder(model, setup.mapping, setup.token_ids, args.geo_encoder))
     if args.train_encoders and not loaded:
         raise UserError("--train_encoders True: there are none; give --geoencoder_path, --projector_path, or neither")
-    if not args.geoencoder_path:
+    if not (args.geoencoder_path or args.geo_encoder):
         log.info("no --geoencoder_path: <GPS n> are tokens like any other")
 
     if args.low_rank_training:
@@ -65,6 +78,7 @@ def main():
         trainer_class, encoders = trainers.EncoderTrainer, {"trained": trained, "encoders": {}}
     else:
         trainer_class, encoders = trainers.GATrainer, {"encoders": injection.attach_encoders(setup.model, loaded)}
+    additions.attach(args, setup)       # the pointer, and what else goes beyond the paper
     if args.dropout:
         backbone.add_dropout(setup.model, args.dropout)
     backbone.trainable_to_fp32(model)

@@ -23,8 +23,8 @@ import torch
 
 from ga_llm.base import artifacts, writing
 from ga_llm.base.cli import Parser, UserError, boolean, run, share, token_count, whole_number
-from ga_llm.evaluation import (baselines, comparison, decoding, ensemble, history, metrics, predictions, protocols,
-                               ranking, trained)
+from ga_llm.evaluation import (baselines, comparison, decoding, ensemble, history, metrics, pointed, predictions,
+                               protocols, ranking, trained)
 from ga_llm.llm import backbone, tree_attention
 from ga_llm.pairs import sft_data, spelling
 from ga_llm.training import run_log
@@ -104,7 +104,7 @@ def main():
     mapping = gps_tokens.read_gps_mapping(args.gps_mapping_path)
     made_by = artifacts.questions_command(args.dataset_name, *trained.question_kind(agreement))
     pairs = sft_data.read_test_pairs(args.test_file, made_by)[:args.limit]
-    sft_data.check_places(pairs, trained.known_places(args, mapping), args.test_file, args.gps_mapping_path)
+    sft_data.check_places(pairs, trained.known_places(args, agreement, mapping), args.test_file, args.gps_mapping_path)
     end = spelling.read_answers(pairs, args.test_file)
     train = baselines.read_train(args.folder / artifacts.split_sample("train"))
 
@@ -120,6 +120,7 @@ def main():
     test_prompts = protocols.select(args.protocol, test_prompts, args.folder / artifacts.SAMPLE)
     if not test_prompts:
         raise UserError(f"{args.test_file}: --protocol {args.protocol} has none of its {len(pairs)} pairs")
+    test_prompts = pointed.shown(args, model, test_prompts, mapping, tokenizer)
     trie = ranking.Trie(spelled.tokens)
     store, speed = predict(args, model, tokenizer, test_prompts, trie)
 

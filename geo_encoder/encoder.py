@@ -1,4 +1,4 @@
-"""The three geo-encoders: hierarchical (the default), Fourier, and their fusion (the paper's full GCIM).
+"""The paper's three geo-encoders: hierarchical (the default), Fourier, and their fusion (its full GCIM); and cells.
 
 All take quadkey digits, (N, level) integers 0-3, and return (N, hidden size) vectors that stand for `<GPS n>` in the
 LLM. Parameter names are those of the released code's files, which load strictly.
@@ -14,7 +14,7 @@ NGRAM = 6
 LEVEL = 25
 MAX_NGRAM = 10      # whose table has a million rows
 MAX_LEVEL = 30      # tiles of 4 cm, finer than coordinates are given
-KINDS = ("hierarchical", "fourier", "fusion")
+KINDS = ("hierarchical", "fourier", "fusion", "cells")
 # Where stage 1 puts LoRA. One regular expression, since PEFT reads a *list* as suffixes.
 # Departure from the released code: its list of patterns, read as suffixes, adapts `gps_embedding` alone.
 LORA_TARGETS = r"(.*\.)?(gps_embedding|self_attn\.out_proj|linear1|linear2|projection)"
@@ -171,10 +171,38 @@ class FusionEncoder(nn.Module):
         return self.projection(torch.cat([self.hierarchical(digits), self.fourier(digits)], dim=-1))
 
 
+class CellsEncoder(nn.Module):
+    """The sum of a learned vector for each quadkey cell that a place lies in, of levels 10 (30 km) to 18 (100 m).
+
+    Not in the paper. The more cells two places share, the more alike they are, so that what is learned of one place is
+    known of its neighbours; a few check-ins suffice. The cells of all levels share one table, by a hash of level and
+    cell, as in multi-resolution hash encodings (Mueller et al., arXiv 2201.05989).
+    """
+
+    LEVELS = range(10, 19)
+    ROWS = 2 ** 15
+    GOLDEN = -7046029254386353131       # 2^64 / golden ratio, as a signed number: Fibonacci hashing (Knuth, TAOCP 3)
+
+    def __init__(self, hidden_size: int, level: int = LEVEL):
+        super().__init__()
+        self.levels = [cell for cell in self.LEVELS if cell <= level] or [level]
+        self.gps_embedding = nn.Embedding(self.ROWS, hidden_size)
+        nn.init.normal_(self.gps_embedding.weight, std=.02)
+
+    def forward(self, digits: torch.Tensor) -> torch.Tensor:
+        digits, rows = digits.long(), []
+        for level in self.levels:
+            cell = (digits[:, :level] * 4 ** torch.arange(level - 1, -1, -1, device=digits.device)).sum(-1)
+            rows.append(((cell * 32 + level) * self.GOLDEN >> 49) % self.ROWS)      # the product's upper 15 bits
+        return self.gps_embedding(torch.stack(rows, dim=-1)).sum(1)
+
+
 def build_encoder(config: GeoEncoderConfig) -> nn.Module:
     """A freshly initialised encoder: (N, level) digits to (N, hidden size)."""
     if config.kind == "hierarchical":
         return HierarchicalEncoder(config.hidden_size, config.ngram)
     if config.kind == "fourier":
         return FourierEncoder(config.hidden_size, config.level)
+    if config.kind == "cells":
+        return CellsEncoder(config.hidden_size, config.level)
     return FusionEncoder(config.hidden_size, config.ngram, config.level)

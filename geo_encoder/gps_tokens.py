@@ -12,7 +12,7 @@ import torch
 
 from ga_llm.base.artifacts import GPS_COLUMNS, require
 from ga_llm.base.cli import UserError
-from ga_llm.base.prompts import GPS_TOKEN, POI_TOKEN, gps_token, poi_token
+from ga_llm.base.prompts import GPS_TOKEN, MOMENTS, POI_TOKEN, TIME_TOKEN, gps_token, poi_token, time_token
 from ga_llm.base.sharding import gathered
 
 MADE_BY = "python data-preprocess/run.py -f best_conf/<name>.yml"
@@ -88,6 +88,11 @@ def add_gps_tokens(tokenizer, mapping: GPSMapping, model=None) -> np.ndarray:
 def add_poi_tokens(tokenizer, mapping: GPSMapping, model=None) -> np.ndarray:
     """The same with `<POI n>`, behind those of the places."""
     return _add(tokenizer, mapping.poi_tokens, POI_TOKEN, model)
+
+
+def add_time_tokens(tokenizer, model=None) -> np.ndarray:
+    """The same with `<TIME n>`, (`MOMENTS`,), behind those of the places."""
+    return _add(tokenizer, [time_token(moment) for moment in range(MOMENTS)], TIME_TOKEN, model)
 
 
 def _add(tokenizer, tokens: list[str], kind: re.Pattern, model) -> np.ndarray:

@@ -117,6 +117,12 @@ def load_encoders(model, mapping: GPSMapping, token_ids: np.ndarray, geoencoder_
     return found
 
 
+def new_encoder(model, mapping: GPSMapping, token_ids: np.ndarray, kind: str) -> Loaded:
+    """A geo-encoder that has learned nothing, as if it were loaded, to be trained with the LLM."""
+    config = GeoEncoderConfig(model.get_input_embeddings().embedding_dim, kind)
+    return Loaded(new_gps_injection(config, mapping, token_ids), config, GCIM)
+
+
 def attach_encoders(model, loaded: Iterable[Loaded]) -> dict[str, str]:
     """Let them act frozen on `model`.
 

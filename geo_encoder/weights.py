@@ -98,6 +98,8 @@ def read_config(path: Path, state_dict: dict[str, torch.Tensor]) -> GeoEncoderCo
                                     shape("fourier.frequencies.weight")[1])
         if "frequencies.weight" in state_dict:
             return GeoEncoderConfig(shape("linear2.weight")[0], "fourier", level=shape("frequencies.weight")[1])
+        if "gps_embedding.weight" in state_dict:
+            return GeoEncoderConfig(shape("gps_embedding.weight")[1], "cells")
         ngrams, width = shape("gps_embed_model.gps_embedding.weight")
         return GeoEncoderConfig(width, "hierarchical", _base4(ngrams), LEVEL)
     except (KeyError, ValueError, IndexError):      # names that are missing, shapes that are of no encoder

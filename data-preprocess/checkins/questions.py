@@ -14,7 +14,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from checkins import config as configs
-from checkins import samples
+from checkins import samples, shown
 from checkins.config import Config
 from checkins.wording import short
 from ga_llm.base import artifacts, cli, json_text, prompts, writing
@@ -24,6 +24,7 @@ VALIDATE = "validate"       # asked like test, where somebody must choose
 # A trajectory as text to search by: everything but the GPS tokens, which no text encoder knows.
 KEY_FIELDS = tuple(field for field in prompts.FIELDS if field != "gps")
 MISSING = 0.9       # of a history's trajectories at most, where it is thinned
+ANSWERS = ("id", "token")
 
 logger = logging.getLogger(__name__)
 
@@ -99,10 +100,11 @@ def covering(pairs_: Iterable[Pair], train: pd.DataFrame) -> Iterator[Pair]:
     yield from (pairs_[i] for i in sorted(kept))
 
 
-def thinned(pairs_: Iterable[Pair], train: pd.DataFrame, copies: int, seed: int = 0) -> Iterator[Pair]:
+def thinned(pairs_: Iterable[Pair], train: pd.DataFrame, copies: int, seed: int = 0, missing: float = MISSING
+            ) -> Iterator[Pair]:
     """All of train's pairs `copies` times; each time trajectories are missing from their histories, at random.
 
-    For each pair of each copy a share is drawn between 0 and MISSING, and each trajectory is missing with that
+    For each pair of each copy a share is drawn between 0 and `missing`, and each trajectory is missing with that
     probability. So a user's check-ins are seen with ever other pasts and, as in test, after weeks without any.
     """
     pairs_, draw = list(pairs_), np.random.default_rng(seed)
@@ -111,17 +113,17 @@ def thinned(pairs_: Iterable[Pair], train: pd.DataFrame, copies: int, seed: int 
         for pair in pairs_:
             shown = trajectory[pair.history]
             distinct, which = np.unique(shown, return_inverse=True)
-            stays = draw.random(len(distinct)) >= draw.uniform(0, MISSING)
+            stays = draw.random(len(distinct)) >= draw.uniform(0, missing)
             yield dataclasses.replace(pair, history=pair.history[stays[which]])
 
 
 def records(config: Config, stage: int, split: pd.DataFrame, split_texts: list[str], train: pd.DataFrame,
-            train_texts: list[str], pairs_: Iterable[Pair], places: pd.DataFrame, fields: tuple[str, ...] = ()
-            ) -> Iterator[dict]:
+            train_texts: list[str], pairs_: Iterable[Pair], places: pd.DataFrame, fields: tuple[str, ...] = (),
+            as_token: bool = False) -> Iterator[dict]:
     """Each pair as {"question", "answer"}. Stage 1 asks for the coordinates of the target's POI, stage 2 for its id.
 
     split, train: samples, and the texts of their check-ins. places: the GPS mapping by id; its coordinates are stage
-    1's answer, for they are what the encoder sees.
+    1's answer, for they are what the encoder sees. as_token: the answer is `<GPS n>`, not `POI id n`.
     """
     time, user, poi = (split[column].tolist() for column in ("LocalTime", "UserId", "PoiId"))
     coordinates = dict(zip(places.index.tolist(), zip(places["Latitude"].tolist(), places["Longitude"].tolist())))
@@ -131,16 +133,19 @@ def records(config: Config, stage: int, split: pd.DataFrame, split_texts: list[s
         t, after = pair.target, ""
         similar, history = ([train_texts[row] for row in rows] for rows in (pair.similar, pair.history))
         current = [split_texts[row] for row in pair.current]
-        if prompts.AFTER in fields:     # what a check-in says then depends on the one before
-            similar, _ = prompts.in_a_row(similar, train_seconds[pair.similar].tolist())
-            own, after = prompts.in_a_row(history + current, np.concatenate([
+        if {prompts.AFTER, prompts.MOMENT} & set(fields):      # what a check-in says then depends on the one before
+            in_a_row = prompts.in_tokens if prompts.MOMENT in fields else prompts.in_a_row
+            similar, _ = in_a_row(similar, train_seconds[pair.similar].tolist())
+            own, after = in_a_row(history + current, np.concatenate([
                 train_seconds[pair.history], seconds[pair.current]]).tolist(), int(seconds[t]))
             history, current = own[:len(history)], own[len(history):]
+        if prompts.MOMENT in fields:    # nothing stands between two check-ins
+            similar, history, current = (["".join(part)] if part else [] for part in (similar, history, current))
         if stage == 1:
             ask, answer = prompts.ask_coordinates(poi[t]), prompts.answer_coordinates(*coordinates[poi[t]])
         else:
             ask = prompts.ask_poi(time[t], user[t], first_id, last_id)
-            answer = prompts.answer_poi(time[t], user[t], poi[t], fields, after)
+            answer = prompts.answer_poi(time[t], user[t], poi[t], fields, after, as_token)
         yield {"question": prompts.question(user[t], similar, history, current, ask), "answer": answer}
 
 
@@ -151,13 +156,15 @@ def texts(rows: pd.DataFrame, fields: Iterable[str]) -> list[str]:
 
 
 def write(config: Config, stage: int, use_sim: bool, fields: tuple[str, ...], cover: bool = False, copies: int = 0,
-          splits: tuple[str, ...] = SPLITS) -> None:
-    """Write the question files of one stage, one for each split, and beside each its settings.
+          splits: tuple[str, ...] = SPLITS, missing: float = MISSING, as_token: bool = False) -> None:
+    """Write the question files of one stage, one for each split, and beside each its settings, and stage 2's check-ins.
 
     cover: of train only `covering` pairs. copies: so many `thinned` ones of train's pairs instead of these; 0: none.
+    as_token: answers are `<GPS n>`.
     """
     settings = {"dataset": config.dataset_name, "stage": stage, "fields": fields, "use_sim": use_sim,
                 "max_history": config.max_history, "history_step": config.history_step}
+    settings |= {"answer": ANSWERS[1]} if as_token else {}
     with writing.alone(config.folder), writing.together() as new_file:
         split_rows = {split: samples.load(config, split) for split in splits}
         places = samples.load_places(config)
@@ -172,15 +179,21 @@ def write(config: Config, stage: int, use_sim: bool, fields: tuple[str, ...], co
                 found = list(covering(found, rows))
                 count = len(found)
             if copies and split == "train":
-                found, count = thinned(found, rows, copies), count * copies
-            made = tqdm(records(config, stage, rows, split_texts, split_rows["train"], train_texts, found, places,
-                                fields), desc=split, total=count, unit="pair", disable=not cli.show_progress())
+                found, count = thinned(found, rows, copies, missing=missing), count * copies
+            check_ins = shown.CheckIns(split_rows["train"], rows)
+            made = tqdm(records(config, stage, rows, split_texts, split_rows["train"], train_texts,
+                                check_ins.noting(found), places, fields, as_token),
+                        desc=split, total=count, unit="pair", disable=not cli.show_progress())
             path = config.folder / artifacts.questions(split, config.dataset_name, stage, use_sim,
                                                        prompts.ALIGNED in fields)
             with new_file(artifacts.question_settings(path), "wb") as file:
                 file.write(json_text.dumps(settings) + b"\n")
             with new_file(path, "wb") as file:
-                count = write_json_array(file, made) if split == "train" else _write_lines(file, made)
+                written = shown.Hashed(file)
+                count = write_json_array(written, made) if split == "train" else _write_lines(written, made)
+            if stage == 2 and "gps" in fields:
+                with new_file(artifacts.check_ins(path), "wb") as file:
+                    file.write(check_ins.content(written.sha256))
             logger.info("%d %s pairs, %s: %s", count, split, ",".join(fields), path)
 
 
@@ -259,6 +272,11 @@ def command(stage: int, description: str) -> None:
                         help="of train only as many pairs as show every check-in (for --loss_on poi_ids)")
     parser.add_argument("-thinned", type=cli.whole_number(1, 10_000), default=0, metavar="N",
                         help="N copies of train's pairs, from whose histories trajectories are missing at random")
+    parser.add_argument("-missing", type=cli.share, default=MISSING, metavar="SHARE",
+                        help=f"with -thinned: of a history's trajectories at most (default: {MISSING})")
+    if stage == 2:
+        parser.add_argument("-answer", choices=ANSWERS, default=ANSWERS[0],
+                            help="token: <GPS n> for POI id n, one token a POI (with -fields moment,gps)")
     parser.add_argument("-validate", type=cli.boolean, default=False, metavar="True|False",
                         help="questions of the validation split, too, asked like test's")
     args = parser.parse_args()
@@ -275,8 +293,11 @@ def command(stage: int, description: str) -> None:
                                 f"{config.max_history}")
         config = dataclasses.replace(config, history_step=args.history_step)
     fields = shown_fields(args.fields, default, stage, stage == 2 and args.use_pam)
+    as_token = stage == 2 and args.answer == ANSWERS[1]
+    if as_token and prompts.MOMENT not in fields:
+        raise cli.UserError("-answer token: goes with -fields moment,gps, where each place is one token in the prompt, too")
     write(config, stage, args.use_sim, fields, args.cover, args.thinned,
-          (*SPLITS, VALIDATE) if args.validate else SPLITS)
+          (*SPLITS, VALIDATE) if args.validate else SPLITS, args.missing, as_token)
 
 
 def shown_fields(text: str, allowed: tuple[str, ...], stage: int, use_pam: bool = False) -> tuple[str, ...]:
@@ -285,12 +306,15 @@ def shown_fields(text: str, allowed: tuple[str, ...], stage: int, use_pam: bool 
     Raises UserError for an unknown one, or stage 1 without `gps`.
     """
     asked = {field.strip() for field in text.split(",")}
-    allowed = (prompts.AFTER, prompts.WEEK, prompts.CLOCK, *allowed)
+    allowed = (prompts.AFTER, prompts.WEEK, prompts.CLOCK, *[prompts.MOMENT] * (stage == 2), *allowed)
     if asked - set(allowed):
         raise cli.UserError(f"-fields: stage {stage} has no {short(min(asked - set(allowed)))}; choose among "
                             + ",".join(allowed))
     if stage == 1 and "gps" not in asked:
         raise cli.UserError("-fields: stage 1 trains the encoder behind the GPS tokens; add gps")
+    if prompts.MOMENT in asked and (asked - {"poi"} != set(prompts.MOMENT_FIELDS) or use_pam):
+        raise cli.UserError("-fields moment: a check-in is then two tokens, its time and its place; give -fields "
+                            f"{','.join(prompts.MOMENT_FIELDS)} and no others")
     asked |= {"poi", prompts.ALIGNED} if use_pam else {"poi"}
     return tuple(field for field in prompts.ORDER if field in asked)
 

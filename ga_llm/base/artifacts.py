@@ -125,6 +125,11 @@ def question_settings(path: Path | str) -> Path:
     return Path(path).with_suffix(".settings.json")
 
 
+def check_ins(path: Path | str) -> Path:
+    """Beside a question file: time, place and category of every check-in that its prompts show (`pairs.check_ins`)."""
+    return Path(path).with_suffix(".check_ins.safetensors")
+
+
 def questions(split: str, dataset: str, stage: int, use_sim: bool, use_pam: bool = False) -> str:
     """Question file of `split` ("train" or "test") for stage 1 (GCIM) or stage 2 (LLM; `use_pam`: with `<POI n>`)."""
     sim = "with_sim" if use_sim else "without_sim"

@@ -5,9 +5,9 @@ A pair reads, on one line (paper, Section 4: prompt construction):
     <question>: [Similar trajectories: …] [History of user u: …] Current trajectory of user u: … the question
     <answer>: the answer
 
-Whoever reads it relies on `<question>:`, `<answer>:`, `POI id n`, `<GPS n>` and `<POI n>` alone, so files in another
-wording work too. (Evaluation also reads the user, the target's time and the current part, where they stand as here.)
-Where there are several `<answer>:`, as behind examples of answers, the last one counts.
+Whoever reads it relies on `<question>:`, `<answer>:`, `POI id n`, `<GPS n>`, `<POI n>` and `<TIME n>` alone, so files
+in another wording work too. (Evaluation also reads the user, the target's time and the current part, where they stand
+as here.) Where there are several `<answer>:`, as behind examples of answers, the last one counts.
 """
 import bisect
 import datetime
@@ -17,10 +17,12 @@ from collections.abc import Container, Sequence
 
 QUESTION = "<question>:"
 ANSWER = "<answer>:"
-POI_ID = re.compile(r"POI id ([0-9]+)")
+# What names a place that may be asked for: `POI id n`, or `<GPS n>` where it stands directly behind a `<TIME n>`.
+POI_ID = re.compile(r"(?:POI id |(?<=>)<GPS )([0-9]+)")
 GPS_TOKEN = re.compile(r"<GPS ([^<>]*)>")       # whatever looks like one: `<GPS 05>` must not pass for text
 POI_TOKEN = re.compile(r"<POI ([^<>]*)>")
-PLACE_TOKEN = re.compile(r"<(?:GPS|POI) [^<>]*>")       # either
+TIME_TOKEN = re.compile(r"<TIME ([^<>]*)>")
+PLACE_TOKEN = re.compile(r"<(?:GPS|POI|TIME) [^<>]*>")      # any of the three
 CURRENT = "Current trajectory of user"
 USER = re.compile(r"user ([0-9]{1,18})(?![0-9])")       # a number of 64 bits
 TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2}")
@@ -37,7 +39,14 @@ STEPS = {0: "0min", 5: "5min", 15: "15min", 30: "30min", 60: "1h", 120: "2h", 24
          1440: "1d", 2880: "2d", 5760: "4d", 10080: "1w", 20160: "2w", 40320: "4w", 80640: "8w"}     # minutes, at least
 # With the POI Alignment Module: `<POI n>`, behind `POI id n`.
 ALIGNED = "poi_token"
-ORDER = (AFTER, WEEK, CLOCK, "time", "user", "poi", ALIGNED, "coordinates", "gps", "category")
+# A check-in in two tokens, `<TIME n><GPS n>`: weekday, half hour and time since the check-in before; and the place.
+MOMENT = "moment"
+MOMENT_FIELDS = (MOMENT, "gps")
+HALF_HOURS = 48         # a day
+GAPS = len(STEPS) + 1   # the steps of time since the check-in before, and "none"
+MOMENTS = 7 * HALF_HOURS * GAPS
+MONDAY = 3              # 1970-01-01 was a Thursday, day 3 of a week that begins on Monday
+ORDER = (MOMENT, AFTER, WEEK, CLOCK, "time", "user", "poi", ALIGNED, "coordinates", "gps", "category")
 STAGE_1_FIELDS = tuple(field for field in FIELDS if field != "category")
 
 
@@ -51,14 +60,34 @@ def poi_token(poi: int) -> str:
     return f"<POI {poi}>"
 
 
+def time_token(moment: int) -> str:
+    """The token of a moment, as `moments` numbers them."""
+    return f"<TIME {moment}>"
+
+
 def unknown_place(text: str, places: Container[str]) -> str | None:
-    """The first `<GPS …>` or `<POI …>` in `text` that is none of the tokens `places`: `<GPS 05>` is not `<GPS 5>`."""
+    """The first `<GPS …>`, `<POI …>` or `<TIME …>` in `text` that is none of the tokens `places`: `<GPS 05>` is not
+    `<GPS 5>`."""
     return next((token[0] for token in PLACE_TOKEN.finditer(text) if token[0] not in places), None)
 
 
 def week(time: str) -> str:
     """`YYYY-MM-DD HH:MM:SS` as weekday and hour."""
     return f"{DAYS[datetime.date.fromisoformat(time[:10]).weekday()]} {time[11:13]}h"
+
+
+def moments(seconds: Sequence[int]) -> list[int]:
+    """Number the moments of check-ins that are shown in a row: (weekday · 48 + half hour) · 17 + step since the last.
+
+    seconds: of each, local, since 1970. Step 16 is that of the first, which has none before it.
+    """
+    steps, found, before = list(STEPS), [], None
+    for second in seconds:
+        gap = GAPS - 1 if before is None else max(0, bisect.bisect_right(steps, (second - before) / 60) - 1)
+        day, half_hour = (second // 86400 + MONDAY) % 7, second % 86400 // 1800
+        found.append((day * HALF_HOURS + half_hour) * GAPS + gap)
+        before = second
+    return found
 
 
 def in_a_row(texts: Sequence[str], seconds: Sequence[int], last: int | None = None) -> tuple[list[str], str]:
@@ -72,12 +101,21 @@ def in_a_row(texts: Sequence[str], seconds: Sequence[int], last: int | None = No
     return [f"{word} {text}" for word, text in zip(words, texts)], words[len(texts)] if last is not None else ""
 
 
+def in_tokens(texts: Sequence[str], seconds: Sequence[int], last: int | None = None) -> tuple[list[str], str]:
+    """As `in_a_row`, but in front of each text stands its `<TIME n>`; `last`'s is the second result."""
+    tokens = [time_token(moment) for moment in moments([*seconds] + [last] * (last is not None))]
+    return [token + text for token, text in zip(tokens, texts)], tokens[-1] if last is not None else ""
+
+
 def check_in(fields: Sequence[str], time: str, user: int, poi: int, latitude: float, longitude: float,
              category_name: str, category: int) -> str:
     """One check-in as text. `time` is local, `YYYY-MM-DD HH:MM:SS`; coordinates are degrees, shown to 6 decimals.
 
-    The field `after` is not among its own: it is whoever puts check-ins in a row that knows it (`in_a_row`).
+    The fields `after` and `moment` are not among its own: it is whoever puts check-ins in a row that knows them
+    (`in_a_row`, `in_tokens`).
     """
+    if MOMENT in fields:
+        return gps_token(poi)
     shown = {
         WEEK: lambda: week(time),
         CLOCK: lambda: time[11:],
@@ -109,15 +147,16 @@ def ask_poi(time: str, user: int, first_id: int, last_id: int) -> str:
     return f"At {time}, which POI will user {user} visit? POI ids range from {first_id} to {last_id}."
 
 
-def answer_poi(time: str, user: int, poi: int, fields: Sequence[str] = (), after: str = "") -> str:
-    """The answer; with the fields `after` and `week` the id stands behind the same words as in a check-in.
+def answer_poi(time: str, user: int, poi: int, fields: Sequence[str] = (), after: str = "", as_token: bool = False
+               ) -> str:
+    """The answer; with the fields `after` and `week`, or `moment`, the id stands behind the same words as in a check-in.
 
-    after: of the target, as `in_a_row` tells it.
+    after: of the target, as `in_a_row` or `time_token` tells it. as_token: `<GPS n>` for `POI id n`, one token.
     """
-    moment = f"{after} " if AFTER in fields else ""
+    moment = f"{after} " if AFTER in fields else after if MOMENT in fields else ""
     if WEEK in fields:
         moment += f"{week(time)} "
-    return f"{ANSWER} At {time}, user {user} will visit {moment}POI id {poi}."
+    return f"{ANSWER} At {time}, user {user} will visit {moment}{gps_token(poi) if as_token else f'POI id {poi}'}."
 
 
 def ask_coordinates(poi: int) -> str:

@@ -8,6 +8,9 @@ path is the probability of that answer: no sampling, no beams, no ids that do no
 - The trie's nodes are further branches of the same tree, each attending to its prompt and its own ancestors.
 - A node's log-probability bounds all below it. The target's exact rank and the exact best k need only the nodes above
   the smaller of the target's log-probability, which is read along with the prompt, and that of the k-th best.
+
+A model with a pointer (`llm.pointer`) mixes these probabilities with the pointer's. It reads the same states, so it
+costs no pass; a node is then bounded by its own probability, times the gate, and the pointer's largest share below it.
 """
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -17,6 +20,7 @@ import torch
 from transformers import DynamicCache
 
 from ga_llm.base.cli import UserError
+from ga_llm.evaluation import pointed
 from ga_llm.pairs.spelling import TestPrompt
 
 TOP = 20                    # how many of the best candidates are given exactly
@@ -141,6 +145,8 @@ class Trie:
         self.first_child, self.children = torch.tensor(first_child), torch.tensor(children)
         self.leaf = torch.from_numpy(leaf)
         self.inner = self.children > 0
+        self.levels = [torch.tensor([i for i, own in enumerate(depth) if own == level], dtype=torch.long)
+                       for level in range(max(depth), 0, -1)]       # the deepest first
         # A node whose children are all leaves is never attended to once its logits are read.
         self.keeps = torch.zeros(len(parent), dtype=torch.bool)
         self.keeps[self.parent[self.inner & (self.parent >= 0)]] = True
@@ -151,6 +157,14 @@ class Trie:
         while (above := int(self.parent[path[0]])) > 0:
             path.insert(0, above)
         return path
+
+    def largest_below(self, values: torch.Tensor) -> torch.Tensor:
+        """(prompts, nodes): the largest of the candidates' `values` (prompts, candidates) at or below each node."""
+        found = values.new_full((len(values), len(self.parent)), -torch.inf)
+        found[:, self.leaf] = values
+        for nodes in self.levels:
+            found.scatter_reduce_(1, self.parent[nodes].expand(len(values), -1), found[:, nodes], "amax")
+        return found
 
     def first_nodes(self, limit: int) -> list[int]:
         """The root's inner children, if there are no more than `limit`: what any search has to visit."""
@@ -196,12 +210,13 @@ def rank(model, trie: Trie, group: Group, top: int = TOP, full: bool = False, do
 
 
 class Tree:
-    """What stands in the LLM's key-value cache: a trunk that all see, and slots that some see."""
+    """What stands in the LLM's key-value cache: a trunk that all see, and slots that some see. alone: no pointer."""
 
-    def __init__(self, model, trunk: Sequence[int]):
+    def __init__(self, model, trunk: Sequence[int], alone: bool = False):
         self.model, self.cache = model, DynamicCache()
         self.trunk = len(trunk)
         self.positions = torch.arange(self.trunk)           # (slots,) of all slots, on the CPU as all bookkeeping
+        self.states = pointed.States(None if alone else model)
         if trunk:
             self._forward(torch.tensor([trunk]), None, self.positions, torch.tensor([self.trunk - 1]))
 
@@ -221,11 +236,13 @@ class Tree:
             else:
                 self.cache = DynamicCache()
             self.positions = self.positions[:slots]
+            self.states.crop(slots)
 
     def _forward(self, tokens, mask, positions, keep):
         device = self.model.device
-        return self.model(tokens.to(device), attention_mask=mask, position_ids=positions[None].to(device),
-                          past_key_values=self.cache, use_cache=True, logits_to_keep=keep.to(device)).logits
+        with self.states.kept():
+            return self.model(tokens.to(device), attention_mask=mask, position_ids=positions[None].to(device),
+                              past_key_values=self.cache, use_cache=True, logits_to_keep=keep.to(device)).logits
 
     def _mask(self, seen, positions):
         """The additive mask (1, 1, M, trunk and slots), one for each kind of layer where a model has windows."""
@@ -250,7 +267,7 @@ class Tree:
 class _Search:
     """The search of one chunk: which trie nodes are known for which prompt, and which are still needed.
 
-    log_p: (prompts, nodes), that of a node's spelling, -inf while unknown; slot: (prompts, nodes), where a node's keys
+    log_p: (prompts, nodes), that of a node's spelling, -inf while unknown; mixture: what a pointer adds, if any; slot: (prompts, nodes), where a node's keys
     lie in the cache, counted behind the trunk; own: (prompts, slots), which slots hold a prompt's tail.
     """
 
@@ -264,12 +281,13 @@ class _Search:
         self.slot = torch.full((len(chunk), nodes), -1)
         self.lengths = torch.tensor([len(p.input_ids) for p in chunk])
         self.target = [trie.place.get(p.target) for p in chunk]
+        self.mixture = None
         self._read(chunk)
 
     def results(self) -> list[Ranked]:
         while len(needed := self._needed().nonzero()):
             self._expand(needed)
-        leaves = self.log_p[:, self.trie.leaf]
+        leaves = self._bounds()[:, self.trie.leaf]
         results = []
         for row, target in zip(leaves, self.target):
             best = row.topk(self.top)
@@ -278,6 +296,10 @@ class _Search:
                                          zip(best.indices.tolist(), best.values.tolist())],
                                   row.numpy() if self.full else None))
         return results
+
+    def _bounds(self) -> torch.Tensor:
+        """(prompts, nodes): no candidate at or below a node is more probable; a leaf is as probable. -inf: unknown."""
+        return self.log_p if self.mixture is None else self.mixture.bounds(self.log_p)
 
     def _read(self, chunk) -> None:
         """Send the prompts' tails through the LLM, with each the nodes that spell its target and the first ones."""
@@ -304,23 +326,25 @@ class _Search:
             self.own[i, first:last] = True
         logits = self.tree.grow(torch.tensor(tokens), torch.cat(positions), torch.block_diag(*seen), torch.tensor(keep))
         self._fill(torch.tensor(prompts), torch.tensor(nodes), logits)
+        self.mixture = pointed.mixture(self.tree.states, self.trie, chunk, self.tree.trunk, tails)
 
     def _needed(self) -> torch.Tensor:
         """Which nodes (prompts, nodes) are to be expanded next; none: the rank and the best k are exact."""
         open_ = self.trie.inner & ~self.expanded & (self.log_p > -torch.inf)
         if self.full:
             return open_
-        leaves = self.log_p[:, self.trie.leaf]
+        bounds = self._bounds()
+        leaves = bounds[:, self.trie.leaf]
         kth = leaves.topk(self.top).values[:, -1:]              # -inf while fewer are known
         goal = torch.tensor([[torch.inf if t is None else leaves[i, t]] for i, t in enumerate(self.target)])
         # All that may beat the target is needed for its rank. For the best k it is what beats the k-th best so far;
         # as that grows with every leaf, a few nodes at a time spare the others.
-        open_ &= self.log_p >= torch.minimum(kth, goal)
+        open_ &= bounds >= torch.minimum(kth, goal)
         size = PASS_NODES if self.tree.model.device.type == "cpu" else PASS_NODES_GPU
         width = max(WIDTH, size // max(1, int(open_.any(1).sum())))
-        best = torch.where(open_, self.log_p, -torch.inf).topk(min(width, self.log_p.shape[1]))
+        best = torch.where(open_, bounds, -torch.inf).topk(min(width, bounds.shape[1]))
         among_best = torch.zeros_like(open_).scatter_(1, best.indices, True)
-        return open_ & ((self.log_p >= goal) | among_best)
+        return open_ & ((bounds >= goal) | among_best)
 
     def _expand(self, needed: torch.Tensor) -> None:
         """Read the logits of nodes, (M, 2) as (prompt, node). Those with inner children stay in the cache."""
@@ -379,7 +403,7 @@ def check(model, trie: Trie, prompt: TestPrompt) -> None:
     plain = log_probs.gather(1, ids[0, -len(spelled):, None]).sum().item()
     half = len(prompt.input_ids) // 2
     other = dataclasses.replace(prompt, input_ids=prompt.input_ids[:half] + prompt.input_ids[:half - 1:-1])
-    search = _Search(Tree(model, prompt.input_ids[:half]), trie,
+    search = _Search(Tree(model, prompt.input_ids[:half], alone=True), trie,
                      [other, dataclasses.replace(prompt, target=poi)], 1, False)
     ranked = search.log_p[1, trie.leaf[trie.place[poi]]].item()
     if not abs(plain - ranked) <= tolerance * max(1.0, abs(plain)):

@@ -11,11 +11,11 @@ import torch
 
 from ga_llm.base import artifacts, prompts
 from ga_llm.base.cli import UserError, boolean, token_count
-from ga_llm.llm import backbone
+from ga_llm.llm import backbone, beside
 from ga_llm.training import checkpoints
 from geo_encoder import injection
 from geo_encoder.alignment import read_poi_embeddings
-from geo_encoder.gps_tokens import GPSMapping, add_gps_tokens, add_poi_tokens
+from geo_encoder.gps_tokens import GPSMapping, add_gps_tokens, add_poi_tokens, add_time_tokens
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +141,7 @@ def load(args: argparse.Namespace, agreement: dict, mapping: GPSMapping, attenti
     model = backbone.load_llm(base, args.context_size, attention, dtype, four_bit, args.cache_dir)
     token_ids = add_gps_tokens(tokenizer, mapping, model)
     poi_token_ids = add_poi_tokens(tokenizer, mapping, model) if embeddings else None
+    time_token_ids = add_time_tokens(tokenizer, model) if shows_moments(agreement) else None
     encoders = {}
     if test_type != "base":
         if random_encoder:
@@ -154,13 +155,22 @@ def load(args: argparse.Namespace, agreement: dict, mapping: GPSMapping, attenti
         checkpoints.check_agreement(args.output_dir, agreement, args.context_size,
                                     model.config.max_position_embeddings, None if full else base,
                                     None if random_encoder else encoders)
+        llm = model
         model = model if full else checkpoints.load_adapter(model, args.output_dir, agreement)
+        checkpoints.load_beside(args.output_dir, agreement, mapping, llm.get_input_embeddings().embedding_dim, token_ids,
+                                time_token_ids).settle(llm)
     return model.eval(), tokenizer
 
 
-def known_places(args: argparse.Namespace, mapping: GPSMapping) -> set[str]:
-    """The tokens of places that stand for something in this model's prompts."""
-    return {*mapping.tokens, *(mapping.poi_tokens if args.poi_embedding_path else ())}
+def shows_moments(agreement: dict) -> bool:
+    """Whether the check-ins of the training's questions begin with `<TIME n>`."""
+    return beside.MOMENTS in agreement.get("beside", {})
+
+
+def known_places(args: argparse.Namespace, agreement: dict, mapping: GPSMapping) -> set[str]:
+    """The tokens of places and times that stand for something in this model's prompts."""
+    times = map(prompts.time_token, range(prompts.MOMENTS)) if shows_moments(agreement) else ()
+    return {*mapping.tokens, *(mapping.poi_tokens if args.poi_embedding_path else ()), *times}
 
 
 def files(args: argparse.Namespace) -> list[Path | str]:

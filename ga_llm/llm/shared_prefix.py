@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ga_llm.base.cli import UserError
+from ga_llm.llm import pointing
 from ga_llm.pairs.token_cache import TokenDataset
 
 SHARED_PREFIX = "shared_prefix"     # what `attn_implementation` calls it
@@ -106,11 +107,15 @@ class TreeCollator:
 
     Returns input_ids and position_ids (1, S); logits_to_keep (K,), positions in the row; labels and shift_labels
     (1, K), the token that comes next there; layout, for the attention. Pairs with `targets` share those of the trunk,
-    too: they count once.
+    too: they count once. places: how many there are, where the pairs are `PointedPairs`.
     """
+
+    def __init__(self, places: int | None = None):
+        self.places = places
 
     def __call__(self, batch: Sequence[dict]) -> dict:
         ids, positions, keep, targets, layout, at = [], [], [], [], Layout([], [], []), 0
+        pairs, where, labels = [], [], []       # for the pointer: of each pair, where its tokens stand, and its labels
         for tree in batch:
             trunk, cuts = tree["shared"][-1], sorted({0, *tree["shared"]})
             ids.append(tree["pairs"][-1]["input_ids"][:trunk])
@@ -135,13 +140,30 @@ class TreeCollator:
                 if "targets" in pair:
                     predicts = np.flatnonzero(pair["targets"]) - 1
                     if i < len(tree["pairs"]) - 1:      # the trunk is the last pair's
-                        predicts = predicts[predicts + 1 >= shared]
-                keep.append(np.where(predicts < shared, begin + predicts, at + predicts - shared))
+                        predicts = predicts[_own(pair, predicts + 1, shared)]
+                in_row = np.arange(length)
+                in_row = np.where(in_row < shared, begin + in_row, at + in_row - shared)
+                keep.append(in_row[predicts])
                 targets.append(own[predicts + 1])
+                pairs.append(pair)
+                where.append(in_row)
+                labels.append(predicts + 1)
                 at += length - shared
+        pointer = {} if self.places is None else {"pointer": pointing.collate(pairs, where, labels, self.places)}
         row = [torch.from_numpy(np.concatenate(part))[None] for part in (ids, positions, targets, keep)]
         return {"input_ids": row[0], "position_ids": row[1], "labels": row[2], "shift_labels": row[2],
-                "logits_to_keep": row[3][0], "layout": layout}
+                "logits_to_keep": row[3][0], "layout": layout, **pointer}
+
+
+def _own(pair: dict, tokens: np.ndarray, shared: int) -> np.ndarray:
+    """Which of these tokens count for a pair whose first `shared` are another's: a place that it asks for with all its
+    tokens, if the last is the pair's own."""
+    if "asked" not in pair:
+        return tokens >= shared
+    of_place = pair["asked"].of_token
+    last = np.zeros(len(pair["asked"].at) + 1, dtype=np.int64)
+    np.maximum.at(last, of_place, np.arange(len(of_place)))
+    return last[of_place[tokens]] >= shared
 
 
 @torch.compiler.disable     # its blocks follow from the trees

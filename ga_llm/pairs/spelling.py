@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from ga_llm.base import prompts
 from ga_llm.base.cli import UserError
 from ga_llm.pairs import token_cache
+from ga_llm.pairs.check_ins import Shown
 from ga_llm.pairs.sft_data import first_after, truncate
 
 
@@ -21,6 +22,7 @@ class TestPrompt:
     input_ids: list[int]    # the text's tokens, cut from the left to what the model takes
     tokens: int             # how many there were before cutting
     fits: bool              # whether nothing was cut
+    check_ins: Shown | None = None      # what it shows, for a model with a pointer
 
     @functools.cached_property
     def shown(self) -> list[int]:
@@ -62,7 +64,8 @@ def _poi_ids(text: str) -> list[int]:
 class Spelling:
     """How a tokenizer spells the POI ids in an answer, and where it ends them, so that 12 and 123 differ.
 
-    lead: what stands before the id in the answer ("… POI id "); end: what stands behind (".", else EOS ends it).
+    lead: what stands before the id in the answer ("… POI id "); end: what stands behind (".", else EOS ends it). Where
+    that begins with ">", the answer is the token `<GPS n>`, and nothing stands before.
     full: {POI id: the tokens of the id and its end}. tokens: {POI id: those that tell it from all others}: the end is
     left out where no other id begins with this one, as nothing but the end can follow there; `always_end` keeps it.
     """
@@ -71,10 +74,12 @@ class Spelling:
 
     def __init__(self, tokenizer, candidates: Sequence[int], end: str, always_end: bool = False):
         self.tokenizer, self.end = tokenizer, end
+        self.as_token = end.startswith(">")
+        self.lead, self.before_id = ("", "<GPS ") if self.as_token else (self.LEAD, "")
         self.full, bare = {}, {}
-        for poi, ids, digits in self._spell(candidates, self.LEAD):
+        for poi, ids, digits in self._spell(candidates, self.lead):
             self.full[poi] = ids
-            bare[poi] = ids[:digits]
+            bare[poi] = ids[:1 if self.as_token else digits]
         # In lexicographic order an id is followed by those that begin with it.
         order = sorted(candidates, key=bare.get)
         begins_another = {poi for poi, other in zip(order, order[1:]) if bare[other][:len(bare[poi])] == bare[poi]}
@@ -82,11 +87,11 @@ class Spelling:
 
     def _spell(self, candidates: Sequence[int], before: str) -> Iterator[tuple[int, list[int], int]]:
         """For each candidate behind the text `before`: the tokens of its id and end, and how many are the id's."""
-        encoded = self.tokenizer([f"{before}{poi}{self.end}" for poi in candidates], add_special_tokens=False,
-                                 return_offsets_mapping=True)
+        encoded = self.tokenizer([f"{before}{self.before_id}{poi}{self.end}" for poi in candidates],
+                                 add_special_tokens=False, return_offsets_mapping=True)
         for poi, ids, offsets in zip(candidates, encoded["input_ids"], encoded["offset_mapping"]):
             first = first_after(offsets, len(before))
-            beyond = len(before) + len(str(poi))
+            beyond = len(before) + len(f"{self.before_id}{poi}")
             last = first_after(offsets, beyond)
             if last < len(ids) and offsets[last][0] < beyond:       # one token holds a digit and the end: "12."
                 last = len(ids)
@@ -105,7 +110,7 @@ class Spelling:
                 if ids != self.full[poi]:
                     raise self._otherwise(source, 0, poi)
         found = [answer_id(pair) for pair in pairs]
-        texts = [pair[:start] + str(target) + self.end for pair, (start, target, _) in zip(pairs, found)]
+        texts = [f"{pair[:start]}{self.before_id}{target}{self.end}" for pair, (start, target, _) in zip(pairs, found)]
         encoded = self._encoded(texts, [start for start, _, _ in found])
         return [self._prompt(i, pair[:start], target, ids, cut, max_length, source)
                 for i, (pair, (start, target, _), (ids, cut)) in enumerate(zip(pairs, found, encoded))]
@@ -145,7 +150,7 @@ class Spelling:
 
     def _otherwise(self, source, pair: int, poi: int) -> UserError:
         return UserError(f"{source}, line {pair + 1}: the tokenizer spells {poi} otherwise in this answer than behind "
-                         f"'{self.LEAD}'; the answer must hold '{self.LEAD}{poi}{self.end}'")
+                         f"'{self.lead}'; the answer must hold '{self.lead}{self.before_id}{poi}{self.end}'")
 
 
 def read_answers(pairs: Sequence[str], source) -> str:
@@ -178,11 +183,13 @@ def untokenized(pairs: Sequence[str]) -> list[TestPrompt]:
 def answer_id(text: str) -> tuple[int, int, str]:
     """Where the answer's last POI id begins in a joined pair, the id, and what follows it (stripped).
 
-    Raises ValueError if the answer names none.
+    Of `<GPS n>` behind a `<TIME n>` the token begins there, and what follows begins with its ">". Raises ValueError if
+    the answer names none.
     """
     prompt, answer = prompts.split(text)
     matches = list(prompts.POI_ID.finditer(answer))
     if not matches:
         raise ValueError("no 'POI id n' in the answer")
     match = matches[-1]
-    return len(prompt) + match.start(1), int(match.group(1)), answer[match.end(1):].strip()
+    start = match.start() if match[0].startswith("<") else match.start(1)
+    return len(prompt) + start, int(match.group(1)), answer[match.end(1):].strip()

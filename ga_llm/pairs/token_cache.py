@@ -201,7 +201,8 @@ class Pieces:
     A text is cut at `<GPS n>` and `<POI n>`, where every tokenizer cuts it too, and between "." and " " if no token of
     the vocabulary holds both, for then none can lie across. A piece is encoded behind what tells the tokenizer where it
     stands: nothing at the beginning of the text, a place's token, or that and the ".". Ids are bytes, which join fast.
-    tokenized: how many tokens the tokenizer has really made. mark: also tell which tokens spell a POI id.
+    tokenized: how many tokens the tokenizer has really made. mark: also tell which tokens spell a POI id; `<GPS n>` is
+    one where it stands directly behind a `<TIME n>`.
     """
 
     def __init__(self, tokenizer, dtype: str, in_pieces: bool = True, mark: bool = False):
@@ -247,14 +248,16 @@ class Pieces:
             before, piece = pieces[-1]
             skip, beyond = self.lengths[before], len(before) + len(piece) - len(answer)
             start = sft_data.first_after(encoding.offsets, beyond)
-            known = [before + piece for before, piece in pieces[:-1]]
+            known = [before + piece for before, piece in pieces[:-1]]       # before a place's token stands nothing
             ids = self.prefix + b"".join([self.known[piece] for piece in known])
             first = len(ids) // len(self.eos)
             ids += self._bytes(encoding.ids[skip:]) + self.suffix
             ids = np.frombuffer(ids if ids.endswith(self.eos) else ids + self.eos, self.dtype)
             marks = np.zeros(len(ids), dtype=bool)
             if self.mark:
-                found = b"".join([self.marks.get(piece, b"\0") for piece in known])       # a place is one token
+                behind = itertools.chain([""], known)
+                found = b"".join([self.marks[piece] if piece in self.marks else self._of_place(last, piece)
+                                  for last, piece in zip(behind, known)])       # a place is one token
                 found = np.frombuffer(found + self._marks(before + piece, encoding, skip), dtype=bool)
                 at = len(self.prefix) // len(self.eos)
                 marks[at:at + len(found)] = found
@@ -270,6 +273,11 @@ class Pieces:
         counts = np.cumsum(is_digit)
         offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)[skip:]
         return (counts[offsets[:, 1]] > counts[offsets[:, 0]]).tobytes()
+
+    @staticmethod
+    def _of_place(last: str, token: str) -> bytes:
+        """The mark of a place's token behind the piece `last`."""
+        return b"\1" if token.startswith("<GPS ") and last.startswith("<TIME ") else b"\0"
 
     def _split(self, pair: int, text: str) -> tuple[list[tuple[str, str]], str]:
         """The pieces of a joined pair, each behind what it is encoded behind, and the answer, which ends the last."""

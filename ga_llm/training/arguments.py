@@ -41,7 +41,8 @@ AT_LEAST = {        # what transformers would divide by, or takes for another va
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
                      "lora_r", "lora_alpha", "save_total_limit"), 1),
     **dict.fromkeys(("weight_decay", "warmup_steps", "max_grad_norm", "lora_dropout", "dropout",
-                     "dataloader_num_workers", "adam_epsilon", "tree_tokens", "seed", "data_seed"), 0),
+                     "dataloader_num_workers", "adam_epsilon", "tree_tokens", "batch_tokens", "seed",
+                     "data_seed"), 0),
 }
 ABOVE_0 = ("num_train_epochs", "learning_rate", "save_steps", "logging_steps")
 BELOW = {"lora_dropout": 1, "dropout": 1, "adam_beta1": 1, "adam_beta2": 1, "seed": 2**32, "data_seed": 2**32}
@@ -66,6 +67,8 @@ class SFTArguments(TrainingArguments):
     shared_prefix: bool = dataclasses.field(default=False, metadata={"help": "pairs that begin alike are one tree"})
     tree_tokens: int = dataclasses.field(
         default=0, metadata={"help": "with --shared_prefix: tokens of a tree at most; 0: twice --model_max_length"})
+    batch_tokens: int = dataclasses.field(
+        default=0, metadata={"help": "a batch is of so many tokens at most, not of --per_device_train_batch_size pairs"})
     loss_on: Literal["answer", "poi_ids"] = dataclasses.field(
         default="answer", metadata={"help": "the answer (paper), or every POI id of a pair, in its prompt, too"})
     load_in_4bit: bool = dataclasses.field(default=True, metadata={"help": "base in NF4 where bitsandbytes runs"})
@@ -89,6 +92,8 @@ class SFTArguments(TrainingArguments):
         if self.dry_run:    # before DeepSpeed's configuration is filled in
             self.planned_accumulation_steps, self.gradient_accumulation_steps = self.gradient_accumulation_steps, 1
             self.save_strategy, self.logging_strategy, self.report_to = "no", "no", "none"
+        if self.batch_tokens:       # an item of the data is a batch
+            self.per_device_train_batch_size = 1
         # The layers' parts are compiled by us, one by one: transformers would compile the model as a whole.
         options = {"backend": self.torch_compile_backend, "mode": self.torch_compile_mode}
         self.compile_options = {name: value for name, value in options.items() if value}
@@ -258,6 +263,8 @@ def _check(args: SFTArguments, required: Sequence[str]) -> None:
     if args.shared_prefix and not args.use_full_attn:
         raise UserError("--shared_prefix True: S²-Attn's groups follow from where each prompt ends, so prompts cannot "
                         "share theirs; add --use_full_attn True")
+    if args.batch_tokens and args.shared_prefix:
+        raise UserError("--batch_tokens, --shared_prefix True: exclude each other; give one of them")
     if args.tree_tokens and not (args.shared_prefix and args.tree_tokens >= args.model_max_length):
         raise UserError(f"--tree_tokens {args.tree_tokens}: goes with --shared_prefix True, and a tree must hold a "
                         f"prompt of --model_max_length {args.model_max_length}; give as many, or leave it out")

@@ -23,6 +23,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from ga_llm.base.artifacts import TRAINABLE_PARAMS
 from ga_llm.base.cli import LEAST_TOKENS, MOST_TOKENS, UserError
 from ga_llm.base.reading import WAY_OUT, fingerprint, listed, read_json, read_tensors, reason
+from ga_llm.llm import beside
 from ga_llm.llm.backbone import rope_factor
 from geo_encoder.injection import INJECTIONS
 
@@ -70,14 +71,14 @@ def load_adapter(llm, folder: Path | str, agreement: dict):
     except ValueError as error:
         raise _unfit(folder / ADAPTER_CONFIG, reason(error)) from None
     load_weights(model, lora, folder / ADAPTER, [name for name in model.state_dict() if "lora_" in name])
-    trained = [in_model(name) for name in agreement.get("trained", []) if not of_encoder(name)]
+    trained = [in_model(name) for name in agreement.get("trained", []) if is_llms(name)]
     if (folder / CONVERTED).exists():
         log.info("weights from %s", folder / CONVERTED)
         state, needed = read_converted(folder / CONVERTED), [*map(in_model, lora), *trained]
-        load_weights(model, without_encoders(state), folder / CONVERTED, needed)
+        load_weights(model, llms_alone(state), folder / CONVERTED, needed)
     elif (folder / TRAINABLE_PARAMS).exists():
         state = read_tensors(folder / TRAINABLE_PARAMS)
-        load_weights(model, without_encoders(state), folder / TRAINABLE_PARAMS, trained)
+        load_weights(model, llms_alone(state), folder / TRAINABLE_PARAMS, trained)
     else:
         raise UserError(f"{folder}: neither {TRAINABLE_PARAMS} nor {CONVERTED}; run zero_to_fp32.py there")
     return model
@@ -88,8 +89,27 @@ def of_encoder(name: str) -> bool:
     return any(f"{module}." in name for module in INJECTIONS.values())
 
 
-def without_encoders(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in state.items() if not of_encoder(name)}
+def is_llms(name: str) -> bool:
+    """Whether a weight is the LLM's own or its LoRA's, not of a module that was trained with it."""
+    return not of_encoder(name) and not beside.is_beside(name)
+
+
+def llms_alone(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in state.items() if is_llms(name)}
+
+
+def load_beside(folder: Path | str, agreement: dict, mapping, width: int, token_ids, time_token_ids) -> beside.Beside:
+    """The modules that were trained with the LLM, and are part of its checkpoint (`llm.beside`)."""
+    described, folder = agreement.get("beside", {}), Path(folder)
+    if not described:
+        return beside.Beside()
+    path = next((folder / name for name in (CONVERTED, TRAINABLE_PARAMS) if (folder / name).exists()), None)
+    if path is None:
+        raise UserError(f"{folder}: no {TRAINABLE_PARAMS}, which holds what was trained beside the LLM; {WAY_OUT}")
+    state = read_converted(path) if path.name == CONVERTED else read_tensors(path)
+    if path.name == CONVERTED and (folder / TRAINABLE_PARAMS).exists():     # which has no buffers
+        state = read_tensors(folder / TRAINABLE_PARAMS) | state
+    return beside.read(described, state, path, mapping, width, token_ids, time_token_ids)
 
 
 def adapter_config(folder: Path, shapes: dict[str, tuple[int, ...]]) -> LoraConfig:
@@ -177,7 +197,7 @@ def read_agreement(folder: Path | str) -> dict:
     path = Path(folder) / AGREEMENT
     found = read_json(path) if path.exists() else {}
     kinds = {"model_max_length": int, "base_model": str, "trained": list, "encoders": dict, "questions": dict,
-             "paths": dict}
+             "paths": dict, "beside": dict}
     for name, value in found.items():
         if name in kinds and type(value) is not kinds[name]:
             raise UserError(f"{path}: {name} is {str(value)[:100]!r}; {WAY_OUT}")

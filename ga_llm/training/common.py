@@ -7,15 +7,18 @@ import torch
 from transformers import set_seed
 
 from ga_llm.base import writing
-from ga_llm.base.artifacts import GCIM, EncoderFiles
+from ga_llm.base.artifacts import GCIM, EncoderFiles, question_settings
 from ga_llm.base.cli import UserError
-from ga_llm.llm import backbone, shared_prefix
-from ga_llm.pairs import sft_data, token_cache
-from ga_llm.training import preemption
+from ga_llm.base.prompts import MOMENT
+from ga_llm.base.reading import read_json
+from ga_llm.llm import backbone, pointing, shared_prefix
+from ga_llm.pairs import check_ins, sft_data, token_cache
+from ga_llm.training import batches, preemption
 from ga_llm.training.arguments import SFTArguments
 from geo_encoder import injection
 from geo_encoder.alignment import POIEmbeddings, read_poi_embeddings
-from geo_encoder.gps_tokens import GPSMapping, add_gps_tokens, add_poi_tokens, add_rows, read_gps_mapping
+from geo_encoder.gps_tokens import (GPSMapping, add_gps_tokens, add_poi_tokens, add_rows, add_time_tokens,
+                                    read_gps_mapping)
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +29,8 @@ class Setup:
     token_ids: np.ndarray       # (places,), the <GPS n> of each place of the mapping
     poi_embeddings: POIEmbeddings | None    # of the places, where --poi_embedding_path is given
     poi_token_ids: np.ndarray | None        # (places,), their <POI n>
+    time_token_ids: np.ndarray | None       # the <TIME n>, where the questions have them
+    check_ins: check_ins.CheckIns | None    # of the pairs, where --pointer or --geo_output asks for them
     tokenizer: object
     dataset: token_cache.TokenDataset       # the pairs
     train_dataset: object                   # what a batch is drawn from: the pairs, or trees of them
@@ -51,26 +56,46 @@ def set_up(args: SFTArguments) -> Setup:
     known = len(tokenizer)
     token_ids = add_gps_tokens(tokenizer, mapping)
     poi_token_ids = add_poi_tokens(tokenizer, mapping) if poi_path else None
+    time_token_ids = add_time_tokens(tokenizer) if shows_moments(args.data_path) else None
+    pointer, every = getattr(args, "pointer", False), args.loss_on == "poi_ids"
     dataset = token_cache.load(args.data_path, tokenizer, args.model_max_length, args.gps_mapping_path, args.cache_dir,
-                               poi_ids=args.loss_on == "poi_ids")
+                               poi_ids=every or pointer)
     if dataset.targets is not None and not any(dataset[i]["targets"].any() for i in range(len(dataset))):
         raise UserError(f"--loss_on poi_ids: {args.data_path} names no POI id; leave it out")
+    shown = None
+    if pointer or getattr(args, "geo_output", False):
+        shown = check_ins.CheckIns(args.data_path, dataset.sha256, mapping.ids)
+    if pointer:
+        dataset = pointing.PointedPairs(dataset, shown, token_ids, every)
+    places = len(mapping.ids) if pointer else None
     if args.shared_prefix:
         train_dataset = shared_prefix.TreeDataset(dataset, args.tree_tokens or 2 * args.model_max_length)
-        collator = shared_prefix.TreeCollator()
+        collator = shared_prefix.TreeCollator(places)
         log.info("%d pairs in %d trees, which a batch is made of: %d tokens instead of %d", len(dataset),
                  len(train_dataset), train_dataset.lengths.sum(), dataset.lengths.sum())
     else:
         train_dataset, collator = dataset, sft_data.AnswerCollator(tokenizer.pad_token_id)
+        collator = pointing.PointedCollator(collator, places) if pointer else collator
+        if args.batch_tokens:
+            train_dataset = batches.TokenBatches(dataset, args.batch_tokens, args.seed)
+            collator = batches.Unpacked(collator)
+            log.info("%d pairs in %d batches of at most %d tokens", len(dataset), len(train_dataset), args.batch_tokens)
     frozen = args.low_rank_training
     attention = backbone.training_attention(args.use_flash_attn, args.use_full_attn, args.shared_prefix)
     model = backbone.load_llm(args.model_name_or_path, args.model_max_length, attention,
                               dtype=torch.bfloat16 if args.bf16 and frozen else torch.float32,
                               four_bit=args.load_in_4bit and frozen, cache_dir=args.cache_dir)
     backbone.round_norms(model)
-    added = np.concatenate([token_ids, poi_token_ids]) if poi_path else token_ids
+    added = np.concatenate([ids for ids in (token_ids, poi_token_ids, time_token_ids) if ids is not None])
     add_rows(model, len(tokenizer), added[added >= known])
-    return Setup(mapping, token_ids, poi_embeddings, poi_token_ids, tokenizer, dataset, train_dataset, collator, model)
+    return Setup(mapping, token_ids, poi_embeddings, poi_token_ids, time_token_ids, shown, tokenizer, dataset,
+                 train_dataset, collator, model)
+
+
+def shows_moments(questions: str) -> bool:
+    """Whether the check-ins of a question file begin with `<TIME n>`, as its settings say."""
+    settings = question_settings(questions)
+    return settings.exists() and MOMENT in (read_json(settings).get("fields") or ())
 
 
 def for_stage_1(llm: torch.nn.Module, injected: injection.Injection | None, rank: int, alpha: int,

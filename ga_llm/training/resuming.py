@@ -124,7 +124,7 @@ def check_resumable(checkpoint: Path, trainer: Trainer) -> None:
     before = read_agreement(checkpoint)
     check_agreement(checkpoint, before, trainer.args.model_max_length, trainer.model.config.max_position_embeddings,
                     trainer.args.model_name_or_path)
-    for name in {"seed", "encoder", "encoders"} & before.keys() & trainer.agreement.keys():
+    for name in {"seed", "encoder", "encoders", "beside"} & before.keys() & trainer.agreement.keys():
         if before[name] != trainer.agreement[name]:
             raise UserError(f"{checkpoint / AGREEMENT}: trained with {name} {before[name]}, not "
                             f"{trainer.agreement[name]}; resume with the flags that it was trained with")
@@ -168,7 +168,8 @@ def check_weights(checkpoint: Path, trainer: Trainer) -> None:
                             f"{getattr(own, name)}; give --lora_r {config.r} --lora_alpha {config.lora_alpha}")
     check_fits(model, adapter, checkpoint / ADAPTER, [name for name in trained if "lora_" in name])
     check_fits(model, beside, checkpoint / TRAINABLE_PARAMS, [name for name in trained if "lora_" not in name])
-    extra = min(beside.keys() - set(trained), default=None)
+    kept = {name for name, _ in model.named_buffers()}
+    extra = min(beside.keys() - set(trained) - kept, default=None)
     if extra is not None:
         raise UserError(f"{checkpoint / TRAINABLE_PARAMS}: holds {extra}, which this run does not train; resume with "
                         "the flags that it was trained with")

@@ -20,15 +20,18 @@ from ga_llm.base.cli import UserError
 from ga_llm.base.reading import check_finite, fingerprint, read_json, read_tensors, reason
 from ga_llm.base.sharding import set_up_fsdp
 from ga_llm.base.writing import atomic_write, saving
+from ga_llm.llm import beside, pointing
 from ga_llm.llm.backbone import compile_layers, prepare_for_autocast
 from ga_llm.training import preemption, staging
-from ga_llm.training.checkpoints import (ADAPTER, AGREEMENT, PATHS, PEFT_PREFIX, load_weights, of_encoder,
-                                         without_encoders)
+from ga_llm.training.checkpoints import (ADAPTER, AGREEMENT, PATHS, PEFT_PREFIX, is_llms, llms_alone,
+                                         load_weights)
 from ga_llm.training.run_log import LoggedTrainer
 from ga_llm.training.sampling import EpochSampler
 from geo_encoder.weights import digest, merged_state_dict, save_encoder
 
 log = logging.getLogger(__name__)
+
+FASTER = 10     # times the learning rate, for what is looked up in the pointer's tables
 
 # transformers 5.17 has several processes on a CPU read their optimizer back to "cpu:0"; torch knows "cpu" alone.
 torch.serialization.register_package(
@@ -93,16 +96,18 @@ class GATrainer(LoggedTrainer):
         if not isinstance(self.model, PeftModel):
             # What is trained with the LLM is no part of it, for those who load the folder as a model.
             state_dict = state_dict if state_dict is not None else self.model.state_dict()
-            super()._save(output_dir, without_encoders(state_dict))
-            beside = {name: tensor.contiguous() for name, tensor in state_dict.items() if of_encoder(name)}
-            if beside and self.args.should_save:
-                save_file(beside, Path(output_dir or self.args.output_dir) / TRAINABLE_PARAMS)
+            super()._save(output_dir, llms_alone(state_dict))
+            others = {name: tensor.contiguous() for name, tensor in state_dict.items() if not is_llms(name)}
+            if others and self.args.should_save:
+                save_file(others, Path(output_dir or self.args.output_dir) / TRAINABLE_PARAMS)
         elif self.args.should_save:
             output_dir = Path(output_dir or self.args.output_dir)
             state_dict = state_dict if state_dict is not None else self.model.state_dict()
             # PEFT would add both embedding matrices, for they were resized; they stand in TRAINABLE_PARAMS if trained.
             self.model.save_pretrained(str(output_dir), state_dict=state_dict, save_embedding_layers=False)
-            save_file({name.removeprefix(PEFT_PREFIX): state_dict[name].contiguous() for name in self._beside_lora()},
+            kept = {name: state_dict[name].contiguous() for name in self._beside_lora()} | {
+                name: tensor for name, tensor in self.model.named_buffers() if name in state_dict and not is_llms(name)}
+            save_file({name.removeprefix(PEFT_PREFIX): tensor for name, tensor in kept.items()},
                       output_dir / TRAINABLE_PARAMS)
             self.processing_class.save_pretrained(str(output_dir))
         if self.args.should_save:
@@ -120,6 +125,23 @@ class GATrainer(LoggedTrainer):
         found = {name: getattr(self.args, name, None) for name in PATHS}
         return {name: str(path) for name, path in found.items() if path}
 
+    @property
+    def llm(self):
+        """The model without PEFT around it."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    def create_optimizer(self, *args, **kwargs):
+        """The pointer's tables learn faster than all else, and do not decay."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        pointer = getattr(self.llm, pointing.MODULE, None)
+        biases = [] if pointer is None else pointer.biases
+        known, rate = {id(bias) for bias in biases}, FASTER * self.args.learning_rate
+        if biases and not any(id(bias) in known for group in optimizer.param_groups[2:] for bias in group["params"]):
+            for group in optimizer.param_groups:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in known]
+            optimizer.add_param_group({"params": biases, "lr": rate, "weight_decay": 0.0})
+        return optimizer
+
     def _beside_lora(self) -> list[str]:
         return sorted(name for name, p in self.model.named_parameters() if p.requires_grad and "lora_" not in name)
 
@@ -129,6 +151,7 @@ class GATrainer(LoggedTrainer):
         found = {"model_max_length": self.args.model_max_length,
                  "base_model": fingerprint(self.args.model_name_or_path),
                  "encoders": self.encoders, "questions": self._questions(),
+                 "beside": beside.describe(self.llm) or None,
                  "trained": [name.removeprefix(PEFT_PREFIX) for name in self._beside_lora()]}
         return {name: value for name, value in found.items() if value is not None}
 

@@ -1,0 +1,114 @@
+"""Ranking with a pointer: the states that it reads, and the mixture of its probabilities with the LLM's.
+
+    P(place) = g · P_LLM(place) + (1 - g) · P_pointer(place)
+"""
+import contextlib
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ga_llm.base.cli import UserError
+from ga_llm.llm import pointing
+from ga_llm.llm.pointer import Pointer
+from ga_llm.pairs.check_ins import CheckIns
+from ga_llm.pairs.spelling import TestPrompt
+
+log = logging.getLogger(__name__)
+
+
+def shown(args, model, test_prompts: Sequence[TestPrompt], mapping, tokenizer) -> list[TestPrompt]:
+    """The prompts of `args`' test file as they are, or for a model with a pointer with their check-ins."""
+    if getattr(model, pointing.MODULE, None) is None:
+        return test_prompts
+    if args.decoding != "rank":
+        log.info("--decoding %s asks the LLM alone, without its pointer", args.decoding)
+    sha256 = hashlib.sha256(Path(args.test_file).read_bytes()).hexdigest()
+    token_ids = np.asarray(tokenizer.convert_tokens_to_ids(mapping.tokens))
+    return show(test_prompts, CheckIns(args.test_file, sha256, mapping.ids), token_ids)
+
+
+def show(test_prompts: Sequence[TestPrompt], check_ins: CheckIns, token_ids: np.ndarray) -> list[TestPrompt]:
+    """The prompts with the check-ins that they show. token_ids: (places,), the `<GPS n>` of each place."""
+    row = np.full(max(int(token_ids.max()), *(max(prompt.input_ids) for prompt in test_prompts)) + 1, -1)
+    row[token_ids] = np.arange(len(token_ids))
+    found = ((prompt, *pointing.place_tokens(np.asarray(prompt.input_ids), row)) for prompt in test_prompts)
+    return [dataclasses.replace(prompt, check_ins=check_ins.shown(prompt.pair, places, at))
+            for prompt, at, places in found]
+
+
+class States:
+    """The last states of the tokens in the LLM's cache, slot by slot, where the LLM has a pointer; else nothing."""
+
+    def __init__(self, model):
+        self.pointer: Pointer | None = getattr(model, pointing.MODULE, None)
+        self.decoder = model.get_decoder() if self.pointer is not None else None
+        self.parts = []
+
+    @contextlib.contextmanager
+    def kept(self):
+        """A context in which what the model reads is added."""
+        if self.pointer is None:
+            yield
+            return
+        hook = self.decoder.register_forward_hook(
+            lambda module, inputs, output: self.parts.append(output.last_hidden_state[0]))
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def crop(self, slots: int) -> None:
+        if self.pointer is not None:
+            self.parts = [torch.cat(self.parts)[:slots]]
+
+    def of(self, slots: np.ndarray) -> torch.Tensor:
+        """(n, hidden size), of these slots."""
+        self.parts = [torch.cat(self.parts)]
+        return self.parts[0][torch.from_numpy(slots).to(self.parts[0].device)]
+
+
+@dataclasses.dataclass
+class Mixture:
+    """log_gate: (prompts, 1), of g; log_share: (prompts, nodes), the pointer's largest share at or below each node."""
+    log_gate: torch.Tensor
+    log_share: torch.Tensor
+
+    def bounds(self, log_p: torch.Tensor) -> torch.Tensor:
+        """log_p: (prompts, nodes), the LLM's, -inf where unknown. A leaf's is the mixture's own."""
+        return torch.logaddexp(log_p + self.log_gate, self.log_share).masked_fill(log_p == -torch.inf, -torch.inf)
+
+
+def mixture(states: States, trie, chunk: Sequence[TestPrompt], trunk: int, tails: Sequence[tuple[int, int]]
+            ) -> Mixture | None:
+    """What the pointer says of a chunk's prompts, whose tails stand in these slots behind the trunk; None without one.
+
+    Raises UserError for prompts that do not tell their check-ins.
+    """
+    pointer = states.pointer
+    if pointer is None:
+        return None
+    log_gates, shares = [], torch.zeros(len(chunk), len(trie.candidates))
+    for row, (prompt, (first, last)) in enumerate(zip(chunk, tails)):
+        shown = prompt.check_ins
+        if shown is None:
+            raise UserError(f"pair {prompt.pair}: the model has a pointer, which needs the times of its check-ins; make "
+                            "the questions with process_llm_gps.py")
+        slots = np.where(shown.at < trunk, shown.at, first + shown.at)
+        device = pointer.gates.weight.device
+        second, place, since = (torch.from_numpy(np.asarray(values, dtype=np.int64))[None].to(device)
+                                for values in (shown.second, shown.place, shown.first))
+        keys = torch.nn.functional.pad(states.of(slots), (0, 0, 0, 1))[None]         # nothing points to the target
+        found = pointer(states.of(np.array([trunk + last - 1]))[None].to(pointer.gates.weight.dtype),
+                        keys.to(pointer.gates.weight.dtype), second, place, since,
+                        torch.tensor([[len(shown.at)]], device=device))
+        log_gates.append(found.log_gate[0].cpu())
+        columns = torch.tensor([trie.place.get(poi, -1) for poi in pointer.ids[shown.place[:-1]].tolist()],
+                               dtype=torch.long)
+        own = found.share[0, 0, :-1].float().cpu()
+        shares[row].index_add_(0, columns[columns >= 0], own[columns >= 0])
+    return Mixture(torch.stack(log_gates), trie.largest_below(shares.log()))
