@@ -7,8 +7,8 @@
 
 The checkpoint remembers what stands in brackets; a flag overrides it, and is checked.
 LoRA is merged in fp32 into the unquantized base, and the embedding rows of <GPS n> (and <POI n>) become the vectors
-that the encoders gave for them; then all is cast to --dtype. Beside the model stand its tokenizer, a card (README.md)
-and what recommend.py needs to ask it (ga_llm.json). The folder appears whole or not at all.
+that the encoders gave for them; then all is cast to --dtype. Beside the model stand its tokenizer, a card (README.md),
+its pointer, if it has one, and what recommend.py needs to ask it (ga_llm.json). The folder appears whole or not at all.
 
 Takes 4 bytes of memory for each weight, of the GPU if there is one; `CUDA_VISIBLE_DEVICES= python export.py …` takes
 the machine's.
@@ -27,7 +27,7 @@ from checkins import config  # noqa: E402
 from ga_llm.base import artifacts  # noqa: E402
 from ga_llm.base.cli import Parser, UserError, run  # noqa: E402
 from ga_llm.evaluation import trained  # noqa: E402
-from ga_llm.llm import backbone  # noqa: E402
+from ga_llm.llm import backbone, pointing  # noqa: E402
 from ga_llm.serving import export, model_card  # noqa: E402
 from ga_llm.training import checkpoints  # noqa: E402
 from geo_encoder import gps_tokens, injection  # noqa: E402
@@ -62,6 +62,7 @@ def main():
     dtype = args.dtype or backbone.default_dtype()
     whole = argparse.Namespace(**{**vars(args), "dtype": "float32", "load_in_4bit": False})
     model, tokenizer = trained.load(whole, agreement, mapping, "sdpa")
+    pointer = pointing.remove(model)
     model = export.plain(model, getattr(torch, dtype))
 
     context = agreement.get("model_max_length", args.context_size)
@@ -70,6 +71,7 @@ def main():
              "trajectories": {"session_time_interval": dataset.session_time_interval or export.DAY,
                               "max_current": dataset.max_current,
                               "max_current_with_history": dataset.max_current_with_history}}
+    asked |= {"beside": {pointing.MODULE: agreement["beside"][pointing.MODULE]}} if pointer is not None else {}
     first = mapping.ids.argmin()
     about = model_card.Model(
         folder=args.export_dir, base=export.base_name(args.base_model), dataset=args.dataset_name,
@@ -77,9 +79,10 @@ def main():
         full=checkpoints.holds_full_model(checkpoint), trained=agreement.get("trained", []), run=run_, metrics=metrics,
         encoders=["GCIM"] * bool(args.geoencoder_path) + ["PAM"] * bool(args.projector_path), places=len(mapping.ids),
         first=int(mapping.ids[first]), last=int(mapping.ids.max()), latitude=float(mapping.latitude[first]),
-        longitude=float(mapping.longitude[first]))
+        longitude=float(mapping.longitude[first]),
+        pointer=pointer is not None, alone=export.read_metrics(checkpoint / artifacts.LLM_ALONE))
     with export.new_folder(args.export_dir) as folder:
-        export.save(model, tokenizer, context, folder)
+        export.save(model, tokenizer, context, folder, pointer)
         (folder / checkpoints.AGREEMENT).write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
         (folder / model_card.README).write_text(model_card.card(about), encoding="utf-8")
     size = sum(file.stat().st_size for file in args.export_dir.iterdir())

@@ -65,7 +65,9 @@ def main():
     tokenizer = backbone.load_tokenizer(str(args.model))
     dtype = getattr(torch, args.dtype or backbone.default_dtype())
     model = backbone.load_llm(str(args.model), asking.context, tree_attention.TREE, dtype).eval()
-    pois, probabilities, total, fits = recommendation.rank(model, tokenizer, places, asked, asking.context)
+    recommendation.load_pointer(args.model, asking.beside, model, tokenizer, places)
+    pois, probabilities, total, fits = recommendation.rank(model, tokenizer, places, asked, asking,
+                                                           recommendation.shown(past, args.at, places, asking))
     if not fits:
         log.warning("the question is longer than the model's %d tokens: its earliest check-ins are cut off",
                     asking.context)

@@ -38,6 +38,7 @@ def arguments() -> tuple[argparse.Namespace, dict]:
     parser.add_argument("--test_file", help="a file in <data_path>/<dataset_name>/preprocessed")
     parser.add_argument("--test_type", choices=trained.TEST_TYPES, default="llm", help=str(trained.TEST_TYPES))
     parser.add_argument("--use_random_projector", type=boolean, default=False, help="an untrained encoder instead")
+    parser.add_argument("--pointer", type=boolean, default=True, help="False: a model with a pointer, without it")
     parser.add_argument("--protocol", choices=protocols.PROTOCOLS, default="ga-llm", help=str(protocols.PROTOCOLS))
     parser.add_argument("--decoding", choices=decoding.DECODINGS, default="rank")
     parser.add_argument("--always_end", type=boolean, default=False, help="log P of the whole answer, its '.' included")
@@ -120,7 +121,7 @@ def main():
     test_prompts = protocols.select(args.protocol, test_prompts, args.folder / artifacts.SAMPLE)
     if not test_prompts:
         raise UserError(f"{args.test_file}: --protocol {args.protocol} has none of its {len(pairs)} pairs")
-    test_prompts = pointed.shown(args, model, test_prompts, mapping, tokenizer)
+    test_prompts = pointed.prepare(args, model, test_prompts, mapping, tokenizer)
     trie = ranking.Trie(spelled.tokens)
     store, speed = predict(args, model, tokenizer, test_prompts, trie)
 

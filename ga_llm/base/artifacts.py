@@ -23,6 +23,8 @@ FINAL_ENCODER = "geo_encoder_final_merged.pth"
 PROJECTOR = "poi_projector.pth"
 FINAL_PROJECTOR = "poi_projector_final.pth"
 TRAINABLE_PARAMS = "trainable_params.safetensors"
+POINTER = "pointer.safetensors"     # beside an exported model
+LLM_ALONE = "llm_alone"             # results of a model with a pointer, without it
 TRAINER_LOG = "trainer_log.jsonl"
 LOSS_PICTURE = "loss.png"
 RUN = "run.json"
@@ -161,6 +163,6 @@ def results(test: dict) -> str:
     named = [test[flag] for flag, default in (("test_type", "llm"), ("decoding", "rank"), ("protocol", "ga-llm"))
              if test.get(flag, default) != default]
     weight, others, limit = (test.get(flag) for flag in ("history_weight", "average_with", "limit"))
-    return "_".join([*named, *["always_end"] * bool(test.get("always_end")),
+    return "_".join([*named, *[LLM_ALONE] * (not test.get("pointer", True)), *["always_end"] * bool(test.get("always_end")),
                      *[f"average{1 + len(others or ())}"] * bool(others), *[f"history{weight or 0:g}"] * bool(weight),
                      *[f"limit{limit}"] * bool(limit)])

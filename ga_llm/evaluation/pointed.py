@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,24 +21,33 @@ from ga_llm.pairs.spelling import TestPrompt
 log = logging.getLogger(__name__)
 
 
-def shown(args, model, test_prompts: Sequence[TestPrompt], mapping, tokenizer) -> list[TestPrompt]:
-    """The prompts of `args`' test file as they are, or for a model with a pointer with their check-ins."""
+def prepare(args, model, test_prompts: Sequence[TestPrompt], mapping, tokenizer) -> list[TestPrompt]:
+    """The prompts of `args`' test file as they are, or for a model with a pointer with their check-ins.
+
+    With --pointer False the model loses its pointer.
+    """
     if getattr(model, pointing.MODULE, None) is None:
+        return test_prompts
+    if not args.pointer:
+        pointing.remove(model)
         return test_prompts
     if args.decoding != "rank":
         log.info("--decoding %s asks the LLM alone, without its pointer", args.decoding)
     sha256 = hashlib.sha256(Path(args.test_file).read_bytes()).hexdigest()
     token_ids = np.asarray(tokenizer.convert_tokens_to_ids(mapping.tokens))
-    return show(test_prompts, CheckIns(args.test_file, sha256, mapping.ids), token_ids)
-
-
-def show(test_prompts: Sequence[TestPrompt], check_ins: CheckIns, token_ids: np.ndarray) -> list[TestPrompt]:
-    """The prompts with the check-ins that they show. token_ids: (places,), the `<GPS n>` of each place."""
-    row = np.full(max(int(token_ids.max()), *(max(prompt.input_ids) for prompt in test_prompts)) + 1, -1)
-    row[token_ids] = np.arange(len(token_ids))
-    found = ((prompt, *pointing.place_tokens(np.asarray(prompt.input_ids), row)) for prompt in test_prompts)
+    check_ins = CheckIns(args.test_file, sha256, mapping.ids)
     return [dataclasses.replace(prompt, check_ins=check_ins.shown(prompt.pair, places, at))
-            for prompt, at, places in found]
+            for prompt, at, places in positions(test_prompts, token_ids)]
+
+
+def positions(test_prompts: Sequence[TestPrompt], token_ids: np.ndarray) -> Iterator[tuple[TestPrompt, np.ndarray,
+                                                                                          np.ndarray]]:
+    """(prompt, where its `<GPS n>` stand, rows of the mapping). token_ids: (places,), the `<GPS n>` of each place."""
+    highest = max(max(prompt.input_ids, default=0) for prompt in test_prompts)
+    row = np.full(max(int(token_ids.max()), highest) + 1, -1)
+    row[token_ids] = np.arange(len(token_ids))
+    for prompt in test_prompts:
+        yield prompt, *pointing.place_tokens(np.asarray(prompt.input_ids, dtype=np.int64), row)
 
 
 class States:

@@ -26,6 +26,9 @@ if not show_progress():
     transformers.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")      # PEFT calls it by its old name
 
+# What may be trained beside the LLM: by the names of the modules, what they are called.
+PARTS = {"gps_injection": "GPS encoder", "poi_injection": "projector", "moment_injection": "times",
+         "place_rows": "rows of places", "pointer": "pointer"}
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
@@ -256,9 +259,10 @@ def describe_trainable(model) -> str:
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            part = "GPS encoder" if "gps_injection" in name else "projector" if "poi_injection" in name else "LLM"
+            part = next((part for module, part in PARTS.items() if f"{module}." in name), "LLM")
             kinds = {"lora_": "LoRA", "embed": "embeddings", "norm": "norms", "": "rest"}
             kind = next(kind for key, kind in kinds.items() if key in name)
             count = getattr(parameter, "ds_numel", parameter.numel())
+            kind = kind if part == "LLM" or kind == "LoRA" else "weights"
             groups[f"{part} {kind}"] = groups.get(f"{part} {kind}", 0) + count
     return ", ".join(f"{group} {count:,}" for group, count in groups.items()) or "nothing"

@@ -87,7 +87,7 @@ class Pointer(nn.Module):
         self.same_before, self.same_category = _table(2, heads), _table(2, heads)
         # Pooled by place: how far each head is trusted, and what the last visit to the place tells.
         self.trust = nn.Linear(width, heads)
-        self.pool1, self.pool2 = nn.Linear(heads + 2, POOL), nn.Linear(POOL, 1)
+        self.pool1, self.pool2 = nn.Linear(heads + 2, POOL), nn.Linear(POOL, 1, bias=False)
         self.last_clock, self.last_recency, self.last_distance = (
             _table(rows, 1) for rows in (CLOCK, 2 * AGES, DISTANCES * GAPS))
         self.last_count, self.last_share = _table(VISITS, 1), _table(SHARES, 1)

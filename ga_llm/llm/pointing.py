@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch.utils.data import Dataset
 
 from ga_llm.llm.pointer import LEAST, Pointer
@@ -159,3 +160,12 @@ def attach(llm, pointer: Pointer) -> None:
     pointer.to(llm.get_input_embeddings().weight.device)
     setattr(llm, MODULE, pointer)
     llm.loss_function = PointedLoss(llm, pointer)
+
+
+def remove(llm) -> Pointer | None:
+    """Take the pointer off an LLM that is asked; returns it, None if there is none."""
+    llm = llm.get_base_model() if isinstance(llm, PeftModel) else llm
+    pointer = getattr(llm, MODULE, None)
+    if pointer is not None:
+        delattr(llm, MODULE)
+    return pointer

@@ -30,6 +30,11 @@ class Shown:
     first: np.ndarray
     at: np.ndarray
 
+    def latest(self, at: np.ndarray) -> "Shown":
+        """Of a pair that was cut, what is left: as many check-ins as stand at the positions `at`, and the target."""
+        gone = len(self.second) - 1 - len(at)
+        return Shown(self.second[gone:], self.place[gone:], np.maximum(self.first[gone:] - gone, 0), at)
+
     @classmethod
     def of(cls, second, place, trajectory, at) -> "Shown":
         """trajectory: (n,), any number of each check-in's."""

@@ -3,6 +3,7 @@
     E/config.json, model.safetensors, tokenizer…, generation_config.json    what transformers and vLLM read
     E/README.md                                                             the model card
     E/ga_llm.json                                                           how it is asked, for recommend.py
+    E/pointer.safetensors                                                   the pointer, if there is one, for it alone
 """
 import contextlib
 import hashlib
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import PeftModel
+from safetensors.torch import save_file
 from torch import nn
 from transformers import GenerationConfig
 
@@ -21,10 +23,10 @@ from ga_llm.base import artifacts, writing
 from ga_llm.base.cli import UserError
 from ga_llm.base.prompts import ORDER
 from ga_llm.base.reading import WAY_OUT, read_json
+from ga_llm.llm import pointing
 from ga_llm.training.checkpoints import AGREEMENT
 from geo_encoder.gps_tokens import GPSMapping
 
-DAY = 24 * 60           # minutes; what begins a trajectory where the data set's YAML does not say it
 ANSWER_TOKENS = 64      # more than an answer takes, one token a digit
 DAY = 24 * 60           # minutes: what ends a trajectory where the data set's YAML does not say it
 QUESTION_KINDS = {"fields": list, "use_sim": bool, "max_history": int}      # for recommend.py; history_step beside
@@ -50,8 +52,8 @@ def plain(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model.to(dtype)
 
 
-def save(model: nn.Module, tokenizer, context: int, folder: Path) -> None:
-    """Write what transformers reads. model: a `plain` one; context: tokens."""
+def save(model: nn.Module, tokenizer, context: int, folder: Path, pointer: nn.Module | None = None) -> None:
+    """Write what transformers reads, and the pointer in fp32. model: a `plain` one; context: tokens."""
     # What the base brings for chats (a template, sampling) is not what was trained.
     tokenizer.chat_template = None
     tokenizer.model_max_length = context
@@ -61,6 +63,9 @@ def save(model: nn.Module, tokenizer, context: int, folder: Path) -> None:
     with writing.saving(folder):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        if pointer is not None:
+            save_file({f"{pointing.MODULE}.{name}": tensor.contiguous() for name, tensor in pointer.state_dict().items()},
+                      folder / artifacts.POINTER)
     for file in folder.glob("*.safetensors"):       # which only this user may read
         shutil.copymode(folder / "config.json", file)
 

@@ -1,5 +1,6 @@
 """The model card of an exported model: what it is, how it is asked, how good it was, and what is not known of it."""
 import dataclasses
+import datetime
 import json
 import shlex
 from pathlib import Path
@@ -18,7 +19,7 @@ class Model:
 
     run: the training's last start, as run.json has it; metrics: of metrics.json; either None where it is not there.
     encoders: the names of the modules whose vectors stand in the embedding; first, last: POI ids; places: their number;
-    latitude, longitude: of the first, degrees.
+    latitude, longitude: of the first, degrees. pointer: whether it has one; alone: the metrics without it.
     """
     folder: Path
     base: str
@@ -37,6 +38,8 @@ class Model:
     last: int
     latitude: float
     longitude: float
+    pointer: bool = False
+    alone: dict | None = None
 
 
 def serve_command(model: Model, folder: Path | str) -> str:
@@ -47,8 +50,11 @@ def serve_command(model: Model, folder: Path | str) -> str:
 def question(model: Model) -> str:
     """An example, of one made-up check-in."""
     then, now = EXAMPLE
-    shown = prompts.check_in(model.questions["fields"], then, model.first, model.first, model.latitude,
-                             model.longitude, "Coffee Shop", model.first)
+    fields = model.questions["fields"]
+    shown = prompts.check_in(fields, then, model.first, model.first, model.latitude, model.longitude, "Coffee Shop",
+                             model.first)
+    if prompts.MOMENT in fields:
+        (shown,), _ = prompts.in_tokens([shown], [int(datetime.datetime.fromisoformat(f"{then}+00:00").timestamp())])
     ask = prompts.ask_poi(now, model.first, model.first, model.last)
     return f"{prompts.question(model.first, [], [], [shown], ask)} {prompts.ANSWER}"
 
@@ -100,7 +106,7 @@ transformers 5 writes it, for older ones pass over the scaling of positions):
 curl http://localhost:8000/v1/completions -H "Content-Type: application/json" -d '{request}'
 ```
 
-## What was trained
+{_pointer(model)}## What was trained
 
 {_training(model)}
 
@@ -135,6 +141,23 @@ def _vectors(model: Model) -> str:
 def _similar(model: Model) -> str:
     return ("It was trained with check-ins of similar trajectories in front, where there were some; `recommend.py` "
             "shows none. " if model.questions["use_sim"] else "")
+
+
+def _pointer(model: Model) -> str:
+    """What a server that knows nothing of the pointer leaves out."""
+    if not model.pointer:
+        return ""
+    cost = "What that costs was not measured (`test_next_gps.py --pointer False`)."
+    if model.metrics is not None and model.alone is not None:
+        cost = (f"In Acc@1 on the same questions: with it {_cell(model.metrics['all']['model'].get('Acc@1'))}, without "
+                f"{_cell(model.alone['all']['model'].get('Acc@1'))}.")
+    return f"""## The pointer
+
+Half of the model is a pointer over the question's check-ins (`pointer.safetensors`), which knows their times and
+distances and is mixed with the LLM's probabilities. `recommend.py` uses it; a stock server knows nothing of it and
+answers by the LLM alone. {cost}
+
+"""
 
 
 def _training(model: Model) -> str:

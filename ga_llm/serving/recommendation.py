@@ -20,9 +20,11 @@ import pandas as pd
 
 from ga_llm.base import artifacts, prompts
 from ga_llm.base.cli import UserError
-from ga_llm.base.reading import WAY_OUT, read_json
-from ga_llm.evaluation import baselines, decoding, metrics
+from ga_llm.base.reading import WAY_OUT, read_json, read_tensors
+from ga_llm.evaluation import baselines, decoding, metrics, pointed
 from ga_llm.evaluation.ranking import Trie
+from ga_llm.llm import beside, pointing
+from ga_llm.pairs.check_ins import Shown
 from ga_llm.pairs.spelling import Spelling
 from ga_llm.serving.export import check_questions, digest_places
 from ga_llm.training.checkpoints import AGREEMENT, read_agreement
@@ -39,7 +41,7 @@ IDS = ("raw", "encoded")
 TIME = re.compile(r"(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d)(:\d\d)?(?:\.\d+)?\s*(Z|UTC|[+-]\d\d(?::?\d\d)?)?")
 TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
 UNKNOWN = "unknown"     # the category's name of a POI that train_sample.csv does not have
-END = "."               # what stands behind the id in our wording
+END, END_OF_TOKEN = ".", ">."       # what stands behind the id in our wording, and behind that of `<GPS n>`
 
 
 @dataclasses.dataclass
@@ -75,6 +77,12 @@ class Asking:
     gap: float
     max_current: int
     max_current_with_history: int
+    beside: dict = dataclasses.field(default_factory=dict)      # a pointer, if it has one (`llm.beside`)
+
+    @property
+    def answers_by_token(self) -> bool:
+        """By `<GPS n>`, not by `POI id n`."""
+        return self.questions.get("answer") == "token"
 
 
 def read_asking(model: Path) -> Asking:
@@ -92,7 +100,7 @@ def read_asking(model: Path) -> Asking:
         if type(trajectories.get(name)) not in (int, float) or trajectories[name] < 0:
             raise UserError(f"{path}: {name} is {str(trajectories.get(name))[:100]!r}; {WAY_OUT}")
     return Asking(found.get("model_max_length"), found.get("dataset"), found.get("places"), found["questions"],
-                  *(trajectories[name] for name in names))
+                  *(trajectories[name] for name in names), found.get("beside", {}))
 
 
 def read_places(dataset: str, root: Path | str, asking: Asking) -> Places:
@@ -258,25 +266,57 @@ def pair(check_ins: Sequence[CheckIn], time: datetime.datetime, user: int, place
                               *places.coordinates[check_in.poi], *places.category[check_in.poi])
              for check_in in (*history, *current)]
     after = ""
-    if prompts.AFTER in fields:
-        *seconds, last = (int((moment - datetime.datetime.min).total_seconds())
-                          for moment in (*(check_in.time for check_in in (*history, *current)), time))
-        shown, after = prompts.in_a_row(shown, seconds, last)
+    if {prompts.AFTER, prompts.MOMENT} & set(fields):
+        in_a_row = prompts.in_tokens if prompts.MOMENT in fields else prompts.in_a_row
+        *seconds, last = _seconds([*(check_in.time for check_in in (*history, *current)), time])
+        shown, after = in_a_row(shown, seconds, last)
+    parts = shown[:len(history)], shown[len(history):]
+    if prompts.MOMENT in fields:
+        parts = [["".join(part)] if part else [] for part in parts]
     first, last = int(places.mapping.ids.min()), int(places.mapping.ids.max())
     at = time.strftime(TIME_FORMAT)
-    question = prompts.question(user, [], shown[:len(history)], shown[len(history):],
-                                prompts.ask_poi(at, user, first, last))
-    return prompts.join(question, prompts.answer_poi(at, user, first, fields, after))
+    question = prompts.question(user, [], *parts, prompts.ask_poi(at, user, first, last))
+    return prompts.join(question, prompts.answer_poi(at, user, first, fields, after, asking.answers_by_token))
 
 
-def rank(model, tokenizer, places: Places, asked: str, context: int) -> tuple[np.ndarray, np.ndarray, float, bool]:
+def _seconds(times: Sequence[datetime.datetime]) -> list[int]:
+    """Local times as seconds since 1970."""
+    return [int((time - datetime.datetime(1970, 1, 1)).total_seconds()) for time in times]
+
+
+def shown(check_ins: Sequence[CheckIn], time: datetime.datetime, places: Places, asking: Asking) -> Shown:
+    """What the pair of these check-ins shows, and where from nothing was cut; the target's place is a stand-in."""
+    history, current = split(check_ins, time, asking)
+    row = {poi: i for i, poi in enumerate(places.mapping.ids.tolist())}
+    seconds = np.array(_seconds([*(check_in.time for check_in in (*history, *current)), time]))
+    # A trajectory ends where the gap is longer than it may be.
+    trajectory = np.cumsum(np.diff(seconds, prepend=seconds[0]) > 60 * asking.gap)
+    rows = np.array([*(row[check_in.poi] for check_in in (*history, *current)), 0])
+    return Shown.of(seconds, rows, trajectory, np.zeros(len(rows) - 1))
+
+
+def load_pointer(folder: Path, described: dict, model, tokenizer, places: Places) -> None:
+    """Let `model` of an exported folder have the pointer that lies there, if ga_llm.json tells of one."""
+    if described:
+        path = artifacts.require(folder / artifacts.POINTER, "python export.py")
+        token_ids = np.asarray(tokenizer.convert_tokens_to_ids(places.mapping.tokens))
+        beside.read(described, read_tensors(path), path, places.mapping, model.get_input_embeddings().embedding_dim,
+                    token_ids, None).settle(model)
+
+
+def rank(model, tokenizer, places: Places, asked: str, asking: Asking, check_ins: Shown
+         ) -> tuple[np.ndarray, np.ndarray, float, bool]:
     """All POIs (ids, probabilities), best first; the probability of all of them together before; whether all fits.
 
     The probabilities are normalised over the POIs: an LLM also gives some to what is no id.
     """
-    spelled = Spelling(tokenizer, sorted(places.mapping.ids.tolist()), END)
-    prompt, = spelled.prompts([asked], context, "the question")
+    spelled = Spelling(tokenizer, sorted(places.mapping.ids.tolist()), END_OF_TOKEN if asking.answers_by_token else END)
+    prompt, = spelled.prompts([asked], asking.context, "the question")
     prompt = dataclasses.replace(prompt, target=metrics.NO_POI)     # none to search the rank of
+    if getattr(model, pointing.MODULE, None) is not None:
+        token_ids = np.asarray(tokenizer.convert_tokens_to_ids(places.mapping.tokens))
+        (prompt, at, _), = pointed.positions([prompt], token_ids)
+        prompt = dataclasses.replace(prompt, check_ins=check_ins.latest(at))
     trie = Trie(spelled.tokens)
     (_, (found,)), = decoding.decode("rank", model, tokenizer, trie, [prompt], 1, full=True)
     log_probs = found.log_probs.astype(np.float64)

@@ -19,11 +19,15 @@ from ga_llm.base import prompts
 from ga_llm.base.cli import UserError
 from ga_llm.llm import backbone, plan
 from ga_llm.pairs import sft_data
+from ga_llm.training.batches import TokenBatches
+from ga_llm.training.checkpoints import is_llms
 from ga_llm.training.run_log import INPUT_FILES, RunLog
 
 log = logging.getLogger(__name__)
 
 GPUS = (1, 2, 4, 8)
+LLAMA2_7B = plan.Model(hidden=4096, layers=32, heads=32, kv_heads=32, intermediate=11008, vocab=32000, head_dim=128)
+MEASURED = 350e12       # FLOP/s of a stage-2 step at its shape: results/gpu/card
 GIB = 2**30
 
 
@@ -44,12 +48,15 @@ def run(trainer, setup) -> None:
         print(f"trained    {backbone.describe_trainable(trainer.model)}")
     drawn = np.fromiter(trainer._get_train_sampler(), dtype=np.int64)
     epoch, tokens = work(setup, model, chosen, drawn), setup.train_dataset.lengths.sum()
+    at_7b = work(setup, *like_7b(setup, chosen), drawn).flops.sum()
     max_steps = trainer.args.max_steps
     steps = measure(trainer)
     for step in steps:
         step.flops = work(setup, model, chosen, step.items[:chosen.batch]).flops[0]
     if first:
         print(*describe_steps(steps), *describe_epoch(trainer.args, epoch, tokens, steps, max_steps),
+              f"           at Llama-2-7B's shape {at_7b:.3g} FLOPs: {_duration(at_7b / MEASURED)} an epoch at "
+              f"{MEASURED / 1e12:.0f} TFLOP/s (one H200, docs/measured.md)",
               *describe_disk(trainer.args, chosen), *describe_memory(model, chosen), sep="\n")
 
 
@@ -101,11 +108,11 @@ def describe_run(trainer, setup) -> plan.Run:
     norms = False
     for name, parameter in trainer.model.named_parameters():
         count = getattr(parameter, "ds_numel", parameter.numel())
-        is_own = "lora_" not in name and "_injection" not in name
+        is_own = "lora_" not in name and is_llms(name)
         if parameter.requires_grad:
             own, beside = own + count * is_own, beside + count * (not is_own)
             norms |= is_own and "norm" in name
-        elif "_injection" in name:
+        elif not is_llms(name):
             frozen += count * parameter.element_size()
     stage = args.hf_deepspeed_config.get_value("zero_optimization", {}).get("stage", 0) if args.deepspeed else 0
     if trainer.is_fsdp_enabled:
@@ -122,11 +129,22 @@ def describe_run(trainer, setup) -> plan.Run:
         zero_stage=stage, gpus=args.world_size)
 
 
+def like_7b(setup, chosen: plan.Run) -> tuple[plan.Model, plan.Run]:
+    """Llama-2-7B in the place of the model, trained by the paper's LoRA."""
+    model = dataclasses.replace(LLAMA2_7B, vocab=LLAMA2_7B.vocab + len(setup.token_ids))
+    return model, dataclasses.replace(chosen, lora_rank=8, checkpointing=True)
+
+
 def work(setup, model: plan.Model, chosen: plan.Run, items: np.ndarray) -> Work:
     """What training on these items of the training data takes, in this order, `chosen.batch` at once."""
     dataset, pairs = setup.train_dataset, setup.dataset
     answers = pairs.lengths - pairs.answer_starts + 1
-    if dataset is pairs:
+    if isinstance(dataset, TokenBatches):
+        members = [dataset.members[i] for i in items]
+        positions, answer = dataset.lengths[items], np.array([len(some) * answers[some].max() for some in members])
+        attended = np.array([len(some) * plan.attended_pairs(int(pairs.lengths[some].max()), model.heads,
+                                                             chosen.full_attention) for some in members])
+    elif dataset is pairs:
         lengths = plan.padded(pairs.lengths[items], chosen.batch)
         positions, answer = lengths * chosen.batch, plan.padded(answers[items], chosen.batch) * chosen.batch
         attended = chosen.batch * np.array([plan.attended_pairs(length, model.heads, chosen.full_attention)

@@ -1,5 +1,7 @@
 """What tests of evaluation share: prompts made by hand, and real NYC."""
 import os
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,3 +52,28 @@ def nyc(tmp_path_factory):
 def from_line(pair, line, fits=True):
     start, target, _ = spelling.answer_id(line)
     return spelling.TestPrompt(pair, line[:start], target, [], 0, fits)
+
+
+@pytest.fixture(scope="session")
+def asked_city(once):
+    """A small synthetic city's folder: D/<kind> holds its question files, mapping and samples, `kind` being how its
+    check-ins are shown: "tokens" (<TIME n><GPS n>, answered by <GPS n>), "moments" (answered by ids), "text"."""
+    kinds = {"tokens": ["-fields", "moment,gps", "-answer", "token"], "moments": ["-fields", "moment,gps"],
+             "text": ["-fields", "week,poi,gps"]}
+
+    def make(folder):
+        (folder / "best_conf").symlink_to(ROOT / "best_conf")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+
+            def script(name, *flags):
+                patch.setattr(sys, "argv", [name, *flags])
+                runpy.run_path(str(ROOT / "data-preprocess" / name), run_name="__main__")
+
+            script("make_sample_raw.py", "-users", "8", "-days", "40", "-pois", "50")
+            script("run.py", "-f", "best_conf/sample.yml")
+            for kind, flags in kinds.items():
+                script("process_llm_gps.py", "-dataset_name", "sample", "-max_history", "12", *flags)
+                shutil.copytree("datasets/sample/preprocessed", kind)
+
+    return once("asked_city", make)
