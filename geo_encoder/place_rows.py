@@ -61,21 +61,21 @@ def attach(llm, rows: PlaceRows) -> None:
     embedding, head = llm.get_input_embeddings(), llm.get_output_embeddings()
     rows.to(embedding.weight.device)
     setattr(llm, MODULE, rows)
+    place = torch.full((embedding.num_embeddings,), -1, device=rows.token_ids.device)
+    place[rows.token_ids] = torch.arange(len(rows.token_ids), device=place.device)
 
     def read(module, inputs, output):
         rows.vectors = rows()       # the output's, too, of this forward pass
-        return F.embedding(inputs[0], _sum(module.weight, rows)).to(output.dtype)
+        of_token = place[inputs[0]].unsqueeze(-1)
+        added = F.embedding(of_token.squeeze(-1).clamp(min=0), rows.vectors).to(output.dtype)
+        return torch.where(of_token >= 0, output + added, output)       # which may have others' vectors elsewhere
 
     def answer(states):
-        weight, rows.vectors = _sum(head.weight, rows), None
-        return F.linear(states, weight, head.bias)
+        vectors, rows.vectors = rows.vectors.to(head.weight.dtype), None
+        return F.linear(states, head.weight.index_add(0, rows.token_ids, vectors), head.bias)
 
     embedding.register_forward_hook(read)
     head.forward = answer
-
-
-def _sum(weight: torch.Tensor, rows: PlaceRows) -> torch.Tensor:
-    return weight.index_add(0, rows.token_ids, rows.vectors.to(weight.dtype))
 
 
 @torch.no_grad()

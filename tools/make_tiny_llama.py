@@ -70,6 +70,7 @@ def main():
     parser.add_argument("--heads", type=whole_number(1, 2**20), default=4)
     parser.add_argument("--kv_heads", type=whole_number(1, 2**20), help="default: as many as heads")
     parser.add_argument("--max_position", type=token_count, default=2048, help="longest prompt, without RoPE scaling")
+    parser.add_argument("--initializer_range", type=float, default=.02, help="standard deviation of the random weights")
     parser.add_argument("--tie_embeddings", type=cli.boolean, default=False)
     parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=0)
     args = parser.parse_args()
@@ -108,7 +109,8 @@ def make_tiny_llama(folder: Path | str, *, style: str = STYLES[0], corpus: Itera
                     vocab_size: int = 1024, hidden: int = 64, intermediate: int | None = None, layers: int = 2,
                     heads: int = 4, kv_heads: int | None = None, max_position: int = 2048,
                     tie_embeddings: bool = False, seed: int = 0, places: GPSMapping | None = None,
-                    category_of: dict[int, int] | None = None, joined: bool = False) -> LlamaForCausalLM:
+                    category_of: dict[int, int] | None = None, joined: bool = False,
+                    initializer_range: float = .02) -> LlamaForCausalLM:
     """Write a random float32 Llama and its tokenizer into `folder` and return the model.
 
     `corpus` yields texts to train the tokenizer on; by default prompts with random places. places: whose ids begin
@@ -128,7 +130,8 @@ def make_tiny_llama(folder: Path | str, *, style: str = STYLES[0], corpus: Itera
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=intermediate or 3 * hidden,
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-        max_position_embeddings=max_position, tie_word_embeddings=tie_embeddings, **special)
+        max_position_embeddings=max_position, tie_word_embeddings=tie_embeddings, initializer_range=initializer_range,
+        **special)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)

@@ -18,7 +18,7 @@ from collections.abc import Container, Sequence
 QUESTION = "<question>:"
 ANSWER = "<answer>:"
 # What names a place that may be asked for: `POI id n`, or `<GPS n>` where it stands directly behind a `<TIME n>`.
-POI_ID = re.compile(r"(?:POI id |(?<=>)<GPS )([0-9]+)")
+POI_ID = re.compile(r"(?:POI id |<TIME [^<>]*><GPS )([0-9]+)")
 GPS_TOKEN = re.compile(r"<GPS ([^<>]*)>")       # whatever looks like one: `<GPS 05>` must not pass for text
 POI_TOKEN = re.compile(r"<POI ([^<>]*)>")
 TIME_TOKEN = re.compile(r"<TIME ([^<>]*)>")

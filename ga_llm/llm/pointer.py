@@ -28,7 +28,7 @@ GAP = MINUTE * torch.tensor([5., 30, 120, 480, 1440, 5760, 20160])      # since 
 KM = torch.tensor([.001, .1, .25, .5, 1, 2, 4, 7, 11, 16, 25])
 CLOCK = 4 * (HALF_HOURS // 2 + 1)       # half hours apart, by kind of day
 AGES, DISTANCES, GAPS = len(RECENCY) + 1, len(KM) + 2, len(GAP) + 1     # one more distance: where there is no place
-VISITS, SHARES = 10, 16
+VISITS, SHARES, VISIBLE = 10, 16, 12
 KEY = 32            # width of a head's queries and keys
 POOL = 16           # of the layer behind the sums by place
 LEAST = 1e-30       # what a place that was not visited has, for its logarithm
@@ -80,7 +80,7 @@ class Pointer(nn.Module):
         self.register_buffer("categories", torch.zeros(self.places, dtype=torch.long))
         self.query = nn.Linear(width, heads * KEY)
         self.key = nn.Linear(width, heads * KEY, bias=False)
-        self.gates = nn.Linear(width, heads + 1)
+        self.gates, self.visible = nn.Linear(width, heads + 1), _table(VISIBLE, heads + 1)
         # Biases of the heads for a pair: the moment that is asked about, and an earlier check-in.
         self.clock, self.recency = _table(CLOCK, heads), _table(AGES, heads)
         self.distance, self.context = _table(DISTANCES * GAPS, heads), _table(DISTANCES * GAPS, heads)
@@ -147,7 +147,9 @@ class Pointer(nn.Module):
         # Without an earlier check-in all is the LLM's.
         any_earlier = (query > 0)[..., None]
         closed = F.pad(~any_earlier.expand(-1, -1, self.config.heads), (1, 0), value=False)
-        gates = self.gates(self.dropout(asking)).float().masked_fill(closed, -1e4).log_softmax(-1)
+        gates = self.gates(self.dropout(asking)).float() + F.embedding(
+            (query + 1).float().log2().long().clamp(max=VISIBLE - 1), self.visible)
+        gates = gates.masked_fill(closed, -1e4).log_softmax(-1)
         of_head = (gates[..., 1:] - gates[..., 1:].logsumexp(-1, keepdim=True)).exp()
 
         # A place is represented by its last visit, at which its other visits' weights are added up.

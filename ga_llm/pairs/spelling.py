@@ -191,5 +191,5 @@ def answer_id(text: str) -> tuple[int, int, str]:
     if not matches:
         raise ValueError("no 'POI id n' in the answer")
     match = matches[-1]
-    start = match.start() if match[0].startswith("<") else match.start(1)
+    start = match.start(1) - len("<GPS ") * match[0].startswith("<")
     return len(prompt) + start, int(match.group(1)), answer[match.end(1):].strip()

@@ -163,7 +163,7 @@ def chain_of(experiment: Experiment, scale: Scale, raw: Callable, work_dir: Path
         known = [preprocess("similar", "traj_sim.py", *_flags("-", sections["similar"]), after=[keys])]
     # Fields that stand for a module go with it; `poi` always shows.
     fields = str(sections["questions"].pop("fields", ",".join(prompts.FIELDS))).split(",")
-    fields = ",".join(field for field in fields if gcim or field != "gps")
+    fields = ",".join(field for field in fields if gcim or field != "gps" or prompts.MOMENT in fields)
     questions = preprocess("questions", "process_llm_gps.py", "-use_sim", str(similar), *["-use_pam", "True"] * pam,
                            "-fields", fields, *_flags("-", sections["questions"]), after=known)
 

@@ -180,7 +180,7 @@ def test_stopped_between_two_renames(number, code, trial):
     trial.begin(earlier=True)
     trial.succeed(functools.partial(forked.watch, str(trial.folder), str(trial.trace)))
     renames = [at for at, line in enumerate(trial.trace.read_text().splitlines(), 1) if line.startswith("os.rename")]
-    assert len(renames) == len(trial.made) == 4     # two question files, and beside each its settings
+    assert len(renames) == len(trial.made) == 6     # two question files, beside each its settings and check-ins
     trial.begin(earlier=True)
     result = trial.run(functools.partial(forked.watch, str(trial.folder), str(trial.trace), renames[1], number))
     assert result.code == code

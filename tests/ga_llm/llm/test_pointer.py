@@ -75,7 +75,7 @@ def loops(city, model, asking, states, second, place, first, query):
         return 25 * kind + apart
 
     gap = 7 if query == 0 else steps((second[query] - second[query - 1]) / 60, MINUTES, True)
-    gates = model.gates(asking)
+    gates = model.gates(asking) + table(model.visible, min(int(math.log2(query + 1)), 11))
     if query == 0:
         return {}, 0.0
     gates = gates.log_softmax(-1)

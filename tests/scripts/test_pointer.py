@@ -1,0 +1,156 @@
+"""A model with a pointer, from its questions to its recommendations."""
+import json
+import shutil
+
+import forked
+import numpy as np
+import pandas as pd
+import pytest
+from commands import DATA
+from harness import call
+from safetensors.torch import load_file
+from test_processes import CUT_UP, LEAVES, STACKS, close, losses
+
+from ga_llm.base import artifacts
+from ga_llm.training.checkpoints import ADAPTER
+
+TRAIN, TEST = (artifacts.questions(split, "sample", 2, False) for split in ("train", "test"))
+GEO = ["--geoencoder_path", "outputs/gcim/6/geo_encoder_merged.pth"]
+EXACT = ["--max_steps", "4", "--save_steps", "2", "--load_in_4bit", "False", "--bf16", "False", "--pointer", "True"]
+FULL = ["--geoencoder_path", "", "--low_rank_training", "False", "--geo_output", "True", "--geo_encoder", "cells",
+        "--loss_on", "poi_ids", "--batch_tokens", "256", "--use_full_attn", "True"]
+
+
+def files(kind):
+    return ["--data_path", f"{kind}/sample/preprocessed/{TRAIN}",
+            "--gps_mapping_path", f"{kind}/sample/preprocessed/sample_gps_mapping.csv"]
+
+
+@pytest.fixture(scope="module")
+def pointed(repo):
+    """The repository with questions in two tokens a check-in, answered by ids ("moments") and by tokens ("tokens")."""
+    for kind, flags in (("moments", []), ("tokens", ["-answer", "token"])):
+        shutil.copytree(repo / DATA, repo / kind / "sample/preprocessed")
+        result = call(repo, "data-preprocess/process_llm_gps.py", "-dataset_name", "sample", "-datasets", kind,
+                      "-fields", "moment,gps", "-max_history", "10", *flags)
+        assert result.code == 0, result.err
+    return repo
+
+
+@pytest.fixture(scope="module")
+def trained(pointed):
+    forked.train(pointed, 2, "outputs/pointed", *files("moments"), *EXACT, *GEO)
+    forked.train(pointed, 2, "outputs/by_token", *files("tokens"), *EXACT, *FULL)
+    return pointed
+
+
+def weights(folder):
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def evaluated(repo, output, tmp_path, *flags):
+    """(metrics, predictions) of a checkpoint's own evaluation."""
+    result = forked.run(repo, ["test_next_gps.py", "--output_dir", output, "--full_table", "True", *flags],
+                        tmp_path / "log")
+    assert result.code == 0, result.err[-3000:]
+    wrote = result.out.strip().splitlines()[-1].split()
+    lines = (repo / wrote[3].rstrip(",")).read_text() if "predictions" in wrote[3] else (
+        repo / wrote[1]).with_name("predictions.jsonl").read_text()
+    return json.loads((repo / wrote[1]).read_text()), [json.loads(line) for line in lines.splitlines()]
+
+
+@pytest.mark.parametrize("output", ["outputs/pointed", "outputs/by_token"])
+def test_evaluation_by_the_checkpoint_alone(trained, tmp_path, output):
+    """All probabilities of a prompt add up to at most 1; without the pointer they are others, and lie elsewhere."""
+    checkpoint = f"{output}/checkpoint-4"
+    found, predictions = evaluated(trained, checkpoint, tmp_path)
+    table = np.load(trained / checkpoint / artifacts.LOG_PROBABILITIES)
+    assert found["all"]["model"]["n"] == len(predictions) == len(table) and (np.exp(table).sum(1) < 1 + 1e-4).all()
+    visited = [prediction["rank"] for prediction in predictions]
+    assert np.mean(visited) < table.shape[1] / 2        # even untrained, it points to where the user has been
+    alone, _ = evaluated(trained, checkpoint, tmp_path, "--pointer", "False")
+    other = np.load(trained / checkpoint / artifacts.LLM_ALONE / artifacts.LOG_PROBABILITIES)
+    assert not np.allclose(table, other, atol=1e-3) and alone["settings"]["pointer"] == "False"
+    assert json.loads((trained / checkpoint / "ga_llm.json").read_text())["beside"].keys() >= {"pointer",
+                                                                                              "moment_injection"}
+
+
+def test_a_run_goes_on_exactly(trained):
+    shutil.copytree(trained / "outputs/pointed/checkpoint-2", trained / "outputs/resumed/checkpoint-2")
+    forked.train(trained, 2, "outputs/resumed", *files("moments"), *EXACT, *GEO, "--resume_from_checkpoint", "auto")
+    one, other = (weights(trained / output / "checkpoint-4") for output in ("outputs/pointed", "outputs/resumed"))
+    assert close(one, other, 0) and any(name.startswith("pointer.") for name in one)
+
+
+def test_another_pointer_does_not_go_on(trained, tmp_path):
+    shutil.copytree(trained / "outputs/pointed/checkpoint-2", trained / "outputs/other/checkpoint-2")
+    process, = forked.start(trained, 2, "outputs/other", *files("moments"), *EXACT, *GEO, "--pointer_heads", "4",
+                            "--resume_from_checkpoint", "auto")
+    process.join(300)
+    assert process.exitcode == 2
+    assert "trained with beside" in (trained / "outputs/other.log").read_text().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def one_process(pointed):
+    """With the embeddings alone beside LoRA, and no dropout: what several processes must train, too."""
+    forked.train(pointed, 2, "outputs/pointed_1", *files("moments"), *EXACT, *GEO, "--lora_dropout", "0")
+    return pointed / "outputs/pointed_1/checkpoint-4"
+
+
+@pytest.mark.parametrize("stack", [pytest.param("ddp", marks=pytest.mark.slow), *CUT_UP])
+def test_two_processes_train_what_one_does(pointed, one_process, stack):
+    if stack.startswith("zero"):
+        pytest.importorskip("deepspeed")
+        if not (shutil.which("g++") and shutil.which("ninja")):
+            pytest.skip("DeepSpeed compiles on a CPU: needs g++ and ninja")
+    forked.train(pointed, 2, f"outputs/pointed_{stack}", *files("moments"), *EXACT, *GEO, "--lora_dropout", "0",
+                 "--per_device_train_batch_size", "1", *STACKS[stack], processes=2)
+    checkpoint = pointed / f"outputs/pointed_{stack}/checkpoint-4"
+    assert (checkpoint / LEAVES[stack]).exists()
+    assert losses(checkpoint) == pytest.approx(losses(one_process), rel=1e-3)
+    one, other = ({**load_file(folder / ADAPTER), **load_file(folder / artifacts.TRAINABLE_PARAMS)}
+                  for folder in (checkpoint, one_process))
+    assert close(one, other, 2e-4)
+
+
+@pytest.mark.parametrize("kind, output", [("moments", "outputs/pointed"), ("tokens", "outputs/by_token")])
+def test_recommendations_are_those_of_the_evaluation(trained, tmp_path, kind, output):
+    """Of each test pair's own check-ins, in the plain folder with the pointer beside it."""
+    checkpoint = f"{output}/checkpoint-4"
+    _, predictions = evaluated(trained, checkpoint, tmp_path)
+    exported = f"{output}_exported"
+    result = call(trained, "export.py", "--output_dir", checkpoint, "--export_dir", exported, "--dtype", "float32",
+                  "--data_path", kind)
+    assert result.code == 0, result.err
+    assert (trained / exported / artifacts.POINTER).exists()
+    assert not any("pointer" in name for name in load_file(trained / exported / "model.safetensors"))
+    card = (trained / exported / "README.md").read_text()
+    assert "## The pointer" in card and "answers by the LLM alone" in card
+    train, test = (pd.read_csv(trained / DATA / f"{split}_sample.csv") for split in ("train", "test"))
+    of_pair = {(user, own["LocalTime"].max()): own for (user, _), own in test.groupby(["UserId", "TrajectoryId"])}
+    for prediction in predictions[:3]:
+        user, time = prediction["user"], prediction["time"]
+        rows = pd.concat([train[train["UserId"] == user], of_pair[user, time]])
+        rows.rename(columns={"PoiId": "GPS_id"})[["LocalTime", "GPS_id"]].to_csv(tmp_path / "mine.csv", index=False)
+        result = call(trained, "recommend.py", "--model", exported, "--check_ins", str(tmp_path / "mine.csv"), "--time",
+                      time, "-k", "5", "--json", "--data_path", kind)
+        assert result.code == 0, result.err
+        found = json.loads(result.out)["places"]
+        table = np.load(trained / checkpoint / artifacts.LOG_PROBABILITIES)[prediction["pair"]].astype(np.float64)
+        probabilities = np.sort(np.exp(table) / np.exp(table).sum())[::-1][:5]
+        assert [place["probability"] for place in found] == pytest.approx(probabilities.tolist(), rel=1e-3)
+
+
+def test_what_goes_with_what(pointed, tmp_path):
+    """A mistake is one line, before the model is loaded."""
+    for flags, names in (
+            (["--geo_encoder", "cells"], "--train_encoders True or --geo_output True"),
+            (["--geo_output", "True"], "not --geoencoder_path"),
+            (["--pointer_without", "clock"], "goes with --pointer True"),
+            (["--batch_tokens", "99", "--shared_prefix", "True", "--use_full_attn", "True"], "exclude each other")):
+        geo = ["--geoencoder_path", ""] if flags[0] == "--geo_encoder" else []
+        process, = forked.start(pointed, 2, "outputs/wrong", *files("moments"), *GEO, *flags, *geo)
+        process.join(300)
+        last = (pointed / "outputs/wrong.log").read_text().splitlines()[-1]
+        assert process.exitcode == 2 and last.startswith("error: ") and names in last
