@@ -129,12 +129,14 @@ def test_recommendations_are_those_of_the_evaluation(trained, tmp_path, kind, ou
     assert "## The pointer" in card and "answers by the LLM alone" in card
     train, test = (pd.read_csv(trained / DATA / f"{split}_sample.csv") for split in ("train", "test"))
     of_pair = {(user, own["LocalTime"].max()): own for (user, _), own in test.groupby(["UserId", "TrajectoryId"])}
+    encoding = json.loads((trained / DATA / "label_encoding.json").read_text())["user"]
     for prediction in predictions[:3]:
         user, time = prediction["user"], prediction["time"]
         rows = pd.concat([train[train["UserId"] == user], of_pair[user, time]])
         rows.rename(columns={"PoiId": "GPS_id"})[["LocalTime", "GPS_id"]].to_csv(tmp_path / "mine.csv", index=False)
         result = call(trained, "recommend.py", "--model", exported, "--check_ins", str(tmp_path / "mine.csv"), "--time",
-                      time, "-k", "5", "--json", "--data_path", kind)
+                      time, "-k", "5", "--json", "--data_path", kind, "--user",
+                      str(encoding["values"][user - encoding["first_id"]]))
         assert result.code == 0, result.err
         found = json.loads(result.out)["places"]
         table = np.load(trained / checkpoint / artifacts.LOG_PROBABILITIES)[prediction["pair"]].astype(np.float64)
