@@ -112,7 +112,8 @@ def test_at_other_moments(repo, tmp_path, hook, word, steps):
 
 
 @pytest.mark.parametrize("hook", [
-    (STEP, STEPS, USR1), (PUBLISH, 2, TERM), ("ga_llm.training.trainers:EncoderTrainer.save_final_encoders", 1, USR1, TERM),
+    (STEP, STEPS, USR1), (PUBLISH, 2, TERM),
+    ("ga_llm.training.trainers:EncoderTrainer.save_final_encoders", 1, USR1, TERM),
     ("ga_llm.base.sharding:leave", 1, TERM)], ids=["last step", "last checkpoint", "final files", "end"])
 def test_too_late_it_is_done(repo, tmp_path, trained, hook):
     folder = tmp_path / "done"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 CODE = ("best_conf", "data-preprocess", "ds_configs", "ga_llm", "geo_encoder", "tools", "finetune_GCIM.py",
-        "finetune_LLM_with_GCIM.py", "finetune_PAM.py", "test_next_gps.py", "export.py", "recommend.py", "run_experiment.py",
-        "results.py", "experiments", "report.py")
+        "finetune_LLM_with_GCIM.py", "finetune_PAM.py", "test_next_gps.py", "export.py", "recommend.py",
+        "run_experiment.py", "results.py", "experiments", "report.py")
 DATA = "datasets/sample/preprocessed"
 MAPPING = f"{DATA}/sample_gps_mapping.csv"
 README_FLAGS = f"""--model_name_or_path models/tiny --bf16 True --gps_mapping_path {MAPPING} --model_max_length 4096
@@ -47,7 +47,8 @@ PAIRS = {1: f"{DATA}/train_qa_pairs_kqt_200items_sample_projector_gps_without_si
 EMBEDDINGS = f"{DATA}/sample_poi_embeddings.npy"
 FLAGS = {1: ["--data_path", PAIRS[1], "--lora_r", "8", "--lora_alpha", "16"],
          2: ["--data_path", PAIRS[2], "--geoencoder_path", "outputs/gcim/6/geo_encoder_merged.pth"],
-         "pam": ["--data_path", PAIRS["pam"], "--poi_embedding_path", EMBEDDINGS, "--lora_r", "8", "--lora_alpha", "16"]}
+         "pam": ["--data_path", PAIRS["pam"], "--poi_embedding_path", EMBEDDINGS, "--lora_r", "8", "--lora_alpha",
+                 "16"]}
 SCRIPTS = {1: "finetune_GCIM.py", 2: "finetune_LLM_with_GCIM.py", "pam": "finetune_PAM.py"}
 
 
