@@ -34,7 +34,8 @@ import geo_encoder.weights
 
 def test_ga_llm_comes_before_the_libraries_that_it_prepares():
     """It keeps bitsandbytes quiet, which peft imports; no script that imports geo_encoder first is an exception."""
-    result = subprocess.run([sys.executable, "-c", FIRST], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", FIRST], cwd=Path(__file__).parents[2], capture_output=True,
+                            text=True)
     assert result.returncode == 3, result.stderr
 
 
@@ -98,6 +99,11 @@ def test_batched_equals_one_by_one(kind):
     together = model(DIGITS)
     assert together.shape == (7, 16)
     torch.testing.assert_close(together, torch.cat([model(row[None]) for row in DIGITS]))
+
+
+def test_an_encoder_without_a_layer_for_lora_is_told_in_one_line():
+    with pytest.raises(UserError, match="Embedding .*LORA_TARGETS.*--encoder_training full"):
+        add_lora(nn.Embedding(3, 4), 2, 4)
 
 
 @pytest.mark.parametrize("kind, layers", [("hierarchical", ["gps_embedding", "out_proj", "linear1", "linear2"]),

@@ -9,7 +9,7 @@ import forked
 import numpy as np
 import pytest
 import torch
-from commands import few_pairs
+from commands import few_pairs, needs_deepspeed
 from harness import ROOT, call, refusal, snapshot
 from safetensors.torch import load_file
 from strangers import (CONFIG, TRAINED, Payload, both, copy, cut, edit_json, edit_tensors, evaluate, legacy,
@@ -275,6 +275,8 @@ STACKS = {
 @pytest.mark.parametrize("stack", STACKS)
 def test_resumed_checkpoint_in_pieces(repo, tmp_path, stack, stage):
     """DeepSpeed's files and FSDP's, in place of which a payload is put; the genuine ones are gone on from."""
+    if stack != "fsdp2":
+        needs_deepspeed()
     flags, patterns = STACKS[stack]
     flags = [*flags, "--load_in_4bit", "False", "--bf16", "False", "--data_path", few_pairs(repo, stage, 12)]
     source, mark = tmp_path / "source", tmp_path / "mark"

@@ -27,7 +27,7 @@ def test_golden_run(repo):
     result, metrics = commands.evaluate(repo, "outputs/llm/checkpoint-6", "--test_type", "llm")
     lines = (repo / DATA / "test_qa_pairs_kqt_200items_sample_llm_without_sim_gps.txt").read_text().splitlines()
     places = (repo / MAPPING).read_text().count("\n") - 1
-    assert f"protocol ga-llm, n = {len(lines)}" in result.stdout
+    assert f"protocol ga-llm, n = {len(lines)}" in result.stdout and "Failed to load" not in result.stderr
     for name in ("model", "user-history frequency", "popularity", "Markov chain"):
         assert metrics["all"][name]["n"] == metrics["fits"][name]["n"] == len(lines) > 20
         assert f"{name:22}  {len(lines):>6}  {metrics['all'][name]['Acc@1']['value']:.4f}" in result.stdout
