@@ -23,7 +23,7 @@ import pytest  # noqa: E402
 
 import forked  # noqa: E402
 from commands import CODE, ROOT, run, stage_2  # noqa: E402
-from make_tiny_llama import make_tiny_llama  # noqa: E402
+from make_tiny_llama import make_tiny_llama, sample_prompts  # noqa: E402
 
 PLACES = 12
 
@@ -90,7 +90,8 @@ def tiny_llama(tmp_path_factory):
         key = (style, *sorted(options.items()))
         if key not in made:
             folder = tmp_path_factory.mktemp("llama") / style
-            make_tiny_llama(folder, style=style, **{"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, **options})
+            make_tiny_llama(folder, style=style, **{"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2,
+                                                    "corpus": sample_prompts(0, count=50), **options})
             made[key] = folder
         return str(made[key])
 
