@@ -25,8 +25,6 @@ export PATH := $(VENV)/bin:$(PATH)
 
 PYTEST := cd $(ROOT) && python -m pytest
 IN_TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder
-# Their kills are timed, so but for the drawn few they run alone.
-KILLS := tests/reliability/test_kills.py
 
 .PHONY: env demo test test-rest test-all soak
 env: $(VENV)/.complete
@@ -46,12 +44,10 @@ test: env
 	$(PYTEST) --part drawn $(IN_TWO)
 
 test-rest: env
-	$(PYTEST) --part rest $(IN_TWO) --ignore $(KILLS)
-	$(PYTEST) --part rest $(KILLS)
+	$(PYTEST) --part rest $(IN_TWO)
 
 test-all: env
-	$(PYTEST) $(IN_TWO) --ignore $(KILLS)
-	$(PYTEST) $(KILLS)
+	$(PYTEST) $(IN_TWO)
 
 soak: env
 	$(PYTEST) tests/reliability -m soak

@@ -16,3 +16,5 @@ os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
 
 # On a CPU it warns, when imported, of a kernel that it does without.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# And DeepSpeed, which accelerate imports where it is installed, that there is no GPU.
+logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())

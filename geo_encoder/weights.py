@@ -19,9 +19,16 @@ from geo_encoder.encoder import LEVEL, LORA_TARGETS, GeoEncoderConfig, build_enc
 
 
 def add_lora(encoder: nn.Module, r: int, alpha: int) -> nn.Module:
-    """Put LoRA on the encoder's embedding, attention output and feed-forward layers, dropout 0.1 (paper, stage 1)."""
+    """Put LoRA on the encoder's embedding, attention output and feed-forward layers, dropout 0.1 (paper, stage 1).
+
+    Raises UserError where the encoder has none of these.
+    """
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=0.1, target_modules=LORA_TARGETS, bias="none")
-    inject_adapter_in_model(config, encoder)
+    try:
+        inject_adapter_in_model(config, encoder)
+    except ValueError as error:
+        raise UserError(f"LoRA finds no layer in {type(encoder).__name__} that LORA_TARGETS in geo_encoder/encoder.py "
+                        f"names ({error}); add its layers there, or give --encoder_training full") from None
     for name, parameter in encoder.named_parameters():
         parameter.requires_grad_("lora_" in name)
     return encoder

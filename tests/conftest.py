@@ -21,8 +21,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from commands import CODE, ROOT, run, stage_1, stage_2  # noqa: E402
-from make_tiny_llama import make_tiny_llama  # noqa: E402
+import forked  # noqa: E402
+from commands import CODE, ROOT, run, stage_2  # noqa: E402
+from make_tiny_llama import make_tiny_llama, sample_prompts  # noqa: E402
 
 PLACES = 12
 
@@ -89,7 +90,8 @@ def tiny_llama(tmp_path_factory):
         key = (style, *sorted(options.items()))
         if key not in made:
             folder = tmp_path_factory.mktemp("llama") / style
-            make_tiny_llama(folder, style=style, **{"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, **options})
+            make_tiny_llama(folder, style=style, **{"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2,
+                                                    "corpus": sample_prompts(0, count=50), **options})
             made[key] = folder
         return str(made[key])
 
@@ -142,10 +144,11 @@ def make_repo(repo):
     for command in (["data-preprocess/make_sample_raw.py", "-users", "30", "-days", "60"],
                     ["data-preprocess/run.py", "-f", "best_conf/sample.yml"],
                     ["data-preprocess/traj_qk.py", "-dataset_name", "sample"],
-                    ["data-preprocess/process_projector_gps_stage1.py", "-dataset_name", "sample", "-use_sim", "False"],
-                    ["data-preprocess/process_llm_gps.py", "-dataset_name", "sample", "-use_sim", "False",
+                    ["data-preprocess/process_projector_gps_stage1.py", "-dataset_name", "sample", "-use_sim", "False",
                      "-max_history", "10"],
-                    ["tools/make_tiny_llama.py", "--output_dir", "models/tiny", "--hidden", "32", "--kv_heads", "2"]):
+                    ["data-preprocess/process_llm_gps.py", "-dataset_name", "sample", "-use_sim", "False",
+                     "-max_history", "10"]):
         run(repo, sys.executable, *command)
-    stage_1(repo, "outputs/gcim")
+    make_tiny_llama(repo / "models/tiny", hidden=32, kv_heads=2)
+    forked.train(repo, 1, "outputs/gcim")
     stage_2(repo, "outputs/llm")

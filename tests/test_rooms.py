@@ -39,6 +39,9 @@ def test_imports_run_upwards():
     assert not wrong
 
 
-def test_modules_and_scripts_are_short():
+def test_modules_scripts_and_lines_are_short():
+    folders = (*FOLDERS, "benchmarks", "tests", "tools")
+    files = [*ROOT.glob("*.py"), *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]
+    assert not [path for path in files if max(map(len, path.read_text(encoding="utf-8").splitlines()), default=0) > 120]
     assert not [path for path, text in MODULES.items() if text.count("\n") >= 400]
     assert not [path for path, text in SCRIPTS.items() if text.count("\n") >= 150]

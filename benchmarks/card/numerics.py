@@ -25,12 +25,12 @@ from geo_encoder import encoder, injection
 
 PART = "numerics"
 LIMITS = {"fp32": 1e-3, "bf16": 3e-2}       # ‖ours − reference‖ / ‖reference‖, the reference in fp32 on the CPU
-LENGTH = 4096       # S²-Attn's groups are a quarter of it
+LENGTH, TOY_LENGTH = 4096, 512     # S²-Attn's groups are a quarter of it
 WORDS = 500
 
 
 def run(record, args) -> None:
-    attentions(record, args.device)
+    attentions(record, args.device, TOY_LENGTH if args.toy else LENGTH)
     rank(record, args.device)
     flash(record, args.device)
     liger(record, args.device)
@@ -66,11 +66,11 @@ class Pairs:
         return {"input_ids": self.ids[i], "answer_start": len(self.ids[i]) - 20}
 
 
-def attentions(record, device: str) -> None:
+def attentions(record, device: str, length: int) -> None:
     """The loss and the gradient of a training step, whatever the attention."""
-    pairs = Pairs([LENGTH, LENGTH - 300], shared=3000)
+    pairs = Pairs([length, length - length // 16], shared=3 * length // 4)
     padded = sft_data.AnswerCollator(0)([pairs[0], pairs[1]])
-    trees = shared_prefix.TreeDataset(pairs, 2 * LENGTH)
+    trees = shared_prefix.TreeDataset(pairs, 2 * length)
     tree = shared_prefix.TreeCollator()([trees[i] for i in range(len(trees))])
     for name, attention, batch in (("S²-Attn", SHIFTED_SPARSE, padded), ("full attention", "sdpa", padded),
                                    ("trees", SHARED_PREFIX, tree)):

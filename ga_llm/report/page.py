@@ -277,30 +277,29 @@ def example(page: Page, i: int, one: dict, mapping: GPSMapping) -> str:
 
 
 def encoder_section(page: Page, views: EncoderViews) -> list[str]:
-    config, pictures = views.config, []
+    config, maps, distances = views.config, [], []
     for name, one in (("before", views.before), ("after", views.after)):
         when = f"{name} training"
-        pictures.append(page.picture(
+        maps.append(page.picture(
             f"places_{name}", figures.colour_map(views.mapping, one.colours),
             f"Map of {len(one.colours):,} places {when}, coloured by the principal components of their vectors.",
             f"Red, green and blue are the first three principal components, {percent(one.explained)} of the variance. "
             "Where like colours lie side by side, neighbours have like vectors. Colours of the two maps cannot be "
             "compared with each other, and say nothing in greyscale: see the pictures below.", f"Places, {when}"))
-    for name, one in (("before", views.before), ("after", views.after)):
         correlations = f"Pearson {number(one.pearson)}, Spearman {number(one.spearman)}"
-        pictures.append(page.picture(
+        distances.append(page.picture(
             f"distances_{name}", figures.distances(one.km, one.distance),
-            f"Distance of vectors over km, {name} training: {correlations}.",
+            f"Distance of vectors over km, {when}: {correlations}.",
             f"{correlations} over {len(one.km):,} pairs of places. A line that rises "
             "says that places far apart have different vectors; a flat one, that vectors do not tell distance. Darker: "
             "more pairs. Distances are divided by their median, so that the two pictures can be compared.",
-            f"Distance of vectors and km, {name} training"))
+            f"Distance of vectors and km, {when}"))
     of = "" if len(views.mapping.ids) == views.places else f" of {views.places:,}, drawn with a fixed seed"
     return [paragraph(f"The encoder {views.path} ({config.kind}, n-grams of {config.ngram}, level {config.level}, "
                       f"width {config.hidden_size}, weights {views.digest}) on {len(views.mapping.ids):,} places{of}. "
                       f"\"Before\" is an encoder of the same configuration, newly initialised with seed "
                       f"{contents.SEED}: not the very one that the training began with. Distances are Euclidean."),
-            panels(*pictures)]
+            panels(*maps, *distances)]
 
 
 def losses_section(page: Page, found: dict[str, list[dict]]) -> list[str]:

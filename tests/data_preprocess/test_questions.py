@@ -402,7 +402,8 @@ def test_how_long_after_the_one_before():
 def test_after_in_questions(trained_on):
     """History, current trajectory and target are one row."""
     train, found = trained_on
-    train = train.assign(Time=train["Time"].dt.round("s"), PoiId=1, Latitude=40.0, Longitude=-74.0, PoiCategoryName="Bar", PoiCategoryId=1,
+    train = train.assign(Time=train["Time"].dt.round("s"), PoiId=1, Latitude=40.0, Longitude=-74.0,
+                         PoiCategoryName="Bar", PoiCategoryId=1,
                          LocalTime=train["Time"].dt.strftime("%Y-%m-%d %H:%M:%S"))
     places = pd.DataFrame({"Latitude": [40.0], "Longitude": [-74.0]}, index=[1])
     fields, seconds = ("after", "poi"), [int(time.timestamp()) for time in train["Time"]]

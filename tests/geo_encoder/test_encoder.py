@@ -17,10 +17,26 @@ from geo_encoder.weights import add_lora, load_encoder, merged_state_dict, save_
 DIGITS = torch.from_numpy(quadkeys(np.linspace(40.5, 40.9, 7), np.linspace(-74.2, -73.7, 7)))
 
 
+# Python ends where the first of these libraries is looked for.
+FIRST = """
+import os, sys
+
+class End:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name in ("torch", "transformers", "peft", "bitsandbytes"):
+            os._exit(3 if "ga_llm" in sys.modules else 1)
+
+sys.meta_path.insert(0, End)
+import geo_encoder.weights
+"""
+
+
 def test_ga_llm_comes_before_the_libraries_that_it_prepares():
     """It keeps bitsandbytes quiet, which peft imports; no script that imports geo_encoder first is an exception."""
-    code = "import sys, geo_encoder.weights; names = list(sys.modules); assert names.index('ga_llm') < names.index('peft')"
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
+    result = subprocess.run([sys.executable, "-c", FIRST], cwd=Path(__file__).parents[2], capture_output=True,
+                            text=True)
+    assert result.returncode == 3, result.stderr
 
 
 def encoder(kind="hierarchical", width=16, **options):
@@ -83,6 +99,11 @@ def test_batched_equals_one_by_one(kind):
     together = model(DIGITS)
     assert together.shape == (7, 16)
     torch.testing.assert_close(together, torch.cat([model(row[None]) for row in DIGITS]))
+
+
+def test_an_encoder_without_a_layer_for_lora_is_told_in_one_line():
+    with pytest.raises(UserError, match="Embedding .*LORA_TARGETS.*--encoder_training full"):
+        add_lora(nn.Embedding(3, 4), 2, 4)
 
 
 @pytest.mark.parametrize("kind, layers", [("hierarchical", ["gps_embedding", "out_proj", "linear1", "linear2"]),

@@ -176,7 +176,8 @@ def rows_of(table) -> list:
     """A table's rows under their names, for parametrize."""
     # Without ijson what is nested so deeply is no JSON.
     deep = pytest.mark.skipif(json_text.ijson is None, reason="needs ijson: pip install ijson")
-    return [pytest.param(*row, id=name, marks=[deep] * (name in ("nested whole", "nested key"))) for name, *row in table]
+    return [pytest.param(*row, id=name, marks=[deep] * (name in ("nested whole", "nested key")))
+            for name, *row in table]
 
 
 @pytest.mark.parametrize("make, names", rows_of(BAD_TRAINING))

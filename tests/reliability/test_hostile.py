@@ -9,7 +9,7 @@ import forked
 import numpy as np
 import pytest
 import torch
-from commands import few_pairs
+from commands import few_pairs, needs_deepspeed
 from harness import ROOT, call, refusal, snapshot
 from safetensors.torch import load_file
 from strangers import (CONFIG, TRAINED, Payload, both, copy, cut, edit_json, edit_tensors, evaluate, legacy,
@@ -275,6 +275,8 @@ STACKS = {
 @pytest.mark.parametrize("stack", STACKS)
 def test_resumed_checkpoint_in_pieces(repo, tmp_path, stack, stage):
     """DeepSpeed's files and FSDP's, in place of which a payload is put; the genuine ones are gone on from."""
+    if stack != "fsdp2":
+        needs_deepspeed()
     flags, patterns = STACKS[stack]
     flags = [*flags, "--load_in_4bit", "False", "--bf16", "False", "--data_path", few_pairs(repo, stage, 12)]
     source, mark = tmp_path / "source", tmp_path / "mark"
@@ -303,7 +305,8 @@ def test_resumed_checkpoint_in_pieces(repo, tmp_path, stack, stage):
             assert {process.exitcode for process in started} <= {2, -6, -15} and "Traceback" not in log, log
             assert snapshot(output) == before
             lines = [line for line in log.splitlines() if line.startswith("error: ")]
-            assert lines and all("no folder of DeepSpeed's" in line or "it would call posix.mkdir" in line for line in lines)
+            assert lines and all("no folder of DeepSpeed's" in line or "it would call posix.mkdir" in line
+                                 for line in lines)
 
 
 # Settings and names.
@@ -417,7 +420,8 @@ READERS = {"pickle": {"load", "loads", "Unpickler"}, "marshal": {"load", "loads"
            "os": {"system", "popen"}, "joblib": {"load"}, "pd": {"read_pickle", "eval"},
            "yaml": {"full_load", "unsafe_load", "load_all", "full_load_all", "unsafe_load_all"},
            "importlib": {"import_module"}, "hub": {"load"}}
-DELETERS = {"ga_llm/training/staging.py", "ga_llm/pairs/token_cache.py"}      # each of a hidden folder of its own making
+# Each of a hidden folder of its own making.
+DELETERS = {"ga_llm/training/staging.py", "ga_llm/pairs/token_cache.py"}
 
 
 def misuses(source: str, name: str = "ga_llm/x.py") -> list[str]:

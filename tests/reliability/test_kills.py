@@ -124,6 +124,7 @@ def wait_for_step(process, folder, step):
         time.sleep(0.0005)
 
 
+@pytest.mark.bulk
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("kills", [pytest.param(6, id="short"), pytest.param(20, id="long", marks=pytest.mark.soak)])
 def test_training_killed(repo, tmp_path, stage, kills):

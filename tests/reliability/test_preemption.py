@@ -1,12 +1,11 @@
 """Trainings that SIGTERM or SIGUSR1 tell to stop: whole, with exit code 0, and what follows is as if undisturbed."""
 import functools
-import shutil
 import signal
 import sys
 
 import forked
 import pytest
-from commands import few_pairs, run
+from commands import few_pairs, needs_deepspeed, run
 from safetensors.torch import load_file
 
 from ga_llm.base.artifacts import FINAL_ENCODER, FINAL_PROJECTOR, TRAINER_LOG
@@ -112,7 +111,8 @@ def test_at_other_moments(repo, tmp_path, hook, word, steps):
 
 
 @pytest.mark.parametrize("hook", [
-    (STEP, STEPS, USR1), (PUBLISH, 2, TERM), ("ga_llm.training.trainers:EncoderTrainer.save_final_encoders", 1, USR1, TERM),
+    (STEP, STEPS, USR1), (PUBLISH, 2, TERM),
+    ("ga_llm.training.trainers:EncoderTrainer.save_final_encoders", 1, USR1, TERM),
     ("ga_llm.base.sharding:leave", 1, TERM)], ids=["last step", "last checkpoint", "final files", "end"])
 def test_too_late_it_is_done(repo, tmp_path, trained, hook):
     folder = tmp_path / "done"
@@ -151,8 +151,8 @@ STACKS = {"zero2": ["--deepspeed", "ds_configs/stage2.json"], "zero3": ["--deeps
 @pytest.mark.parametrize("stack", STACKS)
 def test_cut_up_among_two_processes(repo, tmp_path, trained, stack):
     """One is told, in the first of a step's two batches."""
-    if stack != "fsdp2" and not (shutil.which("g++") and shutil.which("ninja", path=f"{sys.exec_prefix}/bin")):
-        pytest.skip("DeepSpeed compiles on a CPU: needs g++ and ninja")
+    if stack != "fsdp2":
+        needs_deepspeed()
     flags = [*STACKS[stack], "--gradient_accumulation_steps", "2", "--load_in_4bit", "False", "--bf16", "False"]
     undisturbed, folder = trained(2, *flags, processes=2), tmp_path / "stopped"
     hook = functools.partial(forked.tell, STEP, 4, USR1, rank=1)

@@ -1,15 +1,21 @@
 """The README's commands, as tests run them in a copy of the repository."""
+import contextlib
+import glob
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from torch.utils import cpp_extension
+
 ROOT = Path(__file__).parents[2]
 CODE = ("best_conf", "data-preprocess", "ds_configs", "ga_llm", "geo_encoder", "tools", "finetune_GCIM.py",
-        "finetune_LLM_with_GCIM.py", "finetune_PAM.py", "test_next_gps.py", "export.py", "recommend.py", "run_experiment.py",
-        "results.py", "experiments", "report.py")
+        "finetune_LLM_with_GCIM.py", "finetune_PAM.py", "test_next_gps.py", "export.py", "recommend.py",
+        "run_experiment.py", "results.py", "experiments", "report.py")
 DATA = "datasets/sample/preprocessed"
 MAPPING = f"{DATA}/sample_gps_mapping.csv"
 README_FLAGS = f"""--model_name_or_path models/tiny --bf16 True --gps_mapping_path {MAPPING} --model_max_length 4096
@@ -47,7 +53,8 @@ PAIRS = {1: f"{DATA}/train_qa_pairs_kqt_200items_sample_projector_gps_without_si
 EMBEDDINGS = f"{DATA}/sample_poi_embeddings.npy"
 FLAGS = {1: ["--data_path", PAIRS[1], "--lora_r", "8", "--lora_alpha", "16"],
          2: ["--data_path", PAIRS[2], "--geoencoder_path", "outputs/gcim/6/geo_encoder_merged.pth"],
-         "pam": ["--data_path", PAIRS["pam"], "--poi_embedding_path", EMBEDDINGS, "--lora_r", "8", "--lora_alpha", "16"]}
+         "pam": ["--data_path", PAIRS["pam"], "--poi_embedding_path", EMBEDDINGS, "--lora_r", "8", "--lora_alpha",
+                 "16"]}
 SCRIPTS = {1: "finetune_GCIM.py", 2: "finetune_LLM_with_GCIM.py", "pam": "finetune_PAM.py"}
 
 
@@ -61,6 +68,29 @@ def stage_1(repo, output, *flags, **options):
 
 def stage_2(repo, output, *flags, **options):
     return stage(repo, 2, output, *flags, **options)
+
+
+def needs_deepspeed():
+    """Skip where it is absent or cannot compile, as it does on a CPU.
+
+    The lock of a compilation that was killed, for which the next would wait for ever, is removed.
+    """
+    pytest.importorskip("deepspeed")
+    if not (shutil.which("g++") and shutil.which("ninja", path=f"{sys.exec_prefix}/bin")):
+        pytest.skip("DeepSpeed compiles on a CPU: needs g++ and ninja")
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    for lock in Path(folder).resolve().rglob("deepspeed_*/lock"):
+        if not held(lock):
+            lock.unlink(missing_ok=True)
+
+
+def held(file):
+    """Whether a process has it open."""
+    found = set()
+    for link in glob.iglob("/proc/[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):      # it has closed it, or is another user's
+            found.add(os.readlink(link))
+    return str(file) in found
 
 
 def few_pairs(repo, number, count):

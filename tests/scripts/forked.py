@@ -14,6 +14,8 @@ import runpy
 import signal
 import sys
 import tempfile
+import unittest.mock
+from multiprocessing import forkserver
 from pathlib import Path
 
 import torch
@@ -26,12 +28,14 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 OPERATIONS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.fsync"}
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["finetune_GCIM", "finetune_LLM_with_GCIM", "test_next_gps", "make_sample_raw",
-                                "deepspeed", "checkins.questions"])
+_server.set_forkserver_preload(["warm"])
 
 
 def launch(folder, command, log, *hooks, **environment):
     """The started process of a script with its flags, in `folder`; stderr goes to `log`, stdout to <log>.out."""
+    with unittest.mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):     # else 3.11 finds no `warm`
+        forkserver.ensure_running()
+    environment = {"PYTHONPATH": os.environ.get("PYTHONPATH", ""), **environment}
     process = _server.Process(target=_run, args=(str(folder), [str(part) for part in command], str(log), hooks,
                                                  environment))
     process.start()

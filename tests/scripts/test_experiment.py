@@ -106,7 +106,8 @@ def test_a_scale_like_another_has_its_flags_save_its_own(place):
     cpu, joined = (yaml.safe_load((place / f"experiments/scales/{name}.yml").read_text())
                    for name in ("cpu", "cpu_joined"))
     assert joined.keys() == {"like", "model"}
-    (place / "experiments/scales/full.yml").write_text(yaml.safe_dump({**cpu, "model": joined["model"]}, sort_keys=False))
+    full = yaml.safe_dump({**cpu, "model": joined["model"]}, sort_keys=False)
+    (place / "experiments/scales/full.yml").write_text(full)
     assert plan("full") == plan("cpu_joined") != plan("cpu")
     (place / "experiments/scales/more.yml").write_text("like: cpu\ngcim: {max_steps: 7}\n")
     assert plan("cpu").count(" --max_steps 300 ") == plan("more").count(" --max_steps 300 ") + 1

@@ -46,8 +46,8 @@ def test_the_prompt_is_that_of_the_test_file(exported, tmp_path, monkeypatch, fi
     if fields:
         folder = tmp_path / "sample/preprocessed"
         shutil.copytree(exported / DATA, folder)
-        result = call(exported, "data-preprocess/process_llm_gps.py", "-dataset_name", "sample", "-datasets", str(tmp_path),
-                      "-fields", fields, "-max_history", "10")
+        result = call(exported, "data-preprocess/process_llm_gps.py", "-dataset_name", "sample", "-datasets",
+                      str(tmp_path), "-fields", fields, "-max_history", "10")
         assert result.code == 0, result.err
         asking.questions["fields"] = ["after", "week", "poi", "gps"]
     lines = (folder / "test_qa_pairs_kqt_200items_sample_llm_without_sim_gps.txt").read_text().splitlines()

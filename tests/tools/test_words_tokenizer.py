@@ -116,7 +116,8 @@ def test_ids_of_near_places_begin_alike(tmp_path):
     """Three places: two in one block, one in another state; the rest of the model is as without."""
     mapping = gps_tokens.GPSMapping(np.array([5, 1, 2]), np.array([40.7127, 37.77, 40.7128]),
                                     np.array([-74.0060, -122.42, -74.0059]))
-    options = {"style": "words", "corpus": pairs(), "vocab_size": 2000, "hidden": 256, "heads": 4, "tie_embeddings": True}
+    options = {"style": "words", "corpus": pairs(), "vocab_size": 2000, "hidden": 256, "heads": 4,
+               "tie_embeddings": True}
     plain = make_tiny_llama(tmp_path / "plain", **options).state_dict()
     model = make_tiny_llama(tmp_path / "places", **options, places=mapping)
     tokenizer = load_tokenizer(str(tmp_path / "places"))
@@ -149,7 +150,8 @@ def test_ids_of_a_category_begin_alike(tmp_path):
 @pytest.mark.parametrize("joined, pieces", [(False, [" after 2h", " Sun 07h POI id "]),
                                             (True, [" after 2h Sun 07h POI id "])])
 def test_how_long_after_is_a_token_or_joined_with_the_hour(tmp_path, joined, pieces):
-    make_tiny_llama(tmp_path / "m", style="words", corpus=["<question>: user 3: after 2h Sun 07h POI id 5."], joined=joined)
+    corpus = ["<question>: user 3: after 2h Sun 07h POI id 5."]
+    make_tiny_llama(tmp_path / "m", style="words", corpus=corpus, joined=joined)
     tokenizer = load_tokenizer(str(tmp_path / "m"))
     found = [tokenizer.decode([i]) for i in tokenizer("user 3: after 2h Sun 07h POI id 5 <GPS 5>.")["input_ids"]]
     assert found[:2 + len(pieces)] == ["user 3:", *pieces, "5"]

@@ -7,11 +7,14 @@ import pytest
 from ga_llm.base import json_text
 
 VALUES = [None, True, 0, -2**63, "", [], {}, [[]], {"a": []}, {"a": {}, "b": [1, [2, {"c": None}]]},
-          {"Café \u2028 \x7f": "\b\f\n\r\t\"\\/ \x00\x1f\u00a0 東京 \U0001f600"}, [{"question": "a", "answer": "<b> & c"}] * 2]
-RECORDS = [b'[{"question": "a", "answer": "b"}]', b' [ {"a" : "b"} ,\r\n{"a":"c","a":"d"}\t] \n', b"\xef\xbb\xbf[{}]", b"[]",
-           b" [ ] ", b"{}", b"3", b'"x"', b'[1, null, "x", [{"a": 1}], {"a": "\\ud83d\\ude00 \\ud800 \xc3\xa9"}]']
-BROKEN = [b"", b" ", b"[", b"[{}", b"[{},", b"[{},]", b"[,]", b"[{}]]", b"[{}] []", b"[{}]x", b"{} {}", b"[{} {}]", b"{}\n{}",
-          b'[{"a": NaN}]', b'[{}, {"a": "\xff"}]', b"[{}]\xff", b"[{}, {'a': 1}]", b'[{}, {"a": "b\nc"}]', b'[{}, {"a": "b']
+          {"Café \u2028 \x7f": "\b\f\n\r\t\"\\/ \x00\x1f\u00a0 東京 \U0001f600"},
+          [{"question": "a", "answer": "<b> & c"}] * 2]
+RECORDS = [b'[{"question": "a", "answer": "b"}]', b' [ {"a" : "b"} ,\r\n{"a":"c","a":"d"}\t] \n', b"\xef\xbb\xbf[{}]",
+           b"[]", b" [ ] ", b"{}", b"3", b'"x"',
+           b'[1, null, "x", [{"a": 1}], {"a": "\\ud83d\\ude00 \\ud800 \xc3\xa9"}]']
+BROKEN = [b"", b" ", b"[", b"[{}", b"[{},", b"[{},]", b"[,]", b"[{}]]", b"[{}] []", b"[{}]x", b"{} {}", b"[{} {}]",
+          b"{}\n{}", b'[{"a": NaN}]', b'[{}, {"a": "\xff"}]', b"[{}]\xff", b"[{}, {'a': 1}]", b'[{}, {"a": "b\nc"}]',
+          b'[{}, {"a": "b']
 
 
 @pytest.fixture

@@ -192,7 +192,8 @@ def test_report_of_no_pairs(make_prompt):
 def test_rare_targets(make_prompt):
     train = pd.DataFrame({"UserId": 1, "PoiId": np.repeat([0, 1, 2, 3, 4], [1, 2, 3, 9, 10]), "TrajectoryId": 0})
     found = metrics.groups([make_prompt(i, 1, [3], target) for i, target in enumerate([0, 1, 2, 3, 4, 9])], train)
-    assert pairs_in(found["target's check-ins in train"]) == {"at most 2": [0, 1, 5], "3 to 9": [2, 3], "10 or more": [4]}
+    assert pairs_in(found["target's check-ins in train"]) == {
+        "at most 2": [0, 1, 5], "3 to 9": [2, 3], "10 or more": [4]}
 
 
 def test_a_prompt_without_a_current_part_has_no_current_check_ins(make_prompt):

@@ -42,7 +42,8 @@ def test_other_rope_is_refused():
 def test_four_bit_trains_after_evaluation(tiny_llama):
     """A forward without gradient must not cost LoRA its gradient afterwards."""
     pytest.importorskip("bitsandbytes")
-    model = backbone.add_lora(backbone.load_llm(tiny_llama(hidden=64), 256, "sdpa", torch.bfloat16, four_bit=True), 4, 8, 0.0)
+    model = backbone.load_llm(tiny_llama(hidden=64), 256, "sdpa", torch.bfloat16, four_bit=True)
+    model = backbone.add_lora(model, 4, 8, 0.0)
     assert any(type(m).__name__ == "Linear4bit" for m in model.modules())
     ids = torch.randint(0, 50, (1, 12))
     with torch.no_grad():

@@ -1,10 +1,9 @@
 """Token ids on disk: equal to tokenizing the full texts, built once, keyed by all that decides them."""
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 from ga_llm.base import prompts
@@ -131,16 +130,17 @@ def test_built_once_and_again_when_anything_changes(tokenizer, tmp_path, monkeyp
 
 def test_one_of_several_processes_builds(tiny_llama, mapping_csv, tmp_path):
     path = write(tmp_path / "a.json", ours(40))
-    code = ("import sys, logging; logging.basicConfig(level=20)\n"
-            "from ga_llm.llm import backbone; from ga_llm.pairs import token_cache\n"
-            "from geo_encoder import gps_tokens as g\nt = backbone.load_tokenizer(sys.argv[1])\n"
-            "g.add_gps_tokens(t, g.read_gps_mapping(sys.argv[2]))\n"
-            "print(len(token_cache.load(sys.argv[3], t, 99, 'm')))")
-    runs = [subprocess.Popen([sys.executable, "-c", code, tiny_llama(), mapping_csv, path], stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [run.communicate(timeout=120) for run in runs]
-    assert [out for out, _ in outputs] == ["40\n", "40\n"]
-    assert sum(errors.count("tokenized 40 pairs") for _, errors in outputs) == 1
+    script = tmp_path / "load.py"
+    script.write_text("import sys, logging; logging.basicConfig(level=20)\n"
+                      "from ga_llm.llm import backbone; from ga_llm.pairs import token_cache\n"
+                      "from geo_encoder import gps_tokens as g\nt = backbone.load_tokenizer(sys.argv[1])\n"
+                      "g.add_gps_tokens(t, g.read_gps_mapping(sys.argv[2]))\n"
+                      "print(len(token_cache.load(sys.argv[3], t, 99, 'm')), flush=True)")
+    logs = [tmp_path / "one", tmp_path / "other"]
+    processes = [forked.launch(tmp_path, [script, tiny_llama(), mapping_csv, path], log) for log in logs]
+    runs = [forked.end(process, log) for process, log in zip(processes, logs)]
+    assert [(run.code, run.out) for run in runs] == [(0, "40\n"), (0, "40\n")]
+    assert sum(run.err.count("tokenized 40 pairs") for run in runs) == 1
 
 
 def test_an_interrupted_build_is_invisible_and_made_anew(tokenizer, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+import forked
 import pytest
 
 from ga_llm.base.cli import UserError
@@ -173,10 +174,11 @@ def test_the_plan_can_be_pasted(tmp_path, script):
 def test_two_at_once_run_it_once(tmp_path, script):
     """The second waits for the first, and finds the step done."""
     path = script("slow", "import time; time.sleep(0.5); open(pathlib.Path(sys.argv[1], 'runs'), 'a').write('x')")
-    code = ("import sys, pathlib; from ga_llm.tables.chain import Step, OWN; "
-            f"Step('slow', ('python', {path!r}, OWN), pathlib.Path({str(tmp_path / 'steps')!r})).run()")
-    both = [subprocess.Popen([sys.executable, "-c", code], cwd=Path(chain.__file__).parents[2]) for _ in range(2)]
-    assert [process.wait(120) for process in both] == [0, 0]
+    run = tmp_path / "run.py"
+    run.write_text("import pathlib; from ga_llm.tables.chain import Step, OWN; "
+                   f"Step('slow', ('python', {path!r}, OWN), pathlib.Path('steps')).run()")
+    both = [forked.launch(tmp_path, [run], tmp_path / "log") for _ in range(2)]
+    assert [forked.end(process, tmp_path / "log").code for process in both] == [0, 0]
     runs, = (tmp_path / "steps").glob("slow-*/out/runs")
     assert runs.read_text() == "x" and not list(tmp_path.glob("steps/*/.lock"))
 
