@@ -35,7 +35,8 @@ def arguments() -> tuple[argparse.Namespace, dict]:
     """The flags, and what the checkpoint was trained with (`trained.fill_in`)."""
     parser = Parser(__doc__)
     trained.add_flags(parser)
-    parser.add_argument("--test_file", help="a file in <data_path>/<dataset_name>/preprocessed")
+    parser.add_argument("--split", choices=("test", "validate"), default="test", help="whose questions")
+    parser.add_argument("--test_file", help="others, in <data_path>/<dataset_name>/preprocessed")
     parser.add_argument("--test_type", choices=trained.TEST_TYPES, default="llm", help=str(trained.TEST_TYPES))
     parser.add_argument("--use_random_projector", type=boolean, default=False, help="an untrained encoder instead")
     parser.add_argument("--pointer", type=boolean, default=True, help="False: a model with a pointer, without it")
@@ -62,8 +63,9 @@ def arguments() -> tuple[argparse.Namespace, dict]:
         artifacts.require(path, ensemble.MADE_BY)
     decoding.check_table(args.decoding, args.full_table)
     args.folder = folder = artifacts.preprocessed(args.dataset_name, args.data_path)
-    args.test_file = folder / (args.test_file or artifacts.questions("test", args.dataset_name, 2,
+    args.test_file = folder / (args.test_file or artifacts.questions(args.split, args.dataset_name, 2,
                                                                      *trained.question_kind(agreement)))
+    args.split = artifacts.split_of(args.test_file, args.dataset_name)
     args.results = Path(args.output_dir) / artifacts.results(vars(args))
     return args, agreement
 
@@ -130,6 +132,7 @@ def main():
         found, others = mixed(args, store, test_prompts, trie.candidates, others)
     report = metrics.report(test_prompts, found, others, train, mapping, speed, args.protocol, args.decoding)
     report |= run_log.describe_evaluation()
+    report["split"] = args.split
     report["settings"] = {name: str(value) for name, value in vars(args).items()}
     km = metrics.distances(found.tops, [prompt.target for prompt in test_prompts], mapping)
     written = store.finish(test_prompts, km, report)

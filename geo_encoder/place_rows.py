@@ -1,8 +1,8 @@
 """A place's row as a sum, where its `<GPS n>` is what the LLM reads and what it answers: own + encoder + category.
 
 Not in the paper, whose encoders stand in the place of the input row alone. For models that are trained from scratch and
-answer by `<GPS n>` (`-answer token`): what they learn of a place is then known of its neighbours and its kind, both where
-it is read and where it is asked for. Afterwards the sums are plain rows (`fold`).
+answer by `<GPS n>` (`-answer token`): what they learn of a place is then known of its neighbours and its kind, where it
+is read and where it is asked for. Afterwards the sums are plain rows (`fold`).
 """
 import dataclasses
 
@@ -20,7 +20,7 @@ MODULE = "place_rows"       # what it is called as a module of an LLM
 
 @dataclasses.dataclass(frozen=True)
 class PlaceRowsConfig:
-    """What must be known to build them; `ga_llm.json` of a checkpoint holds it. encoder: a GeoEncoderConfig's fields."""
+    """What must be known to build them; a checkpoint's `ga_llm.json` holds it. encoder: a GeoEncoderConfig's fields."""
     hidden_size: int
     kinds: int                      # categories
     encoder: dict | None = None

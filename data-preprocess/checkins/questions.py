@@ -295,7 +295,7 @@ def command(stage: int, description: str) -> None:
     fields = shown_fields(args.fields, default, stage, stage == 2 and args.use_pam)
     as_token = stage == 2 and args.answer == ANSWERS[1]
     if as_token and prompts.MOMENT not in fields:
-        raise cli.UserError("-answer token: goes with -fields moment,gps, where each place is one token in the prompt, too")
+        raise cli.UserError("-answer token: goes with -fields moment,gps, where the prompt's places are tokens, too")
     write(config, stage, args.use_sim, fields, args.cover, args.thinned,
           (*SPLITS, VALIDATE) if args.validate else SPLITS, args.missing, as_token)
 

@@ -158,11 +158,19 @@ def require(path: Path | str, made_by: str) -> Path:
 def results(test: dict) -> str:
     """The subfolder of a checkpoint for results with these flags of test_next_gps.py.
 
-    Only the trained model's ranking of all pairs lies beside the checkpoint itself (""): no other may replace it.
+    Only the trained model's ranking of all test pairs lies beside the checkpoint itself (""): no other may replace it.
     """
-    named = [test[flag] for flag, default in (("test_type", "llm"), ("decoding", "rank"), ("protocol", "ga-llm"))
-             if test.get(flag, default) != default]
+    named = [test[flag] for flag, default in (("split", "test"), ("test_type", "llm"), ("decoding", "rank"),
+                                              ("protocol", "ga-llm")) if test.get(flag, default) != default]
     weight, others, limit = (test.get(flag) for flag in ("history_weight", "average_with", "limit"))
-    return "_".join([*named, *[LLM_ALONE] * (not test.get("pointer", True)), *["always_end"] * bool(test.get("always_end")),
-                     *[f"average{1 + len(others or ())}"] * bool(others), *[f"history{weight or 0:g}"] * bool(weight),
-                     *[f"limit{limit}"] * bool(limit)])
+    return "_".join([*named, *[LLM_ALONE] * (not test.get("pointer", True)),
+                     *["always_end"] * bool(test.get("always_end")),
+                     *[f"average{1 + len(others or ())}"] * bool(others),
+                     *[f"history{weight or 0:g}"] * bool(weight), *[f"limit{limit}"] * bool(limit)])
+
+
+def split_of(path: Path | str, dataset: str) -> str:
+    """Which split's questions a file holds, by its name; of another name, that without its ending."""
+    name = Path(path).name
+    split = name.partition("_qa_pairs_")[0]
+    return split if split in SPLITS and f"_{dataset}_" in name else Path(name).stem

@@ -149,7 +149,7 @@ def ask_poi(time: str, user: int, first_id: int, last_id: int) -> str:
 
 def answer_poi(time: str, user: int, poi: int, fields: Sequence[str] = (), after: str = "", as_token: bool = False
                ) -> str:
-    """The answer; with the fields `after` and `week`, or `moment`, the id stands behind the same words as in a check-in.
+    """The answer; with the fields `after` and `week`, or `moment`, the id stands behind the words of a check-in.
 
     after: of the target, as `in_a_row` or `time_token` tells it. as_token: `<GPS n>` for `POI id n`, one token.
     """

@@ -105,8 +105,8 @@ def mixture(states: States, trie, chunk: Sequence[TestPrompt], trunk: int, tails
     for row, (prompt, (first, last)) in enumerate(zip(chunk, tails)):
         shown = prompt.check_ins
         if shown is None:
-            raise UserError(f"pair {prompt.pair}: the model has a pointer, which needs the times of its check-ins; make "
-                            "the questions with process_llm_gps.py")
+            raise UserError(f"pair {prompt.pair}: the model has a pointer, which needs the times of its check-ins; "
+                            "make the questions with process_llm_gps.py")
         slots = np.where(shown.at < trunk, shown.at, first + shown.at)
         device = pointer.gates.weight.device
         second, place, since = (torch.from_numpy(np.asarray(values, dtype=np.int64))[None].to(device)

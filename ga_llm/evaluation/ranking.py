@@ -189,7 +189,8 @@ class Tree:
 class _Search:
     """The search of one chunk: which trie nodes are known for which prompt, and which are still needed.
 
-    log_p: (prompts, nodes), that of a node's spelling, -inf while unknown; mixture: what a pointer adds, if any; slot: (prompts, nodes), where a node's keys
+    mixture: what a pointer adds, if there is one.
+    log_p: (prompts, nodes), that of a node's spelling, -inf while unknown; slot: (prompts, nodes), where a node's keys
     lie in the cache, counted behind the trunk; own: (prompts, slots), which slots hold a prompt's tail.
     """
 

@@ -157,8 +157,8 @@ def load(args: argparse.Namespace, agreement: dict, mapping: GPSMapping, attenti
                                     None if random_encoder else encoders)
         llm = model
         model = model if full else checkpoints.load_adapter(model, args.output_dir, agreement)
-        checkpoints.load_beside(args.output_dir, agreement, mapping, llm.get_input_embeddings().embedding_dim, token_ids,
-                                time_token_ids).settle(llm)
+        width = llm.get_input_embeddings().embedding_dim
+        checkpoints.load_beside(args.output_dir, agreement, mapping, width, token_ids, time_token_ids).settle(llm)
     return model.eval(), tokenizer
 
 

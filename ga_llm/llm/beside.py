@@ -1,7 +1,7 @@
 """What stage 2 may train beside the LLM, and a checkpoint holds with it: `<TIME n>`, places' rows, the pointer.
 
-All three go beyond the paper. A checkpoint's ga_llm.json says under `beside` which there are and how they are built, its
-trainable_params.safetensors holds their weights.
+All three go beyond the paper. A checkpoint's ga_llm.json says under `beside` which there are and how they are built,
+its trainable_params.safetensors holds their weights.
 """
 import dataclasses
 from pathlib import Path

@@ -67,7 +67,7 @@ class Pointed:
 class Pointer(nn.Module):
     """P prompts, of each Q questions about T check-ins (`forward`).
 
-    mapping: of the places. Their categories, (places,), are those of the training's check-ins and kept with the weights.
+    mapping: of the places. Their categories, (places,), are those of the training's check-ins, kept with the weights.
     """
 
     def __init__(self, config: PointerConfig, mapping: GPSMapping, dropout: float = 0.0):

@@ -64,7 +64,7 @@ class PointedPairs(Dataset):
 
 
 def place_tokens(input_ids: np.ndarray, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where the `<GPS n>` of a prompt stand, and the places that they stand for. row: of each token, its place or -1."""
+    """Where a prompt's `<GPS n>` stand, and the places that they stand for. row: of each token, its place or -1."""
     rows = row[input_ids]
     keys = np.flatnonzero(rows >= 0)
     return keys, rows[keys]
@@ -76,9 +76,9 @@ def collate(pairs: Sequence[dict], positions: Sequence[np.ndarray], labels: Sequ
 
     positions: of each pair, where its tokens stand among all states of the batch. labels: of each pair's labels, in the
     batch's order, the token of the pair, -1: none.
-    Returns second, place, first, key_at (P, T); query, query_at, asked (P, Q), as `Pointer.forward` takes them, and where
-    in the batch's states they stand; labelled (L,), the labels that there are; group (L,), which of the P · Q places each
-    of these spells, -1: none.
+    Returns second, place, first, key_at (P, T); query, query_at, asked (P, Q), as `Pointer.forward` takes them, and
+    where in the batch's states they stand; labelled (L,), the labels that there are; group (L,), which of the P · Q
+    places each of these spells, -1: none.
     """
     shown, queries = [pair["shown"] for pair in pairs], [pair["asked"] for pair in pairs]
     longest, most = max(len(one.second) for one in shown), max(len(one.at) for one in queries)
@@ -101,7 +101,7 @@ def collate(pairs: Sequence[dict], positions: Sequence[np.ndarray], labels: Sequ
 
 
 class PointedCollator:
-    """Batches of `PointedPairs`; base: the collator of the pairs alone (`AnswerCollator`). places: how many there are."""
+    """Batches of `PointedPairs`; base: the collator of the pairs alone (`AnswerCollator`). places: how many."""
 
     def __init__(self, base, places: int):
         self.base, self.places = base, places
@@ -116,8 +116,8 @@ class PointedCollator:
 
 
 class PointedLoss:
-    """The LLM's loss function: minus the log-probabilities of all labels but those that spell a place, and of each place
-    that of the mixture; over their number. Logits are computed where there is a label, and nowhere else."""
+    """The LLM's loss function: minus the log-probabilities of all labels but those that spell a place, and of each
+    place that of the mixture; over their number. Logits are computed where there is a label, and nowhere else."""
 
     def __init__(self, llm, pointer: Pointer):
         self.pointer, self.plain, self.states, self.labelled = pointer, llm.loss_function, None, None

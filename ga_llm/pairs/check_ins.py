@@ -59,13 +59,15 @@ class CheckIns:
                 raise ValueError("not whole numbers in rows")
             self.second, self.category, self.trajectory, self.rows, self.ends = (
                 held[name] for name in NAMES if name != "place")
-            if len({len(held[name]) for name in NAMES[:4]}) > 1 or np.any(np.diff(self.ends, prepend=0) < 1) or self.ends[-1:].sum() != len(self.rows) or (
+            alike = len({len(held[name]) for name in NAMES[:4]}) == 1 and self.ends[-1:].sum() == len(self.rows)
+            if not alike or np.any(np.diff(self.ends, prepend=0) < 1) or (
                     len(self.rows) and not 0 <= self.rows.min() <= self.rows.max() < len(self.second)):
                 raise ValueError("its arrays do not fit each other")
         except (safetensors.SafetensorError, ValueError, OSError) as error:
             raise UserError(f"{self.path}: damaged ({reason(error)}); make it again with `{MADE_BY}`") from None
         if of != sha256:
-            raise UserError(f"{self.path}: not of {Path(questions).name} as it is now; make both again with `{MADE_BY}`")
+            raise UserError(f"{self.path}: not of {Path(questions).name} as it is now; make both again with "
+                            f"`{MADE_BY}`")
         order = np.argsort(ids)
         found = order[np.searchsorted(ids[order], held["place"]).clip(max=len(ids) - 1)]
         unknown = np.flatnonzero(ids[found] != held["place"])
@@ -84,14 +86,14 @@ class CheckIns:
         return found
 
     def shown(self, pair: int, places: np.ndarray, at: np.ndarray) -> Shown:
-        """Those of pair number `pair` that its tokens show: their places (k,), rows of the mapping, and where they stand.
+        """Those of pair number `pair` that its tokens show: their places (k,), rows of the mapping, stand at `at` (k,).
 
         Raises UserError if the pair's text shows others.
         """
         rows = self.rows[self.ends[pair - 1] if pair else 0:self.ends[pair]] if pair < len(self.ends) else self.rows[:0]
         first = len(rows) - 1 - len(at)
         if first < 0 or not np.array_equal(self.place[rows[first:-1]], places):
-            raise UserError(f"{self.path}: pair {pair} has other check-ins than the question shows; make both again with "
-                            f"`{MADE_BY}`")
+            raise UserError(f"{self.path}: pair {pair} has other check-ins than the question shows; make both again "
+                            f"with `{MADE_BY}`")
         rows = rows[first:]
         return Shown.of(self.second[rows], self.place[rows], self.trajectory[rows], at)

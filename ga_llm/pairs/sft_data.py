@@ -70,8 +70,8 @@ def unknown(token: str, where: str, mapping: Path | str) -> UserError:
         return UserError(f"{where}: {token} stands for nothing; give --poi_embedding_path (and a mapping that has this "
                          "POI), or make the questions without -use_pam")
     if prompts.TIME_TOKEN.fullmatch(token):
-        return UserError(f"{where}: {token} stands for nothing; such questions are for models that were trained on them, "
-                         "and the file .settings.json that process_llm_gps.py writes must lie beside them")
+        return UserError(f"{where}: {token} stands for nothing; such questions are for models that were trained on "
+                         "them, and the file .settings.json that process_llm_gps.py writes must lie beside them")
     return UserError(f"{where}: {token} has no row in {mapping}; give the mapping that run.py wrote for this data set")
 
 

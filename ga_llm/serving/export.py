@@ -64,8 +64,8 @@ def save(model: nn.Module, tokenizer, context: int, folder: Path, pointer: nn.Mo
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         if pointer is not None:
-            save_file({f"{pointing.MODULE}.{name}": tensor.contiguous() for name, tensor in pointer.state_dict().items()},
-                      folder / artifacts.POINTER)
+            state = {f"{pointing.MODULE}.{name}": tensor.contiguous() for name, tensor in pointer.state_dict().items()}
+            save_file(state, folder / artifacts.POINTER)
     for file in folder.glob("*.safetensors"):       # which only this user may read
         shutil.copymode(folder / "config.json", file)
 

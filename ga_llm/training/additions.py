@@ -20,8 +20,8 @@ def check(args) -> None:
     if args.geo_output and args.geoencoder_path:
         raise UserError("--geo_output True: trains an encoder of its own; give --geo_encoder, not --geoencoder_path")
     if args.geo_encoder and not (args.geo_output or args.train_encoders):
-        raise UserError("--geo_encoder: an encoder that has learned nothing must be trained; add --train_encoders True or "
-                        "--geo_output True")
+        raise UserError("--geo_encoder: an encoder that has learned nothing must be trained; add --train_encoders True "
+                        "or --geo_output True")
     if args.pointer_without and not args.pointer:
         raise UserError("--pointer_without: goes with --pointer True")
 

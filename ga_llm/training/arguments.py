@@ -68,7 +68,7 @@ class SFTArguments(TrainingArguments):
     tree_tokens: int = dataclasses.field(
         default=0, metadata={"help": "with --shared_prefix: tokens of a tree at most; 0: twice --model_max_length"})
     batch_tokens: int = dataclasses.field(
-        default=0, metadata={"help": "a batch is of so many tokens at most, not of --per_device_train_batch_size pairs"})
+        default=0, metadata={"help": "tokens of a batch at most, instead of --per_device_train_batch_size pairs"})
     loss_on: Literal["answer", "poi_ids"] = dataclasses.field(
         default="answer", metadata={"help": "the answer (paper), or every POI id of a pair, in its prompt, too"})
     load_in_4bit: bool = dataclasses.field(default=True, metadata={"help": "base in NF4 where bitsandbytes runs"})

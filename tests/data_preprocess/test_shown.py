@@ -72,7 +72,7 @@ def test_check_ins_of_similar_trajectories_come_first(city):
 
 @pytest.mark.parametrize("as_token", [False, True])
 def test_a_check_in_in_two_tokens(city, as_token):
-    """<TIME n> is (weekday · 48 + half hour) · 17 + the step of time since the check-in before; by Python's calendar."""
+    """<TIME n> is (weekday · 48 + half hour) · 17 + the step of time since the check-in before; by the calendar."""
     city("process_llm_gps.py", "-dataset_name", "sample", "-fields", "moment,gps", "-answer",
          "token" if as_token else "id")
     steps = list(prompts.STEPS)

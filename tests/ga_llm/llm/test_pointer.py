@@ -103,7 +103,8 @@ def loops(city, model, asking, states, second, place, first, query):
         share = int(min(max(2 * (math.log2(query) - math.log2(len(visits))), 0), 15))
         score[c] = ((total + 1e-7).log() + (logs * model.trust(asking)).sum()
                     + model.pool2(F.gelu(model.pool1(hidden)))[0]
-                    + table(model.last_count, min(int(math.log2(len(visits))), 9))[0] + table(model.last_share, share)[0]
+                    + table(model.last_count, min(int(math.log2(len(visits))), 9))[0]
+                    + table(model.last_share, share)[0]
                     + table(model.last_clock, clock(last))[0]
                     + table(model.last_recency, age[last] * 2 + (last >= first[query]))[0]
                     + table(model.last_distance, distance(before(query), c) * 8 + gap)[0])
