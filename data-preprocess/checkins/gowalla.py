@@ -45,9 +45,12 @@ def states_area(path: Path, names: list[str]) -> shapely.Geometry:
         raise UserError(f"{path}: not a GeoJSON of named features ({short(str(error))}); fetch it again") from None
     for name, area in zip(names, areas):
         west, south, east, north = area.bounds
-        if not (area.area > 0 and -180 <= west <= east <= 180 and -90 <= south <= north <= 90):
+        if not (area.area > 0 and -360 <= west <= east <= min(360, west + 360) and -90 <= south <= north <= 90):
             raise UserError(f"{path}: {short(name)} has no area on the globe, whose points are [longitude, latitude] "
                             "in degrees; fetch it again")
+        if _jumps(area):
+            raise UserError(f"{path}: {short(name)} has an edge that jumps from one side of 180° to the other; let its "
+                            "longitudes run on (181 for -179), or cut it in two there, as GeoJSON has it")
     shapely.prepare(union)
     return union
 
@@ -56,11 +59,24 @@ def _refuse(constant: str):
     raise ValueError(f"{constant} is no number")
 
 
+def _jumps(area: shapely.Geometry) -> bool:
+    """Whether an edge is longer than half the globe, but no line around all of it, as Antarctica has."""
+    points, ring = shapely.get_coordinates(shapely.get_rings(shapely.get_parts(area)), return_index=True)
+    steps = np.abs(np.diff(points[:, 0]))[np.diff(ring) == 0]
+    return bool(((steps > 180) & (steps < 360)).any())
+
+
 def inside(area: shapely.Geometry, latitude: np.ndarray, longitude: np.ndarray) -> np.ndarray:
-    """Which points (degrees) intersect `area`. Only those in its bounding box are compared with the polygon."""
+    """Which points (degrees) intersect `area`, whose longitudes may run on beyond ±180 (Alaska's go down to -187).
+
+    Only those in its bounding box are compared with the polygon.
+    """
     west, south, east, north = area.bounds
-    result = (latitude >= south) & (latitude <= north) & (longitude >= west) & (longitude <= east)
-    result[result] = shapely.intersects_xy(area, longitude[result], latitude[result])
+    result = np.zeros(len(latitude), dtype=bool)
+    for around in (-360, 0, 360):
+        same = longitude + around
+        near = np.flatnonzero((latitude >= south) & (latitude <= north) & (same >= west) & (same <= east))
+        result[near] |= shapely.intersects_xy(area, same[near], latitude[near])
     return result
 
 

@@ -68,3 +68,30 @@ def test_mistakes_leave_the_old_file(raw, error_of, name, text, words):
     message = error_of("generate_ca_raw.py")
     assert all(word in message for word in words), message
     assert Path("ca.csv").read_text() == "old"
+
+
+def state(*longitudes) -> str:
+    """A GeoJSON of Squareland as polygons from 10 to 20 N, each between two of the longitudes."""
+    polygons = [[[[west, 10], [east, 10], [east, 20], [west, 20], [west, 10]]] for west, east in longitudes]
+    return json.dumps({"features": [{"properties": {"name": "Squareland"}, "geometry": {
+        "type": "MultiPolygon", "coordinates": polygons}}]})
+
+
+@pytest.mark.parametrize("longitudes", [[(-187, -170)], [(173, 190)], [(173, 180), (-180, -170)]],
+                         ids=["runs on to the west, as Alaska's does", "runs on to the east", "cut in two"])
+def test_a_state_across_180_degrees(raw, script, longitudes):
+    Path("best_conf/ca.yml").write_text(raw.read_text().replace("dataset_name: city", "dataset_name: ca"))
+    Path("states.json").write_text(state(*longitudes))
+    Path("all.txt").write_text("".join(f"{user}\t2010-10-19T23:55:27Z\t15\t{longitude}\t1\n" for user, longitude in
+                                       enumerate([174, -175, 180, -180, 172, -169, 0, 179.99])))
+    script("generate_ca_raw.py")
+    assert pd.read_csv("ca.csv")["UserId"].tolist() == [0, 1, 2, 3, 7]
+
+
+def test_a_state_that_jumps_is_refused_and_one_around_the_globe_is_not(raw, script, error_of):
+    Path("best_conf/ca.yml").write_text(raw.read_text().replace("dataset_name: city", "dataset_name: ca"))
+    Path("states.json").write_text(state((-179, 175)))
+    assert "Squareland" in (message := error_of("generate_ca_raw.py")) and "181 for -179" in message
+    Path("states.json").write_text(state((-180, 180)))
+    script("generate_ca_raw.py")
+    assert pd.read_csv("ca.csv")["UserId"].tolist() == [1, 2, 5, 6, 7]
