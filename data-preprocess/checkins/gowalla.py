@@ -8,12 +8,12 @@ import pandas as pd
 import shapely
 from shapely.geometry import shape
 
-from checkins import readers
+from checkins import cells, files, readers
 from checkins.config import Config
 from checkins.wording import short
 from ga_llm.base.cli import UserError
 
-CHECK_IN_COLUMNS = ["user", "UTC time", "latitude", "longitude", "location id"]
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 CHUNK = 500_000    # rows of the 6.4 million in memory at once
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def output(config: Config) -> Path:
 def states_area(path: Path, names: list[str]) -> shapely.Geometry:
     """The union of the GeoJSON features with these names. Raises UserError if the file lacks one."""
     try:
-        features = json.loads(readers.whole_text(path), parse_constant=_refuse)["features"]
+        features = json.loads(files.whole_text(path), parse_constant=_refuse)["features"]
         found = [(feature["properties"]["name"], feature["geometry"]) for feature in features]
         for name in names:
             if name not in dict(found):
@@ -86,11 +86,12 @@ def join(config: Config) -> pd.DataFrame:
     The point is the check-in's own: the spots' file has coordinates too, but the prompt shows where a check-in was
     recorded. Check-ins at a spot that is not in the spots' file, or has no category, are left out and counted.
     """
-    path = {role: readers.find(name, config.raw_from) for role, name in config.raw.items() if role != "check_ins"}
+    path = {role: files.find(name, config.raw_from, other_names=True) for role, name in config.raw.items()
+            if role != "check_ins"}
     area = states_area(path["states"], config.keep_states)
-    spots = pd.concat(readers.tables(path["spots"], keep=["id", "spot_categories"], text=("spot_categories",),
+    spots = pd.concat(files.tables(path["spots"], keep=["id", "spot_categories"], text=("spot_categories",),
                                      chunk=CHUNK, empty=("spot_categories",)))
-    spots = spots.assign(id=readers.integers(spots, "id", path["spots"])).dropna().drop_duplicates()
+    spots = spots.assign(id=cells.integers(spots, "id", path["spots"])).dropna().drop_duplicates()
     twice = spots["id"].duplicated()
     if twice.any():
         logger.warning("%s: %d spots have several categories; the first of each counts", path["spots"],
@@ -99,20 +100,20 @@ def join(config: Config) -> pd.DataFrame:
     category_of = spots.set_index("id")["spot_categories"].astype("category")
 
     kept, total, off_globe, unknown = [], 0, 0, 0
-    for chunk in readers.tables(path["all_check_ins"], columns=CHECK_IN_COLUMNS, keep=CHECK_IN_COLUMNS,
-                                text=("UTC time",), chunk=CHUNK):
+    for chunk in files.tables(path["all_check_ins"], order=[*readers.SNAP], keep=[*readers.SNAP], names=readers.SNAP,
+                              text=("UTC time",), chunk=CHUNK):
         total += len(chunk)
         # A few recorded points lie off the globe; they lie in no state and need no error.
-        latitude = readers.numbers(chunk, "latitude", path["all_check_ins"])
-        longitude = readers.numbers(chunk, "longitude", path["all_check_ins"])
+        latitude = cells.numbers(chunk, "latitude", path["all_check_ins"])
+        longitude = cells.numbers(chunk, "longitude", path["all_check_ins"])
         off_globe += int((~latitude.between(-90, 90) | ~longitude.between(-180, 180)).sum())
         chunk = chunk[inside(area, latitude.to_numpy(float), longitude.to_numpy(float))]
-        readers.times(chunk, "UTC time", path["all_check_ins"], readers.GOWALLA_TIME)    # found here, not by run.py
-        poi = readers.integers(chunk, "location id", path["all_check_ins"])
+        time = cells.utc_times(chunk, "UTC time", path["all_check_ins"])
+        poi = cells.integers(chunk, "location id", path["all_check_ins"])
         rows = pd.DataFrame({
-            "UserId": readers.integers(chunk, "user", path["all_check_ins"]), "PoiId": poi,
+            "UserId": cells.integers(chunk, "user", path["all_check_ins"]), "PoiId": poi,
             "PoiCategoryId": poi.map(category_of), "Latitude": latitude[chunk.index],
-            "Longitude": longitude[chunk.index], "UTCTime": chunk["UTC time"]})
+            "Longitude": longitude[chunk.index], "UTCTime": time.dt.strftime(TIME_FORMAT)})
         known = rows["PoiCategoryId"].notna()
         unknown += int((~known).sum())
         kept.append(rows[known])
@@ -124,5 +125,5 @@ def join(config: Config) -> pd.DataFrame:
     logger.info("%d check-ins off the globe left out", off_globe)
     logger.info("%d check-ins at spots without a category left out", unknown)
     used = spots.loc[spots["id"].isin(rows["PoiId"]), "spot_categories"]
-    readers.category_names(readers.gowalla_names(used, path["spots"]), path["spots"])   # found here, not by run.py
-    return rows[readers.GOWALLA_COLUMNS]
+    cells.category_names(cells.gowalla_names(used, path["spots"]), path["spots"])   # found here, not by run.py
+    return rows[[*readers.GOWALLA]]

@@ -3,7 +3,7 @@ import dataclasses
 
 import pandas as pd
 
-from checkins import encoding, filters, mapping, readers, splits, trajectories
+from checkins import cells, encoding, files, filters, mapping, readers, splits, trajectories
 from checkins.config import COUNTS, Config
 from ga_llm.base import artifacts, json_text, writing
 from ga_llm.base.artifacts import SPLITS
@@ -80,13 +80,13 @@ def load(config: Config, split: str) -> pd.DataFrame:
     that makes it, if the file is missing, empty or of another make.
     """
     path = artifacts.require(config.folder / artifacts.split_sample(split), config.run_command)
-    rows, = readers.tables(path, keep=COLUMNS, text=("PoiCategoryName", "LocalTime", "Split"), ours=True)
-    rows["Time"] = readers.times(rows, "LocalTime", path, TIME_FORMAT)
-    rows["Latitude"] = readers.latitudes(rows, "Latitude", path)
-    rows["Longitude"] = readers.longitudes(rows, "Longitude", path)
-    rows["PoiCategoryName"] = readers.category_names(rows["PoiCategoryName"], path)
+    rows, = files.tables(path, keep=COLUMNS, text=("PoiCategoryName", "LocalTime", "Split"), ours=True)
+    rows["Time"] = cells.times(rows, "LocalTime", path, TIME_FORMAT)
+    rows["Latitude"] = cells.latitudes(rows, "Latitude", path)
+    rows["Longitude"] = cells.longitudes(rows, "Longitude", path)
+    rows["PoiCategoryName"] = cells.category_names(rows["PoiCategoryName"], path)
     for column in ("UserId", "PoiId", "PoiCategoryId", "TrajectoryId"):
-        rows[column] = readers.integers(rows, column, path, least=0)
+        rows[column] = cells.integers(rows, column, path, least=0)
     if (rows["Split"] != split).any():
         raise UserError(f"{path}: has check-ins of another split; make it again with `{config.run_command}`")
     return rows.sort_values("Time", kind="stable", ignore_index=True)
@@ -95,13 +95,13 @@ def load(config: Config, split: str) -> pd.DataFrame:
 def load_places(config: Config) -> pd.DataFrame:
     """The GPS mapping, indexed by GPS_id: Latitude, Longitude (degrees)."""
     path = artifacts.require(config.folder / artifacts.gps_mapping(config.dataset_name), config.run_command)
-    places, = readers.tables(path, keep=artifacts.GPS_COLUMNS, ours=True)
-    ids = readers.integers(places, "GPS_id", path, least=0)
+    places, = files.tables(path, keep=artifacts.GPS_COLUMNS, ours=True)
+    ids = cells.integers(places, "GPS_id", path, least=0)
     if ids.duplicated().any():
         raise UserError(f"{path}: two rows with GPS_id {ids[ids.duplicated()].iloc[0]}; make it again with "
                         f"`{config.run_command}`")
-    return pd.DataFrame({"Latitude": readers.latitudes(places, "Latitude", path),
-                         "Longitude": readers.longitudes(places, "Longitude", path)}).set_index(ids)
+    return pd.DataFrame({"Latitude": cells.latitudes(places, "Latitude", path),
+                         "Longitude": cells.longitudes(places, "Longitude", path)}).set_index(ids)
 
 
 def table_of_stats(config: Config, stats: dict) -> str:

@@ -51,6 +51,30 @@ def test_several_states_and_small_chunks(raw, script, monkeypatch):
     assert pd.read_csv("ca.csv")["UserId"].tolist() == [1, 2, 5, 7]
 
 
+ROWS = ["1", "2010-10-19T23:55:21Z", "15", "35", "1"], ["5", "2010-10-19T23:55:25Z", "15", "55", "1"]
+UNIX = {"2010-10-19T23:55:21Z": "1287532521", "2010-10-19T23:55:25Z": "1287532525"}
+
+
+@pytest.mark.parametrize("header, order, separator, time", [
+    (None, [0, 1, 2, 3, 4], ",", str), (["user", "check-in_time", "latitude", "longitude", "location_id"],
+                                        [0, 1, 2, 3, 4], "\t", str),
+    (["userid", "placeid", "datetime", "lat", "lng"], [0, 4, 1, 2, 3], ",", str),
+    (["lat", "lng", "spot", "uid", "UTC_time"], [2, 3, 4, 0, 1], ";", UNIX.get),
+    (["lat", "lng", "spot", "uid", "UTC_time"], [2, 3, 4, 0, 1], ",", lambda time: f"{UNIX[time]}000"),
+    (None, [0, 1, 2, 3, 4], "\t", lambda time: time.replace("T", " ").replace("Z", "")),
+    (None, [0, 1, 2, 3, 4], "\t", lambda time: time.replace("19T23", "20T08").replace("Z", "+09:00"))])
+def test_check_ins_as_they_go_round(raw, script, header, order, separator, time):
+    Path("best_conf/ca.yml").write_text(raw.read_text().replace("dataset_name: city", "dataset_name: ca"))
+    Path("all.txt").unlink()
+    rows = [[row[0], time(row[1]), *row[2:]] for row in ROWS]
+    text = "".join(separator.join(row) + "\n" for row in [header] * (header is not None)
+                   + [[row[i] for i in order] for row in rows])
+    Path("all.csv").write_text(text)
+    script("generate_ca_raw.py")
+    assert Path("ca.csv").read_text() == ("UserId,PoiId,PoiCategoryId,Latitude,Longitude,UTCTime\n"
+                                          f'1,1,"{CRAFT}",15,35,2010-10-19T23:55:21Z\n')
+
+
 @pytest.mark.parametrize("name, text, words", [
     ("states.json", "{", ["states.json", "GeoJSON"]),
     ("states.json", '{"features": []}', ["states.json", "no feature named 'Squareland'"]),
