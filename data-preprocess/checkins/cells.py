@@ -21,7 +21,7 @@ ASCTIME_LIKE = re.compile(r"[^\W\d]+ ")
 ISO_8601 = r"\d{4}-\d\d-\d\d(?:[ T]\d\d:\d\d(?::\d\d(?:\.\d+)?)?)?"
 # Behind a time of day: what says where "local" is.
 ZONE = r":\d\d(?:\.\d+)?(\s*(?:Z|UTC|[+-]\d\d(?::?\d\d)?))$"
-UNIX = {1: re.compile(r"\d{9,10}(?:\.\d*)?"), 1000: re.compile(r"\d{12,13}(?:\.\d*)?")}   # a second's parts
+UNIX = {1: re.compile(r"\d{9,10}(?:\.\d*)?$"), 1000: re.compile(r"\d{12,13}(?:\.\d*)?$")}     # parts of a second
 # Python says so of a backslash in a spot's category, which is no program of ours.
 warnings.filterwarnings("ignore", message="invalid escape sequence|.* is an invalid escape sequence")
 
@@ -86,9 +86,14 @@ def local_times(frame: pd.DataFrame, column: str, path: Path) -> pd.Series:
     return _iso(_zones(frame[column])[0], frame[column], path)
 
 
-def are_unix(cells: pd.Series) -> bool:
-    """Whether a column of text begins with a Unix time, in seconds or milliseconds."""
-    return len(cells) > 0 and any(number.fullmatch(cells.iloc[0]) for number in UNIX.values())
+def in_zone(utc: pd.Series, zone: str) -> pd.Series:
+    """UTC as the local time of a zone of IANA's, daylight saving included; datetime64."""
+    return utc.dt.tz_localize("UTC").dt.tz_convert(zone).dt.tz_localize(None)
+
+
+def are_utc(cells: pd.Series) -> bool:
+    """Whether a column of text begins with a time that can be UTC alone: a Unix time, or `ASCTIME`."""
+    return len(cells) > 0 and any(kind.match(cells.iloc[0]) for kind in (ASCTIME_LIKE, *UNIX.values()))
 
 
 def have_zones(cells: pd.Series) -> bool:

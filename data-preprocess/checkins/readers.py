@@ -1,22 +1,28 @@
 """Raw files of each format → one table of check-ins.
 
 The table's columns: UserId, PoiId, PoiCategoryId (as in the file), PoiCategoryName, Latitude and Longitude (degrees),
-LocalTime (datetime64, whole seconds); getnext adds Split and Trajectory (the file's text). Whatever a file has wrong
+LocalTime (datetime64, whole seconds); Split and Trajectory (text) where the files have their own. Whatever a file has wrong
 raises a UserError of one line with its name and the line's number. Any file may be given as `.gz`.
 
 Files of the known formats go round in variants: with a header or without, with commas or tabs, their columns in another
 order, under other names and with others between, and times written otherwise. All are read (see `files.tables`).
 """
 import logging
+from pathlib import Path
 
 import pandas as pd
 
 from checkins import cells, files
 from checkins.config import Config
+from checkins.wording import short
+from ga_llm.base import prompts
 from ga_llm.base.artifacts import SPLITS
 
 GENERATE_CA = "make it with `python data-preprocess/generate_ca_raw.py`"
 OFFSETS = -24 * 60, 24 * 60     # minutes
+NO_CATEGORY = "place"           # of places of which none is known
+SPLIT_NAMES = {"train": "train", "training": "train", "validate": "validate", "validation": "validate",
+               "valid": "validate", "val": "validate", "dev": "validate", "test": "test", "testing": "test"}
 # What a column may be called, as `files.plain` gives it; in order of preference.
 USERS = ("userid", "user", "uid")
 POIS = ("poiid", "venueid", "placeid", "locationid", "spotid", "poi", "venue", "place", "location", "spot")
@@ -85,19 +91,55 @@ def _gowalla(config: Config) -> pd.DataFrame:
 
 
 def _csv(config: Config) -> pd.DataFrame:
-    """A CSV of one's own, its columns named by the YAML's `columns`. Ids are text; a category is its own name."""
-    path = files.find(config.raw["check_ins"], config.raw_from)
+    """CSVs of one's own, their columns named by the YAML's `columns`. Ids are text; a category is its own name."""
+    if "check_ins" in config.raw:
+        return _own(files.find(config.raw["check_ins"], config.raw_from), config)
+    parts = [_own(files.find(config.raw[split], config.raw_from), config, rows_needed=split != "validate")
+             .assign(Split=split) for split in SPLITS if split in config.raw]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _own(path: Path, config: Config, rows_needed: bool = True) -> pd.DataFrame:
+    """One CSV of one's own."""
     column = config.columns
-    text = tuple(column[role] for role in ("user", "poi", "category", "time"))
-    frame, = files.tables(path, keep=list(dict.fromkeys(column.values())), text=text)
-    if cells.have_zones(frame[column["time"]]):
-        logger.warning("%s: %s are taken as local times; their offsets (Z, +09:00) are ignored", path, column["time"])
-    return _check_ins(path, frame[column["user"]], frame[column["poi"]], frame[column["category"]],
-                      frame[column["category"]], frame, column["lat"], column["lon"],
-                      cells.local_times(frame, column["time"], path))
+    names = list(dict.fromkeys(column.values()))
+    text = tuple(column[role] for role in ("user", "poi", "category", "time", "split", "trajectory") if role in column)
+    frame, = [*files.tables(path, keep=names, text=text, rows_needed=rows_needed)] or [pd.DataFrame(columns=names)]
+    if "category" in column:
+        category = frame[column["category"]]
+    else:
+        category = pd.Series(NO_CATEGORY, frame.index)
+        logger.info("%s: `columns` names no category, so every place's is %s; -fields %s leaves it out of the prompts",
+                    path, NO_CATEGORY, ",".join(field for field in prompts.FIELDS if field != "category"))
+    found = _check_ins(path, frame[column["user"]], frame[column["poi"]], category, category, frame, column["lat"],
+                       column["lon"], _own_times(path, frame, config))
+    if "split" in column:
+        split = frame[column["split"]].str.strip().str.lower().map(SPLIT_NAMES)
+        files.reject(split.isna(), path, lambda line: f"{column['split']} {short(frame[column['split']][line])} is none "
+                                                      f"of {', '.join(SPLIT_NAMES)}")
+        found["Split"] = split
+    if "trajectory" in column:
+        found["Trajectory"] = frame[column["trajectory"]]
+    return found
 
 
-def _local(frame: pd.DataFrame, utc: str, offset: str, path) -> pd.Series:
+def _own_times(path: Path, frame: pd.DataFrame, config: Config) -> pd.Series:
+    """Local times: the file's, or, where the YAML tells how far they are off, or they can be no others, UTC's."""
+    time = config.columns["time"]
+    if "offset" in config.columns:
+        return _local(frame, time, config.columns["offset"], path)
+    if config.time_zone is not None:
+        return cells.in_zone(cells.utc_times(frame, time, path), config.time_zone)
+    if cells.are_utc(frame[time]):
+        logger.warning("%s: %s are UTC, which counts as local time; give time_zone, or an offset under columns, to "
+                       "have it converted", path, time)
+        return cells.utc_times(frame, time, path)
+    if cells.have_zones(frame[time]):
+        logger.warning("%s: %s are taken as local times; their offsets (Z, +09:00) are ignored", path, time)
+    return cells.local_times(frame, time, path)
+
+
+def _local(frame: pd.DataFrame, utc: str, offset: str, path: Path) -> pd.Series:
     """UTC plus the offset in minutes, both columns of `frame`, as datetime64."""
     minutes = cells.integers(frame, offset, path, *OFFSETS)
     return cells.utc_times(frame, utc, path) + pd.to_timedelta(minutes, unit="min")

@@ -29,13 +29,14 @@ class Samples:
 def make(config: Config) -> Samples:
     """Raw files → samples. Raises UserError if a file is wrong or nothing is left of train or test."""
     check_ins = readers.read(config)
-    if config.format == "getnext":
+    own_split = "Split" in check_ins
+    for _ in range(0 if own_split else config.passes):
+        check_ins = filters.frequent(check_ins, config.min_poi_freq, config.min_user_freq)
+        check_ins = splits.by_time(check_ins, config.split_at)
+        check_ins = filters.drop_isolated(check_ins, config.isolation_hours)
+    if "Trajectory" in check_ins:
         check_ins["TrajectoryId"] = trajectories.by_name(check_ins)
     else:
-        for _ in range(config.passes):
-            check_ins = filters.frequent(check_ins, config.min_poi_freq, config.min_user_freq)
-            check_ins = splits.by_time(check_ins, config.split_at)
-            check_ins = filters.drop_isolated(check_ins, config.isolation_hours)
         check_ins["TrajectoryId"] = trajectories.by_gap(check_ins, config.session_time_interval)
 
     train = check_ins[check_ins["Split"] == "train"]
@@ -53,7 +54,7 @@ def make(config: Config) -> Samples:
     for split in ("train", "test"):
         if by_split[split].empty:
             raise UserError(f"{config.path}: no check-ins left for {split}; give more data"
-                            + ("" if config.format == "getnext" else ", or lower min_poi_freq and min_user_freq"))
+                            + ("" if own_split else ", or lower min_poi_freq and min_user_freq"))
     stats = {split: _counts(rows) for split, rows in by_split.items()}
     return Samples(sample, by_split, places, encodings, stats)
 

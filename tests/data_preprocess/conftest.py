@@ -34,7 +34,7 @@ def settings(root):
         values = {"dataset_name": name, "format": format_, "raw": RAW[format_], "raw_from": "put it there",
                   "first_id": 1, "published": {}, **LIMITS, **({} if format_ == "getnext" else SPLITTING)}
         if format_ == "csv":
-            values["columns"] = {role: role for role in config.CSV_COLUMNS}
+            values["columns"] = {role: role for role in (*config.CSV_COLUMNS, "category")}
         if format_ == "gowalla":
             values["keep_states"] = ["Squareland"]
         values = {key: value for key, value in {**values, **changes}.items() if value is not None}

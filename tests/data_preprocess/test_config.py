@@ -20,6 +20,10 @@ def test_committed_files(name, monkeypatch):
         assert (conf.isolation_hours, conf.session_time_interval) == (24, 1440)
 
 
+COLUMNS = {role: role for role in config.CSV_COLUMNS}
+NO_SPLITTING = {key: None for key in config.SPLITTING}
+
+
 @pytest.mark.parametrize("changes, words", [
     ({"passes": None}, ["missing key passes"]),
     ({"min_poi_frequency": 9}, ["unknown key 'min_poi_frequency'", "min_poi_freq"]),
@@ -27,7 +31,15 @@ def test_committed_files(name, monkeypatch):
     ({"first_id": 2}, ["first_id", "0 or 1"]),
     ({"max_history": "many"}, ["max_history", "whole number"]),
     ({"split_at": [0.9, 0.8]}, ["split_at"]),
-    ({"columns": {"user": "u"}}, ["columns", "missing key category"]),
+    ({"columns": {"user": "u"}}, ["columns", "missing key lat", "sample.yml"]),
+    ({"columns": COLUMNS | {"split": "s"}}, ["isolation_hours", "split of their own", "remove it"]),
+    ({"columns": COLUMNS | {"trajectory": "s"}}, ["session_time_interval", "trajectories of their own"]),
+    ({"columns": COLUMNS | {"offset": "o"}, "time_zone": "Asia/Tokyo"}, ["time_zone", "none where columns"]),
+    ({"time_zone": "Asia/Kyto"}, ["time_zone", "Asia/Tokyo", "'Asia/Kyto'"]), ({"time_zone": 540}, ["time_zone"]),
+    ({"time_zone": "../UTC"}, ["time_zone"]), ({"time_zone": "Asia"}, ["time_zone"]),
+    ({"raw": {"train": "a", "validate": "b"}} | NO_SPLITTING, ["raw", "missing key test"]),
+    ({"raw": {"train": "a", "test": "b", "check_ins": "c"}} | NO_SPLITTING, ["raw", "unknown key 'check_ins'"]),
+    ({"raw": {"train": "a", "test": "b"}, "columns": COLUMNS | {"split": "s"}} | NO_SPLITTING, ["columns", "no split"]),
     ({"raw": {"file": "x"}}, ["raw", "unknown key 'file'"]),
     ({"dataset_name": "town"}, ["dataset_name", "'city'"]),
     ({"published": {"tests": {}}}, ["published"]),

@@ -75,6 +75,42 @@ def test_csv_of_ones_own(settings, caplog):
     assert "offsets" in caplog.text and "ignored" in caplog.text
 
 
+OWN = "who,where,lat,lon,when"
+OWN_COLUMNS = {"user": "who", "poi": "where", "lat": "lat", "lon": "lon", "time": "when"}
+
+
+def test_a_csv_without_categories(settings, caplog):
+    Path("raw.csv").write_text(f"{OWN}\nann,A,1.5,2.5,2024-05-01 10:00\n")
+    caplog.set_level("INFO")
+    row = readers.read(config.load(settings("csv", columns=OWN_COLUMNS))).iloc[0]
+    assert row["PoiCategoryId"] == row["PoiCategoryName"] == "place"
+    assert "-fields time,user,poi,coordinates,gps leaves it out" in caplog.text
+
+
+@pytest.mark.parametrize("times, changes, hours", [
+    (["1714557600", "1714561200"], {}, [10, 11]), (["1714557600000", "1714561200000"], {}, [10, 11]),
+    (["Wed May 01 10:00:00 +0000 2024", "Wed May 01 11:00:00 +0000 2024"], {}, [10, 11]),
+    (["1714557600", "1714561200"], {"time_zone": "America/New_York"}, [6, 7]),
+    (["2024-05-01T10:00:00Z", "2024-05-01T13:00:00+02:00"], {"time_zone": "Asia/Tokyo"}, [19, 20]),
+    (["2024-05-01 10:00", "2024-05-01 11:00"], {"time_zone": "Asia/Kolkata"}, [15, 16]),
+    (["1714557600", "1714561200"], {"columns": OWN_COLUMNS | {"offset": "off"}}, [7, 13]),
+    (["2024-05-01 10:00Z", "2024-05-01 11:00Z"], {"columns": OWN_COLUMNS | {"offset": "off"}}, [7, 13])])
+def test_times_of_a_csv_that_are_utc(settings, caplog, times, changes, hours):
+    rows = [f"ann,A,1.5,2.5,{time},{offset}\n" for time, offset in zip(times, (-180, 120))]
+    Path("raw.csv").write_text(f"{OWN},off\n{''.join(rows)}")
+    found = readers.read(config.load(settings("csv", **{"columns": OWN_COLUMNS, **changes})))
+    assert found["LocalTime"].dt.hour.tolist() == hours
+    assert ("UTC, which counts as local time; give time_zone, or an offset" in caplog.text) == (not changes)
+
+
+def test_daylight_saving(settings):
+    """Half an hour before and after New York's clocks go back, an hour apart in UTC, half past one both times."""
+    Path("raw.csv").write_text(f"{OWN}\nann,A,1,2,2024-11-03 05:30\nann,B,1,2,2024-11-03 06:30\n")
+    found = readers.read(config.load(settings("csv", columns=OWN_COLUMNS, time_zone="America/New_York")))
+    assert found["LocalTime"].tolist() == [pd.Timestamp("2024-11-03 01:30")] * 2
+    assert found["PoiId"].tolist() == ["A", "B"]
+
+
 # The files as they go round: other names, separators, headers, orders of columns, times.
 
 PORTAL = ["userId", "venueId", "venueCategoryId", "venueCategory", "latitude", "longitude", "timezoneOffset",
