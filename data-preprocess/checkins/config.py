@@ -15,10 +15,13 @@ RAW_FILES = {
     "getnext": ("train", "validate", "test"),
     "tsmc2014": ("check_ins",),
     "gowalla": ("check_ins", "all_check_ins", "spots", "states"),
+    "tist2015": ("check_ins", "pois"),
+    "snap": ("check_ins",),
     "csv": ("check_ins",),
 }
-OWN_KEYS = {"gowalla": ("keep_states",), "csv": ("columns",)}
-OPTIONAL_KEYS = {"csv": ("time_zone",)}
+OWN_KEYS = {"gowalla": ("keep_states",), "tist2015": ("bounding_box",), "snap": ("bounding_box",), "csv": ("columns",)}
+OPTIONAL_KEYS = {"snap": ("time_zone",), "csv": ("time_zone",)}
+BOX = {"south": 90, "west": 180, "north": 90, "east": 180}      # degrees at most
 CSV_COLUMNS = ("user", "poi", "lat", "lon", "time")
 CSV_OPTIONAL = ("category", "offset", "split", "trajectory")
 # What stats.json counts by split, and what `published` may hold.
@@ -34,7 +37,7 @@ class Config:
 
     path: Path
     dataset_name: str
-    format: str                          # getnext | tsmc2014 | gowalla | csv
+    format: str                          # a key of RAW_FILES
     raw: dict                            # role -> path from the repository's root
     raw_from: str                        # the way out if a raw file is missing
     first_id: int                        # 0: ids 0..n-1, unseen n; 1: ids 1..n, unseen 0
@@ -51,8 +54,9 @@ class Config:
     passes: int | None = None            # of filter, split and isolation
     session_time_interval: float | None = None   # minutes
     keep_states: list | None = None      # gowalla: names of GeoJSON features
+    bounding_box: dict | None = None     # tist2015, snap: south, west, north, east (degrees) of what is kept
     columns: dict | None = None          # csv: role -> column of the file
-    time_zone: str | None = None         # csv: IANA's name of where local times are; the file's are then UTC
+    time_zone: str | None = None         # snap, csv: IANA's name of where local times are; the file's are then UTC
     history_step: int | None = None      # check-ins; process_llm_gps.py -history_step, in no YAML
     datasets: Path = artifacts.DATASETS  # the root of what is written; every script's -datasets, in no YAML
 
@@ -72,7 +76,8 @@ class Config:
 
 
 KEYS_EXPLAINED = "see best_conf/tky.yml"
-OWN_EXPLAINED = "see best_conf/sample.yml"      # of a CSV of one's own
+EXPLAINED = {"csv": "see best_conf/sample.yml", "tist2015": "see best_conf/istanbul.yml",
+             "snap": "see best_conf/austin.yml"}
 LARGEST_FILE = 1_000_000    # bytes; a larger one is no YAML of ours, but perhaps raw data
 MOST = 10 ** 9              # check-ins; more than any data set has
 MOST_PASSES = 100
@@ -144,13 +149,13 @@ def load(path: Path | str, datasets: Path | str = artifacts.DATASETS) -> Config:
     """
     path = Path(path)
     values = _values(path)
-    explained = OWN_EXPLAINED if values.get("format") == "csv" else KEYS_EXPLAINED
+    format_ = values.get("format")
+    explained = EXPLAINED.get(format_ if isinstance(format_, str) else None, KEYS_EXPLAINED)
 
     def check(holds: bool, key: str, expected: str) -> None:
         if not holds:
             raise UserError(f"{path}: {key}: expected {expected}, got {short(values.get(key))}; {explained}")
 
-    format_ = values.get("format")
     check(isinstance(format_, str) and format_ in RAW_FILES, "format", "one of " + ", ".join(RAW_FILES))
     raw, columns = (values[key] if isinstance(values.get(key), dict) else {} for key in ("raw", "columns"))
     in_files = format_ == "getnext" or format_ == "csv" and "train" in raw
@@ -190,6 +195,13 @@ def load(path: Path | str, datasets: Path | str = artifacts.DATASETS) -> Config:
                                             and not counts.keys() - set(COUNTS) and all(map(_is_whole, counts.values()))
                                             for split, counts in figures.items()),
           "published", f"{{}}, or a map of {', '.join(artifacts.SPLITS)} to maps of {', '.join(COUNTS)} to numbers")
+    if "bounding_box" in needed:
+        box = values["bounding_box"]
+        check(isinstance(box, dict), "bounding_box", "a map of " + ", ".join(BOX))
+        _same_keys(f"{path}: bounding_box", box, set(BOX), (), explained)
+        check(all(_is_number(box[side]) and abs(box[side]) <= most for side, most in BOX.items())
+              and box["south"] < box["north"] and box["west"] != box["east"], "bounding_box",
+              "degrees, south below north (a box across 180° has its west east of its east)")
     if "time_zone" in values:
         check(isinstance(values["time_zone"], str) and _is_zone(values["time_zone"]), "time_zone",
               "a name such as Asia/Tokyo")

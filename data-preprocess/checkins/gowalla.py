@@ -14,7 +14,6 @@ from checkins.wording import short
 from ga_llm.base.cli import UserError
 
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
-CHUNK = 500_000    # rows of the 6.4 million in memory at once
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +89,7 @@ def join(config: Config) -> pd.DataFrame:
             if role != "check_ins"}
     area = states_area(path["states"], config.keep_states)
     spots = pd.concat(files.tables(path["spots"], keep=["id", "spot_categories"], text=("spot_categories",),
-                                     chunk=CHUNK, empty=("spot_categories",)))
+                                     chunk=readers.CHUNK, empty=("spot_categories",)))
     spots = spots.assign(id=cells.integers(spots, "id", path["spots"])).dropna().drop_duplicates()
     twice = spots["id"].duplicated()
     if twice.any():
@@ -101,7 +100,7 @@ def join(config: Config) -> pd.DataFrame:
 
     kept, total, off_globe, unknown = [], 0, 0, 0
     for chunk in files.tables(path["all_check_ins"], order=[*readers.SNAP], keep=[*readers.SNAP], names=readers.SNAP,
-                              text=("UTC time",), chunk=CHUNK):
+                              text=("UTC time",), chunk=readers.CHUNK):
         total += len(chunk)
         # A few recorded points lie off the globe; they lie in no state and need no error.
         latitude = cells.numbers(chunk, "latitude", path["all_check_ins"])

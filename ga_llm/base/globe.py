@@ -20,6 +20,14 @@ def wrapped(longitude):
     return longitude - 360 * np.round(longitude / 360)
 
 
+def in_box(latitude, longitude, south: float, west: float, north: float, east: float) -> np.ndarray:
+    """Which points lie between two parallels and two meridians, borders included. A box whose west is east of its east
+    goes on across ±180°.
+    """
+    width = east - west if west < east else east - west + 360
+    return (latitude >= south) & (latitude <= north) & ((longitude - west) % 360 <= width)
+
+
 def middle(longitude: np.ndarray) -> float:
     """The middle of the shortest arc that holds all of them, at least one; from -180 to 180."""
     longitude = np.unique(longitude)

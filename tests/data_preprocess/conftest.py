@@ -15,6 +15,7 @@ LIMITS = {"max_history": 600, "max_current": 500, "max_current_with_history": 20
 SPLITTING = {"min_poi_freq": 0, "min_user_freq": 0, "split_at": [0.8, 0.9], "isolation_hours": 24, "passes": 1,
              "session_time_interval": 1440}
 RAW = {"csv": {"check_ins": "raw.csv"}, "tsmc2014": {"check_ins": "raw.txt"},
+       "tist2015": {"check_ins": "raw.txt", "pois": "pois.txt"}, "snap": {"check_ins": "raw.txt"},
        "getnext": {"train": "train.csv", "validate": "val.csv", "test": "test.csv"},
        "gowalla": {"check_ins": "ca.csv", "all_check_ins": "all.txt", "spots": "spots.csv", "states": "states.json"}}
 

@@ -8,7 +8,7 @@ from checkins import config
 from ga_llm.base.cli import UserError
 
 
-@pytest.mark.parametrize("name", ["nyc", "tky", "ca", "sample"])
+@pytest.mark.parametrize("name", ["nyc", "tky", "ca", "sample", "istanbul", "austin"])
 def test_committed_files(name, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[2])
     conf = config.load(f"best_conf/{name}.yml")
@@ -50,6 +50,27 @@ def test_mistakes_name_file_and_key(settings, changes, words):
     path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
     with pytest.raises(UserError) as error:
         config.load(path)
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in ["best_conf/city.yml", *words])
+
+
+BOX = {"south": -17.0, "west": 178, "north": -16, "east": -178}
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"bounding_box": BOX, "keep_states": ["Fiji"]}, ["unknown key 'keep_states'"]),
+    ({"bounding_box": None}, ["missing key bounding_box", "istanbul.yml"]),
+    ({"bounding_box": [1, 2, 3, 4]}, ["bounding_box", "a map of south, west"]),
+    ({"bounding_box": {"south": 1}}, ["bounding_box: missing key east"]),
+    ({"bounding_box": BOX | {"south": -15}}, ["bounding_box", "south below north"]),
+    ({"bounding_box": BOX | {"east": 178}}, ["bounding_box"]),
+    ({"bounding_box": BOX | {"west": 181}}, ["bounding_box"]),
+    ({"bounding_box": BOX | {"north": "16 S"}}, ["bounding_box"]),
+    ({"bounding_box": BOX | {"north": float("nan")}}, ["bounding_box"]),
+    ({"bounding_box": BOX, "time_zone": "Pacific/Fiji"}, ["unknown key 'time_zone'"])])
+def test_mistakes_in_a_box(settings, changes, words):
+    with pytest.raises(UserError) as error:
+        config.load(settings("tist2015", **changes))
     message = str(error.value)
     assert "\n" not in message and all(word in message for word in ["best_conf/city.yml", *words])
 

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("shapely")
 
-from checkins import gowalla  # noqa: E402
+from checkins import readers  # noqa: E402
 
 CRAFT = "[{'url': '/categories/89', 'name': 'Craftsman'}]"
 
@@ -44,7 +44,7 @@ def test_join(raw, script):
 
 
 def test_several_states_and_small_chunks(raw, script, monkeypatch):
-    monkeypatch.setattr(gowalla, "CHUNK", 2)
+    monkeypatch.setattr(readers, "CHUNK", 2)
     raw.write_text(raw.read_text().replace("- Squareland", "- Squareland\n- Elsewhere"))
     Path("best_conf/ca.yml").write_text(raw.read_text().replace("dataset_name: city", "dataset_name: ca"))
     script("generate_ca_raw.py")

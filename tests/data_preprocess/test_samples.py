@@ -138,15 +138,16 @@ def test_unknown_config(root, error_of):
 
 OWN = [("ann-é", "w", "t1", "train"), ("ann-é", "x", "t1", "Training"), ("bob", "w", "t1", "train"),
        ("bob", "x", "t1", "train"), ("ann-é", "w", "t2", "val"), ("ann-é", "x", "t2", "validation"),
-       ("ann-é", "x", "t3", "test"), ("ann-é", "w", "t3", "test"), ("kim", "w", "t9", "test"), ("kim", "x", "t9", "test")]
+       ("ann-é", "x", "t3", "test"), ("ann-é", "w", "t3", "test"), ("kim", "w", "t9", "test"),
+       ("kim", "x", "t9", "test")]
 
 
 @pytest.mark.parametrize("in_files", [True, False])
 @pytest.mark.parametrize("own_trajectories", [True, False])
 def test_own_splits_and_trajectories_with_users_that_are_text(settings, script, in_files, own_trajectories):
     """All within minutes: without the file's own, a user's check-ins are one trajectory."""
-    header = "user;poi;lat;lon;time;part;trip\n"
-    rows = [f"{user};{poi};1;2;2024-01-01 10:{i:02};{split};{trip}\n" for i, (user, poi, trip, split) in enumerate(OWN)]
+    header, made = "user;poi;lat;lon;time;part;trip\n", enumerate(OWN)
+    rows = [f"{user};{poi};1;2;2024-01-01 10:{i:02};{split};{trip}\n" for i, (user, poi, trip, split) in made]
     columns = {role: role for role in ("user", "poi", "lat", "lon", "time")}
     columns |= {"trajectory": "trip"} if own_trajectories else {}
     changes = {key: None for key in ("min_poi_freq", "min_user_freq", "split_at", "isolation_hours", "passes")}

@@ -12,6 +12,15 @@ def test_turned_and_wrapped_by_hand():
     assert globe.wrapped(np.array([181.0, -181, 180, -180, 540, 0.1])).tolist() == [-179, 179, 180, -180, -180, 0.1]
 
 
+@pytest.mark.parametrize("west, east, inside", [
+    (-10, 20, [-10, 0, 20]), (170, -170, [170, 180, -180, -170]), (20, -10, [-10, 20, 170, 180, -180, -170]),
+    (-180, 180, [-10, 0, 20, 170, 180, -180, -170])])
+def test_in_a_box(west, east, inside):
+    longitude = np.array([-10.0, 0, 20, 170, 180, -180, -170])
+    assert longitude[globe.in_box(np.zeros(7), longitude, -1, west, 1, east)].tolist() == inside
+    assert globe.in_box(np.array([-1.01, -1, 1, 1.01]), np.zeros(4), -1, -10, 1, 20).tolist() == [0, 1, 1, 0]
+
+
 @pytest.mark.parametrize("longitude, expected", [
     ([7], 7), ([0, 10], 5), ([-10, 10], 0), ([170, -170], 180), ([179.9, -179.7], -179.9), ([0, 90, 180, -100], 130),
     ([180, -180], 180), ([-180, 180, -170], -175)])
