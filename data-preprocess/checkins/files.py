@@ -75,6 +75,9 @@ def tables(path: Path, *, keep: Sequence[str], instead: Mapping[str, Sequence[st
             reader = csv.reader(file, delimiter=separator)
             header = [name.strip() for name in next((cells for cells in reader if cells), [])]
             columns = _own_names(header, wanted, names)
+            others = [f"{own} = {name}" for own, name in zip(columns, header) if own != name]
+            if others:
+                logger.info("%s: columns by other names: %s", path, ", ".join(others))
             first_line = reader.line_num + 1
         elif separator == "\t":
             quoting = csv.QUOTE_NONE

@@ -159,6 +159,7 @@ def test_a_file_by_its_other_names(settings, name, caplog):
     caplog.set_level("INFO")
     assert readers.read(config.load(settings("tsmc2014")))["UserId"].tolist() == [7]
     assert (f"raw.txt: not found; {name} is read" in caplog.text) == (name != "raw.txt.gz")
+    assert f"{name}: columns by other names: user = userId, venue = venueId, " in caplog.text
     Path("raw.txt").write_text(lines("\t", ["8", *VISIT[1:]]))     # the name that the YAML gives goes first
     assert readers.read(config.load("best_conf/city.yml"))["UserId"].tolist() == [8]
 
