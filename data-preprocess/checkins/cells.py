@@ -20,7 +20,7 @@ ASCTIME_LIKE = re.compile(r"[^\W\d]+ ")
 # Date and time as ISO 8601 has them; pandas alone would take "2012" and "10:0" too.
 ISO_8601 = r"\d{4}-\d\d-\d\d(?:[ T]\d\d:\d\d(?::\d\d(?:\.\d+)?)?)?"
 # Behind a time of day: what says where "local" is.
-ZONE = r":\d\d(?:\.\d+)?(\s*(?:Z|UTC|[+-]\d\d(?::?\d\d)?))$"
+ZONE = r":\d\d(?:\.\d+)?(\s*(?:Z|UTC|[+-](?:[01]\d|2[0-3])(?::?[0-5]\d)?))$"
 UNIX = {1: re.compile(r"\d{9,10}(?:\.\d*)?$"), 1000: re.compile(r"\d{12,13}(?:\.\d*)?$")}     # parts of a second
 # Python says so of a backslash in a spot's category, which is no program of ours.
 warnings.filterwarnings("ignore", message="invalid escape sequence|.* is an invalid escape sequence")

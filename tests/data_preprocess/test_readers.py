@@ -207,6 +207,7 @@ def test_gowalla_as_it_goes_round(settings, time):
     (lines(",", PORTAL, VISIT, [*VISIT[:7], "1333476009"]), ["line 3", "UTC time '1333476009' is no time such as Tue"]),
     (lines(",", PORTAL, [*VISIT[:7], "1333476009"], [*VISIT[:7], "1333476009000"]), ["line 3", "such as 1333476009"]),
     (lines(",", PORTAL, [*VISIT[:7], "4102444800000000"]), ["line 2", "'4102444800000000' is no time"]),
+    (lines(",", PORTAL, [*VISIT[:7], "2012-04-03T18:00:09+99:00"]), ["line 2", "+99:00' is no time such as 2012"]),
     (lines(",", PORTAL, [*VISIT[:7], "9999999999"]), ["line 2", "is not between 1970 and 2100"]),
     (lines(",", [*PORTAL, "user id"], [*VISIT, "8"]), ["two columns user"]),
     (lines(",", PORTAL, VISIT, VISIT[:7]), ["line 3", "UTC time is empty", "7 of 8 columns"]),
