@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "data-preprocess"))    # as for the scripts there
 
-from checkins import config, readers  # noqa: E402
+from checkins import config, files  # noqa: E402
 from ga_llm.base import artifacts  # noqa: E402
 from ga_llm.base.cli import Parser, run  # noqa: E402
 from ga_llm.tables import chain, experiments  # noqa: E402
@@ -57,7 +57,7 @@ def raw_files(dataset: str) -> tuple[list[Path], list[str] | None]:
             given = {"check_ins": joined}       # it has come alone
         else:
             first = ["data-preprocess/generate_ca_raw.py"]
-    return [readers.find(path, conf.raw_from) for path in given.values()], first
+    return [files.find(path, conf.raw_from, conf.format != "csv") for path in given.values()], first
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import sys
 import pytest
 from commands import ROOT
 
-PACKAGES = ("bitsandbytes", "deepspeed", "flash_attn", "orjson", "ijson", "shapely", "folium", "gguf")
+PACKAGES = ("bitsandbytes", "deepspeed", "flash_attn", "orjson", "ijson", "shapely", "folium", "gguf",
+            "sentencepiece")
 NEEDS = {"checkins.gowalla": "shapely", "ga_llm.serving.places_map": "folium"}      # modules that cannot do without
 SCRIPTS = ("finetune_GCIM.py", "finetune_LLM_with_GCIM.py", "finetune_PAM.py", "test_next_gps.py", "export.py",
            "recommend.py", "run_experiment.py", "results.py", "report.py", "tools/get_smollm2.py",
@@ -76,6 +77,9 @@ flags = "--model_name_or_path M --data_path D.json --gps_mapping_path G.csv --ou
 def folium():
     cli.run(lambda: cli.needed("folium", "--map"))
 
+def sentencepiece():
+    cli.run(lambda: backbone.load_tokenizer("llama2"))
+
 def flash_attention():
     torch.cuda.is_available = lambda: True      # where it counts
     backbone.training_attention(True, True)
@@ -83,9 +87,9 @@ def flash_attention():
 for name, what, *given in (("shapely", script, "data-preprocess/generate_ca_raw.py"), ("folium", folium),
                            ("gguf", script, "tools/get_smollm2.py", "--output_dir", "new"),
                            ("deepspeed", arguments.parse, arguments.SFTArguments, flags),
-                           ("bitsandbytes", backbone.quantization, True), ("flash-attn", flash_attention)):
+                           ("bitsandbytes", backbone.quantization, True), ("sentencepiece", sentencepiece), ("flash-attn", flash_attention)):
     code, text = forked(what, *given)
-    told, = [line for line in text.splitlines() if name in line]
+    *_, told = [line for line in text.splitlines() if name in line]
     print("told", name, code, told, "Traceback" in text, sep="|")
 """
 
@@ -97,6 +101,10 @@ def found(tmp_path_factory):
     (folder / "best_conf").symlink_to(ROOT / "best_conf")
     for name in ("D.json", "G.csv", "ds.json"):
         (folder / name).write_text("{}")
+    (folder / "llama2").mkdir()     # as Llama 2 is given out: a tokenizer.model, and no tokenizer.json
+    for name, text in (("config.json", '{"model_type": "llama"}'), ("tokenizer.model", "pieces"),
+                       ("tokenizer_config.json", '{"tokenizer_class": "LlamaTokenizer"}')):
+        (folder / "llama2" / name).write_text(text)
     code = HIDDEN + TRIALS
     for name, value in {"packages": PACKAGES, "root!r": str(ROOT), "modules": MODULES, "scripts": SCRIPTS}.items():
         code = code.replace(f"{{{name}}}", repr(value))
@@ -119,9 +127,9 @@ def test_every_script_tells_its_flags(found):
     assert found["help"] == {path: ["0", "True", "False"] for path in SCRIPTS}
 
 
-@pytest.mark.parametrize("package, code", [("shapely", 2), ("folium", 2), ("gguf", 2),
+@pytest.mark.parametrize("package, code", [("shapely", 2), ("folium", 2), ("gguf", 2), ("sentencepiece", 2),
                                            ("deepspeed", 0), ("bitsandbytes", 0), ("flash-attn", 0)])
 def test_what_needs_a_package_names_it_in_one_line(found, package, code):
-    """Three cannot be done without and end with 2; for the others there is another way."""
+    """Four cannot be done without and end with 2; for the others there is another way."""
     ended, told, traceback = found["told"][package]
     assert (ended, traceback) == (str(code), "False") and f"pip install {package}" in told

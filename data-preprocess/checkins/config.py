@@ -1,6 +1,7 @@
 """best_conf/<data set>.yml: every threshold, window, path and format that differs between data sets."""
 import dataclasses
 import os
+import zoneinfo
 from pathlib import Path
 
 import yaml
@@ -14,14 +15,20 @@ RAW_FILES = {
     "getnext": ("train", "validate", "test"),
     "tsmc2014": ("check_ins",),
     "gowalla": ("check_ins", "all_check_ins", "spots", "states"),
+    "tist2015": ("check_ins", "pois"),
+    "snap": ("check_ins",),
     "csv": ("check_ins",),
 }
-OWN_KEYS = {"gowalla": ("keep_states",), "csv": ("columns",)}
-CSV_COLUMNS = ("user", "poi", "category", "lat", "lon", "time")
+OWN_KEYS = {"gowalla": ("keep_states",), "tist2015": ("bounding_box",), "snap": ("bounding_box",), "csv": ("columns",)}
+OPTIONAL_KEYS = {"snap": ("time_zone",), "csv": ("time_zone",)}
+BOX = {"south": 90, "west": 180, "north": 90, "east": 180}      # degrees at most
+CSV_COLUMNS = ("user", "poi", "lat", "lon", "time")
+CSV_OPTIONAL = ("category", "offset", "split", "trajectory")
 # What stats.json counts by split, and what `published` may hold.
 COUNTS = ("users", "pois", "categories", "trajectories", "check_ins")
-# How a format without a split of its own is filtered, split and cut into trajectories (all but getnext).
-SPLITTING = ("min_poi_freq", "min_user_freq", "split_at", "isolation_hours", "passes", "session_time_interval")
+# How check-ins without a split of their own are filtered and split, and how those without trajectories are cut.
+SPLITTING = ("min_poi_freq", "min_user_freq", "split_at", "isolation_hours", "passes")
+CUTTING = ("session_time_interval",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +37,7 @@ class Config:
 
     path: Path
     dataset_name: str
-    format: str                          # getnext | tsmc2014 | gowalla | csv
+    format: str                          # a key of RAW_FILES
     raw: dict                            # role -> path from the repository's root
     raw_from: str                        # the way out if a raw file is missing
     first_id: int                        # 0: ids 0..n-1, unseen n; 1: ids 1..n, unseen 0
@@ -47,7 +54,9 @@ class Config:
     passes: int | None = None            # of filter, split and isolation
     session_time_interval: float | None = None   # minutes
     keep_states: list | None = None      # gowalla: names of GeoJSON features
+    bounding_box: dict | None = None     # tist2015, snap: south, west, north, east (degrees) of what is kept
     columns: dict | None = None          # csv: role -> column of the file
+    time_zone: str | None = None         # snap, csv: IANA's name of where local times are; the file's are then UTC
     history_step: int | None = None      # check-ins; process_llm_gps.py -history_step, in no YAML
     datasets: Path = artifacts.DATASETS  # the root of what is written; every script's -datasets, in no YAML
 
@@ -67,6 +76,8 @@ class Config:
 
 
 KEYS_EXPLAINED = "see best_conf/tky.yml"
+EXPLAINED = {"csv": "see best_conf/sample.yml", "tist2015": "see best_conf/istanbul.yml",
+             "snap": "see best_conf/austin.yml"}
 LARGEST_FILE = 1_000_000    # bytes; a larger one is no YAML of ours, but perhaps raw data
 MOST = 10 ** 9              # check-ins; more than any data set has
 MOST_PASSES = 100
@@ -138,26 +149,36 @@ def load(path: Path | str, datasets: Path | str = artifacts.DATASETS) -> Config:
     """
     path = Path(path)
     values = _values(path)
+    format_ = values.get("format")
+    explained = EXPLAINED.get(format_ if isinstance(format_, str) else None, KEYS_EXPLAINED)
 
     def check(holds: bool, key: str, expected: str) -> None:
         if not holds:
-            raise UserError(f"{path}: {key}: expected {expected}, got {short(values.get(key))}; {KEYS_EXPLAINED}")
+            raise UserError(f"{path}: {key}: expected {expected}, got {short(values.get(key))}; {explained}")
 
-    format_ = values.get("format")
     check(isinstance(format_, str) and format_ in RAW_FILES, "format", "one of " + ", ".join(RAW_FILES))
+    raw, columns = (values[key] if isinstance(values.get(key), dict) else {} for key in ("raw", "columns"))
+    in_files = format_ == "getnext" or format_ == "csv" and "train" in raw
+    own_split = in_files or format_ == "csv" and "split" in columns
+    own_trajectories = format_ == "getnext" or format_ == "csv" and "trajectory" in columns
     optional = {field.name for field in dataclasses.fields(Config) if field.default is None}
     needed = {field.name for field in dataclasses.fields(Config)} - optional - {"path", "datasets"}
-    needed |= set(OWN_KEYS.get(format_, ())) | (set() if format_ == "getnext" else set(SPLITTING))
-    _same_keys(f"{path}", values, needed)
+    needed |= set(OWN_KEYS.get(format_, ()))
+    for keys, given, what in ((SPLITTING, own_split, "split"), (CUTTING, own_trajectories, "trajectories")):
+        for key in sorted(values.keys() & set(keys if given else ())):
+            raise UserError(f"{path}: {key}: the files have {what} of their own, so it does nothing; remove it")
+        needed |= set() if given else set(keys)
+    _same_keys(f"{path}", values, needed, OPTIONAL_KEYS.get(format_, ()), explained)
     check(values["dataset_name"] == path.stem, "dataset_name", f"{short(path.stem)}, the file's own name")
     artifacts.dataset_name(path.stem, f"{path}: dataset_name")
     check(_is_whole(values["first_id"]) and values["first_id"] in (0, 1), "first_id", "0 or 1")
     for key in sorted(needed.intersection(_LIMITS)):
         check(_is_whole(values[key]) and 0 <= values[key] <= MOST, key, f"a whole number of check-ins, at most {MOST}")
-    for key, keys in (("raw", RAW_FILES[format_]), ("columns", CSV_COLUMNS)):
+    raw_files = (("train", "test"), ("validate",)) if "train" in raw and format_ == "csv" else (RAW_FILES[format_], ())
+    for key, (keys, more) in (("raw", raw_files), ("columns", (CSV_COLUMNS, CSV_OPTIONAL))):
         if key in needed:
             check(isinstance(values[key], dict), key, "a map of " + ", ".join(keys))
-            _same_keys(f"{path}: {key}", values[key], set(keys))
+            _same_keys(f"{path}: {key}", values[key], set(keys), more, explained)
             check(all(map(_is_line, values[key].values())), key, "a line of text for each")
     names = values["raw"].values()
     # A name must end in a file, and no file may be given twice: what is written must not replace what is read.
@@ -166,19 +187,31 @@ def load(path: Path | str, datasets: Path | str = artifacts.DATASETS) -> Config:
     if "columns" in needed:
         apart = [column for role, column in values["columns"].items() if role != "category"]
         check(len(set(apart)) == len(apart), "columns", "another column for each (but for category)")
+        check(not (in_files and "split" in columns), "columns", "no split where raw names a file for each")
+        check(not ("time_zone" in values and "offset" in columns), "time_zone", "none where columns has an offset")
     check(_is_line(values["raw_from"]), "raw_from", "a line of text")
     figures = values["published"]
     check(isinstance(figures, dict) and all(split in artifacts.SPLITS and isinstance(counts, dict)
                                             and not counts.keys() - set(COUNTS) and all(map(_is_whole, counts.values()))
                                             for split, counts in figures.items()),
           "published", f"{{}}, or a map of {', '.join(artifacts.SPLITS)} to maps of {', '.join(COUNTS)} to numbers")
+    if "bounding_box" in needed:
+        box = values["bounding_box"]
+        check(isinstance(box, dict), "bounding_box", "a map of " + ", ".join(BOX))
+        _same_keys(f"{path}: bounding_box", box, set(BOX), (), explained)
+        check(all(_is_number(box[side]) and abs(box[side]) <= most for side, most in BOX.items())
+              and box["south"] < box["north"] and box["west"] != box["east"], "bounding_box",
+              "degrees, south below north (a box across 180° has its west east of its east)")
+    if "time_zone" in values:
+        check(isinstance(values["time_zone"], str) and _is_zone(values["time_zone"]), "time_zone",
+              "a name such as Asia/Tokyo")
     if "passes" in needed:
         cuts = values["split_at"]
         check(isinstance(cuts, list) and len(cuts) == 2 and all(map(_is_number, cuts))
               and 0 < cuts[0] <= cuts[1] <= 1, "split_at", "two rising shares such as [0.8, 0.9]")
         check(_is_whole(values["passes"]) and 1 <= values["passes"] <= MOST_PASSES, "passes", f"1 to {MOST_PASSES}")
-        for key in ("isolation_hours", "session_time_interval"):
-            check(_is_number(values[key]) and values[key] > 0, key, "a number above 0")
+    for key in sorted(needed.intersection(("isolation_hours", "session_time_interval"))):
+        check(_is_number(values[key]) and values[key] > 0, key, "a number above 0")
     if "keep_states" in needed:
         states = values["keep_states"]
         check(isinstance(states, list) and states and all(map(_is_line, states)), "keep_states",
@@ -198,10 +231,18 @@ def _is_number(value) -> bool:
     return type(value) in (int, float)
 
 
-def _same_keys(where: str, values: dict, needed: set) -> None:
+def _is_zone(name: str) -> bool:
+    try:
+        zoneinfo.ZoneInfo(name)
+        return True
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):    # no such zone, no name, a folder of zones
+        return False
+
+
+def _same_keys(where: str, values: dict, needed: set, optional: tuple[str, ...], explained: str) -> None:
     for key in values:
-        if key not in needed:
-            raise UserError(f"{where}: unknown key {short(key)}; it takes {', '.join(sorted(needed))}")
+        if key not in needed and key not in optional:
+            raise UserError(f"{where}: unknown key {short(key)}; it takes {', '.join(sorted(needed.union(optional)))}")
     for key in sorted(needed):
         if key not in values:
-            raise UserError(f"{where}: missing key {key}; {KEYS_EXPLAINED}")
+            raise UserError(f"{where}: missing key {key}; {explained}")

@@ -3,7 +3,7 @@ import dataclasses
 
 import pandas as pd
 
-from checkins import encoding, filters, mapping, readers, splits, trajectories
+from checkins import cells, encoding, files, filters, mapping, readers, splits, trajectories
 from checkins.config import COUNTS, Config
 from ga_llm.base import artifacts, json_text, writing
 from ga_llm.base.artifacts import SPLITS
@@ -29,13 +29,14 @@ class Samples:
 def make(config: Config) -> Samples:
     """Raw files → samples. Raises UserError if a file is wrong or nothing is left of train or test."""
     check_ins = readers.read(config)
-    if config.format == "getnext":
+    own_split = "Split" in check_ins
+    for _ in range(0 if own_split else config.passes):
+        check_ins = filters.frequent(check_ins, config.min_poi_freq, config.min_user_freq)
+        check_ins = splits.by_time(check_ins, config.split_at)
+        check_ins = filters.drop_isolated(check_ins, config.isolation_hours)
+    if "Trajectory" in check_ins:
         check_ins["TrajectoryId"] = trajectories.by_name(check_ins)
     else:
-        for _ in range(config.passes):
-            check_ins = filters.frequent(check_ins, config.min_poi_freq, config.min_user_freq)
-            check_ins = splits.by_time(check_ins, config.split_at)
-            check_ins = filters.drop_isolated(check_ins, config.isolation_hours)
         check_ins["TrajectoryId"] = trajectories.by_gap(check_ins, config.session_time_interval)
 
     train = check_ins[check_ins["Split"] == "train"]
@@ -53,7 +54,7 @@ def make(config: Config) -> Samples:
     for split in ("train", "test"):
         if by_split[split].empty:
             raise UserError(f"{config.path}: no check-ins left for {split}; give more data"
-                            + ("" if config.format == "getnext" else ", or lower min_poi_freq and min_user_freq"))
+                            + ("" if own_split else ", or lower min_poi_freq and min_user_freq"))
     stats = {split: _counts(rows) for split, rows in by_split.items()}
     return Samples(sample, by_split, places, encodings, stats)
 
@@ -80,13 +81,13 @@ def load(config: Config, split: str) -> pd.DataFrame:
     that makes it, if the file is missing, empty or of another make.
     """
     path = artifacts.require(config.folder / artifacts.split_sample(split), config.run_command)
-    rows, = readers.tables(path, keep=COLUMNS, text=("PoiCategoryName", "LocalTime", "Split"), ours=True)
-    rows["Time"] = readers.times(rows, "LocalTime", path, TIME_FORMAT)
-    rows["Latitude"] = readers.latitudes(rows, "Latitude", path)
-    rows["Longitude"] = readers.longitudes(rows, "Longitude", path)
-    rows["PoiCategoryName"] = readers.category_names(rows["PoiCategoryName"], path)
+    rows, = files.tables(path, keep=COLUMNS, text=("PoiCategoryName", "LocalTime", "Split"), ours=True)
+    rows["Time"] = cells.times(rows, "LocalTime", path, TIME_FORMAT)
+    rows["Latitude"] = cells.latitudes(rows, "Latitude", path)
+    rows["Longitude"] = cells.longitudes(rows, "Longitude", path)
+    rows["PoiCategoryName"] = cells.category_names(rows["PoiCategoryName"], path)
     for column in ("UserId", "PoiId", "PoiCategoryId", "TrajectoryId"):
-        rows[column] = readers.integers(rows, column, path, least=0)
+        rows[column] = cells.integers(rows, column, path, least=0)
     if (rows["Split"] != split).any():
         raise UserError(f"{path}: has check-ins of another split; make it again with `{config.run_command}`")
     return rows.sort_values("Time", kind="stable", ignore_index=True)
@@ -95,13 +96,13 @@ def load(config: Config, split: str) -> pd.DataFrame:
 def load_places(config: Config) -> pd.DataFrame:
     """The GPS mapping, indexed by GPS_id: Latitude, Longitude (degrees)."""
     path = artifacts.require(config.folder / artifacts.gps_mapping(config.dataset_name), config.run_command)
-    places, = readers.tables(path, keep=artifacts.GPS_COLUMNS, ours=True)
-    ids = readers.integers(places, "GPS_id", path, least=0)
+    places, = files.tables(path, keep=artifacts.GPS_COLUMNS, ours=True)
+    ids = cells.integers(places, "GPS_id", path, least=0)
     if ids.duplicated().any():
         raise UserError(f"{path}: two rows with GPS_id {ids[ids.duplicated()].iloc[0]}; make it again with "
                         f"`{config.run_command}`")
-    return pd.DataFrame({"Latitude": readers.latitudes(places, "Latitude", path),
-                         "Longitude": readers.longitudes(places, "Longitude", path)}).set_index(ids)
+    return pd.DataFrame({"Latitude": cells.latitudes(places, "Latitude", path),
+                         "Longitude": cells.longitudes(places, "Longitude", path)}).set_index(ids)
 
 
 def table_of_stats(config: Config, stats: dict) -> str:

@@ -5,6 +5,8 @@ import datetime
 import numpy as np
 from sklearn.neighbors import KDTree
 
+from ga_llm.base import globe
+
 KM_PER_DEGREE = 111.32  # of latitude
 
 
@@ -99,9 +101,10 @@ class City:
     def _degrees(self) -> tuple[np.ndarray, np.ndarray]:
         centres = np.array(self.form.centres)[self.centre]
         latitude = centres[:, 0] + self.xy[:, 1] / KM_PER_DEGREE
+        assert np.abs(latitude).max(initial=0) < globe.POLAR, "no plane city lies at a pole; move its centre"
         east = self.xy[:, 0] - self.APART * self.centre
         longitude = centres[:, 1] + east / (KM_PER_DEGREE * np.cos(np.radians(centres[:, 0])))
-        return np.round(latitude, 6), np.round(longitude, 6)
+        return np.round(latitude, 6), np.round(globe.wrapped(longitude), 6)
 
     def is_open(self, poi: np.ndarray, minute: np.ndarray) -> np.ndarray:
         """Whether places are open at a local minute of the day; hours past midnight wrap around."""

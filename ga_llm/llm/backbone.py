@@ -30,7 +30,7 @@ warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")      
 PARTS = {"gps_injection": "GPS encoder", "poi_injection": "projector", "moment_injection": "times",
          "place_rows": "rows of places", "pointer": "pointer"}
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
-
+SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}   # package -> module
 
 MODEL_WAY_OUT = "give any Hugging Face folder, or make one with `python tools/get_smollm2.py`"
 
@@ -65,7 +65,15 @@ def load_tokenizer(path: str, cache_dir: str | None = None):
 
     Departure from the released code: no [PAD] row is added to the vocabulary, since padding is masked by position.
     """
-    tokenizer = _from_hub(AutoTokenizer.from_pretrained, path, cache_dir=cache_dir)
+    missing = [package for package, module in SENTENCEPIECE.items() if not _installed(module)]
+    if missing and (Path(path) / "tokenizer.model").is_file() and not (Path(path) / "tokenizer.json").exists():
+        raise _no_pieces(path, missing)
+    try:
+        tokenizer = _from_hub(AutoTokenizer.from_pretrained, path, cache_dir=cache_dir)
+    except UserError as error:
+        if "tiktoken" in str(error):    # what transformers asks for where it could not read a tokenizer.model
+            raise _no_pieces(path, missing) from None
+        raise
     if not tokenizer.is_fast:
         raise UserError(f"{path}: no fast tokenizer (tokenizer.json); save it with "
                         "AutoTokenizer.from_pretrained(…, use_fast=True), or give another model")
@@ -76,6 +84,20 @@ def load_tokenizer(path: str, cache_dir: str | None = None):
     # Prompts longer than this are cut by our own code, which keeps the answer.
     tokenizer.model_max_length = int(1e9)
     return tokenizer
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:     # nor is what it is a part of
+        return False
+
+
+def _no_pieces(path: str, missing: list[str]) -> UserError:
+    """What to do about a tokenizer.model that cannot be read."""
+    return UserError(f"{path}: has no tokenizer.json, and its tokenizer.model " + (
+        f"needs {' and '.join(missing)}, not installed; pip install {' '.join(missing)}" if missing else
+        f"is none of SentencePiece's; {MODEL_WAY_OUT}"))
 
 
 def rope_factor(length: int, native_context: int) -> int:

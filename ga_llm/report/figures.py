@@ -13,6 +13,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from ga_llm.base import globe
 from ga_llm.evaluation import metrics
 from ga_llm.training import run_log
 
@@ -131,8 +132,11 @@ def error_map(places, true: np.ndarray, guessed: np.ndarray, km: np.ndarray, rig
 
     km, right: (pairs,), between the two, and whether they are the same POI; most_km: where the scale ends.
     """
-    figure, axes = _figure(_height(places) + 0.7)
-    _ground(axes, places)
+    ground = _lonlat(places)
+    flat = globe.flat(ground)
+    figure, axes = _figure(_height(flat(ground)) + 0.7)
+    _ground(axes, flat(ground))
+    true, guessed = flat(true), flat(guessed)
     order = np.argsort(-km, kind="stable")      # the near ones on top
     wrong = order[~right[order]]
     km = np.maximum(km, SHORTEST_KM)            # a wrong POI may stand at the very spot
@@ -150,6 +154,10 @@ def error_map(places, true: np.ndarray, guessed: np.ndarray, km: np.ndarray, rig
 def example(places, check_ins: np.ndarray, target: np.ndarray, top: np.ndarray, history: np.ndarray | None) -> bytes:
     """One trajectory. check_ins (n, 2), target (2,), top (k, 2), history (2,): longitude, latitude; nan: no place."""
     figure, axes = _figure(3.9)
+    flat = globe.flat(np.concatenate([check_ins, [target], top, *([[history]] if history is not None else [])]))
+    check_ins, top, (target,) = flat(check_ins), flat(top), flat(target[None])
+    if history is not None:
+        history, = flat(history[None])
     axes.plot(*check_ins.T, color=INK, linewidth=1, marker=".", markersize=7, label="check-ins")
     if len(check_ins):
         axes.plot(*check_ins[-1], color=INK, marker="o", markersize=8, linestyle="", label="the last one")
@@ -168,10 +176,8 @@ def example(places, check_ins: np.ndarray, target: np.ndarray, top: np.ndarray, 
     if len(shown):
         # At least a kilometre or so, and as wide as high.
         middle = (shown.min(axis=0) + shown.max(axis=0)) / 2
-        stretch = np.array([1, np.cos(np.radians(middle[1]))])
-        half = max(0.006, 0.64 * (np.ptp(shown, axis=0) * stretch[::-1]).max())
-        bounds = [(middle[i] - half / stretch[1 - i], middle[i] + half / stretch[1 - i]) for i in range(2)]
-        _ground(axes, places, *bounds)
+        half = max(0.006, 0.64 * np.ptp(shown, axis=0).max())
+        _ground(axes, flat(_lonlat(places)), *((at - half, at + half) for at in middle))
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=2, fontsize=9, frameon=False,
                 markerscale=0.5)
     return _png(figure)
@@ -179,11 +185,11 @@ def example(places, check_ins: np.ndarray, target: np.ndarray, top: np.ndarray, 
 
 def colour_map(places, colours: np.ndarray) -> bytes:
     """Each place in its colour. colours: (places, 3), 0 to 1."""
-    figure, axes = _figure(_height(places))
+    ground = globe.flat(_lonlat(places))(_lonlat(places))
+    figure, axes = _figure(_height(ground))
     # Darkened, so that no place is white on white.
-    axes.scatter(places.longitude, places.latitude, c=0.05 + 0.83 * colours, s=max(3, min(30, 15_000 / len(colours))),
-                 linewidths=0)
-    _frame(axes, places)
+    axes.scatter(*ground.T, c=0.05 + 0.83 * colours, s=max(3, min(30, 15_000 / len(colours))), linewidths=0)
+    _frame(axes, ground)
     return _png(figure)
 
 
@@ -208,32 +214,35 @@ def distances(km: np.ndarray, distance: np.ndarray) -> bytes:
     return _png(figure)
 
 
-def _height(places) -> float:
+def _lonlat(places) -> np.ndarray:
+    return np.column_stack([places.longitude, places.latitude])
+
+
+# What follows takes all places as `globe.flat` gives them: (places, 2), in degrees of latitude.
+
+def _height(ground: np.ndarray) -> float:
     """Of a figure that a map of all places fills, in inches."""
-    (west, east), (south, north) = _margin(places.longitude), _margin(places.latitude)
-    stretch = max(0.05, np.cos(np.radians((south + north) / 2)))
-    return float(np.clip(WIDTH * (north - south) / (east - west) / stretch, 0.4 * WIDTH, 1.5 * WIDTH))
+    (west, east), (south, north) = _margin(ground[:, 0]), _margin(ground[:, 1])
+    return float(np.clip(WIDTH * (north - south) / (east - west), 0.4 * WIDTH, 1.5 * WIDTH))
 
 
-def _ground(axes, places, across: tuple | None = None, up: tuple | None = None) -> None:
+def _ground(axes, ground: np.ndarray, across: tuple | None = None, up: tuple | None = None) -> None:
     """The places in grey beneath what is drawn, which shows the city without tiles."""
-    axes.scatter(places.longitude, places.latitude, s=4, color=PLACES, linewidths=0, zorder=0)
-    _frame(axes, places, across, up)
+    axes.scatter(*ground.T, s=4, color=PLACES, linewidths=0, zorder=0)
+    _frame(axes, ground, across, up)
 
 
-def _frame(axes, places, across: tuple | None = None, up: tuple | None = None) -> None:
-    """A map of the part, or of all places: as wide as the ground is, with a bar of a round number of km."""
-    across = across or _margin(places.longitude)
-    up = up or _margin(places.latitude)
+def _frame(axes, ground: np.ndarray, across: tuple | None = None, up: tuple | None = None) -> None:
+    """A map of the part, or of all places, with a bar of a round number of km."""
+    across, up = across or _margin(ground[:, 0]), up or _margin(ground[:, 1])
     axes.set_xlim(across)
     axes.set_ylim(up)
-    latitude = np.mean(up)
-    axes.set_aspect(1 / max(0.05, np.cos(np.radians(latitude))), adjustable="box")
+    axes.set_aspect("equal", adjustable="box")
     axes.set_xticks([])
     axes.set_yticks([])
     for side in axes.spines.values():
         side.set_color("0.8")
-    km_per_degree = np.radians(1) * metrics.EARTH_RADIUS_KM * max(0.05, np.cos(np.radians(latitude)))
+    km_per_degree = np.radians(1) * metrics.EARTH_RADIUS_KM
     longest = 0.3 * (across[1] - across[0]) * km_per_degree
     power = 10.0 ** np.floor(np.log10(longest))
     km = next(step * power for step in (5, 2, 1) if step * power <= longest)

@@ -4,6 +4,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 import folium
+import numpy as np
+
+from ga_llm.base import globe
 
 PAST, LAST, PLACE = "#6b7280", "#111827", "#b91c1c"     # grey, black, red
 LEAST, MOST = 20, 56    # pixels across of a recommended place
@@ -14,6 +17,9 @@ def draw(found: Sequence[dict], past: Sequence[dict], title: str) -> str:
 
     The best place is the largest, the others' areas are in proportion to their probability, down to a least size.
     """
+    around = globe.middle(np.array([row["longitude"] for row in (*found, *past)]))     # longitudes run on across ±180°
+    found, past = ([row | {"longitude": float(globe.turned(row["longitude"], around))} for row in rows]
+                   for rows in (found, past))
     page = folium.Map(tiles="OpenStreetMap", control_scale=True)
     of_place = {(row["latitude"], row["longitude"]): row for row in past}      # the latest visit of each
     visits = Counter((row["latitude"], row["longitude"]) for row in past)

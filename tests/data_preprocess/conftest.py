@@ -15,6 +15,7 @@ LIMITS = {"max_history": 600, "max_current": 500, "max_current_with_history": 20
 SPLITTING = {"min_poi_freq": 0, "min_user_freq": 0, "split_at": [0.8, 0.9], "isolation_hours": 24, "passes": 1,
              "session_time_interval": 1440}
 RAW = {"csv": {"check_ins": "raw.csv"}, "tsmc2014": {"check_ins": "raw.txt"},
+       "tist2015": {"check_ins": "raw.txt", "pois": "pois.txt"}, "snap": {"check_ins": "raw.txt"},
        "getnext": {"train": "train.csv", "validate": "val.csv", "test": "test.csv"},
        "gowalla": {"check_ins": "ca.csv", "all_check_ins": "all.txt", "spots": "spots.csv", "states": "states.json"}}
 
@@ -34,7 +35,7 @@ def settings(root):
         values = {"dataset_name": name, "format": format_, "raw": RAW[format_], "raw_from": "put it there",
                   "first_id": 1, "published": {}, **LIMITS, **({} if format_ == "getnext" else SPLITTING)}
         if format_ == "csv":
-            values["columns"] = {role: role for role in config.CSV_COLUMNS}
+            values["columns"] = {role: role for role in (*config.CSV_COLUMNS, "category")}
         if format_ == "gowalla":
             values["keep_states"] = ["Squareland"]
         values = {key: value for key, value in {**values, **changes}.items() if value is not None}

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("shapely")
 
-from checkins import gowalla  # noqa: E402
+from checkins import readers  # noqa: E402
 
 CRAFT = "[{'url': '/categories/89', 'name': 'Craftsman'}]"
 
@@ -44,11 +44,35 @@ def test_join(raw, script):
 
 
 def test_several_states_and_small_chunks(raw, script, monkeypatch):
-    monkeypatch.setattr(gowalla, "CHUNK", 2)
+    monkeypatch.setattr(readers, "CHUNK", 2)
     raw.write_text(raw.read_text().replace("- Squareland", "- Squareland\n- Elsewhere"))
     Path("best_conf/ca.yml").write_text(raw.read_text().replace("dataset_name: city", "dataset_name: ca"))
     script("generate_ca_raw.py")
     assert pd.read_csv("ca.csv")["UserId"].tolist() == [1, 2, 5, 7]
+
+
+ROWS = ["1", "2010-10-19T23:55:21Z", "15", "35", "1"], ["5", "2010-10-19T23:55:25Z", "15", "55", "1"]
+UNIX = {"2010-10-19T23:55:21Z": "1287532521", "2010-10-19T23:55:25Z": "1287532525"}
+
+
+@pytest.mark.parametrize("header, order, separator, time", [
+    (None, [0, 1, 2, 3, 4], ",", str), (["user", "check-in_time", "latitude", "longitude", "location_id"],
+                                        [0, 1, 2, 3, 4], "\t", str),
+    (["userid", "placeid", "datetime", "lat", "lng"], [0, 4, 1, 2, 3], ",", str),
+    (["lat", "lng", "spot", "uid", "UTC_time"], [2, 3, 4, 0, 1], ";", UNIX.get),
+    (["lat", "lng", "spot", "uid", "UTC_time"], [2, 3, 4, 0, 1], ",", lambda time: f"{UNIX[time]}000"),
+    (None, [0, 1, 2, 3, 4], "\t", lambda time: time.replace("T", " ").replace("Z", "")),
+    (None, [0, 1, 2, 3, 4], "\t", lambda time: time.replace("19T23", "20T08").replace("Z", "+09:00"))])
+def test_check_ins_as_they_go_round(raw, script, header, order, separator, time):
+    Path("best_conf/ca.yml").write_text(raw.read_text().replace("dataset_name: city", "dataset_name: ca"))
+    Path("all.txt").unlink()
+    rows = [[row[0], time(row[1]), *row[2:]] for row in ROWS]
+    text = "".join(separator.join(row) + "\n" for row in [header] * (header is not None)
+                   + [[row[i] for i in order] for row in rows])
+    Path("all.csv").write_text(text)
+    script("generate_ca_raw.py")
+    assert Path("ca.csv").read_text() == ("UserId,PoiId,PoiCategoryId,Latitude,Longitude,UTCTime\n"
+                                          f'1,1,"{CRAFT}",15,35,2010-10-19T23:55:21Z\n')
 
 
 @pytest.mark.parametrize("name, text, words", [
@@ -68,3 +92,30 @@ def test_mistakes_leave_the_old_file(raw, error_of, name, text, words):
     message = error_of("generate_ca_raw.py")
     assert all(word in message for word in words), message
     assert Path("ca.csv").read_text() == "old"
+
+
+def state(*longitudes) -> str:
+    """A GeoJSON of Squareland as polygons from 10 to 20 N, each between two of the longitudes."""
+    polygons = [[[[west, 10], [east, 10], [east, 20], [west, 20], [west, 10]]] for west, east in longitudes]
+    return json.dumps({"features": [{"properties": {"name": "Squareland"}, "geometry": {
+        "type": "MultiPolygon", "coordinates": polygons}}]})
+
+
+@pytest.mark.parametrize("longitudes", [[(-187, -170)], [(173, 190)], [(173, 180), (-180, -170)]],
+                         ids=["runs on to the west, as Alaska's does", "runs on to the east", "cut in two"])
+def test_a_state_across_180_degrees(raw, script, longitudes):
+    Path("best_conf/ca.yml").write_text(raw.read_text().replace("dataset_name: city", "dataset_name: ca"))
+    Path("states.json").write_text(state(*longitudes))
+    Path("all.txt").write_text("".join(f"{user}\t2010-10-19T23:55:27Z\t15\t{longitude}\t1\n" for user, longitude in
+                                       enumerate([174, -175, 180, -180, 172, -169, 0, 179.99])))
+    script("generate_ca_raw.py")
+    assert pd.read_csv("ca.csv")["UserId"].tolist() == [0, 1, 2, 3, 7]
+
+
+def test_a_state_that_jumps_is_refused_and_one_around_the_globe_is_not(raw, script, error_of):
+    Path("best_conf/ca.yml").write_text(raw.read_text().replace("dataset_name: city", "dataset_name: ca"))
+    Path("states.json").write_text(state((-179, 175)))
+    assert "Squareland" in (message := error_of("generate_ca_raw.py")) and "181 for -179" in message
+    Path("states.json").write_text(state((-180, 180)))
+    script("generate_ca_raw.py")
+    assert pd.read_csv("ca.csv")["UserId"].tolist() == [1, 2, 5, 6, 7]

@@ -8,7 +8,7 @@ import make_sample_raw as tool
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic.city import CATEGORIES, EXPLORABLE, FORMATS, City
+from synthetic.city import CATEGORIES, EXPLORABLE, FORMATS, City, Format
 from synthetic.people import DAY, generate
 from synthetic.raw_files import Times
 
@@ -272,3 +272,14 @@ def test_times_across_midnight_and_the_year():
     assert times(np.array([-1, 0, 86399, 86400])).tolist() == [
         "Sun Dec 30 23:59:59 +0000 2012", "Mon Dec 31 00:00:00 +0000 2012", "Mon Dec 31 23:59:59 +0000 2012",
         "Tue Jan 01 00:00:00 +0000 2013"]
+
+
+def test_a_city_across_180_degrees_and_none_at_a_pole():
+    def at(latitude, longitude):
+        return City(Format(datetime.date(2012, 4, 3), 720, ((latitude, longitude, 1.),)), 400, seed=0)
+
+    city, fiji = at(-16.8, 10), at(-16.8, 180)
+    assert fiji.longitude.min() < -179 and fiji.longitude.max() > 179 and np.abs(fiji.longitude).max() <= 180
+    np.testing.assert_allclose((fiji.longitude - 180) % 360, (city.longitude - 10) % 360, atol=2e-6)
+    with pytest.raises(AssertionError, match="pole"):
+        at(89.99, 0)

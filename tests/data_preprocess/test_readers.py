@@ -75,6 +75,150 @@ def test_csv_of_ones_own(settings, caplog):
     assert "offsets" in caplog.text and "ignored" in caplog.text
 
 
+OWN = "who,where,lat,lon,when"
+OWN_COLUMNS = {"user": "who", "poi": "where", "lat": "lat", "lon": "lon", "time": "when"}
+
+
+def test_a_csv_without_categories(settings, caplog):
+    Path("raw.csv").write_text(f"{OWN}\nann,A,1.5,2.5,2024-05-01 10:00\n")
+    caplog.set_level("INFO")
+    row = readers.read(config.load(settings("csv", columns=OWN_COLUMNS))).iloc[0]
+    assert row["PoiCategoryId"] == row["PoiCategoryName"] == "place"
+    assert "-fields time,user,poi,coordinates,gps leaves it out" in caplog.text
+
+
+@pytest.mark.parametrize("times, changes, hours", [
+    (["1714557600", "1714561200"], {}, [10, 11]), (["1714557600000", "1714561200000"], {}, [10, 11]),
+    (["Wed May 01 10:00:00 +0000 2024", "Wed May 01 11:00:00 +0000 2024"], {}, [10, 11]),
+    (["1714557600", "1714561200"], {"time_zone": "America/New_York"}, [6, 7]),
+    (["2024-05-01T10:00:00Z", "2024-05-01T13:00:00+02:00"], {"time_zone": "Asia/Tokyo"}, [19, 20]),
+    (["2024-05-01 10:00", "2024-05-01 11:00"], {"time_zone": "Asia/Kolkata"}, [15, 16]),
+    (["1714557600", "1714561200"], {"columns": OWN_COLUMNS | {"offset": "off"}}, [7, 13]),
+    (["2024-05-01 10:00Z", "2024-05-01 11:00Z"], {"columns": OWN_COLUMNS | {"offset": "off"}}, [7, 13])])
+def test_times_of_a_csv_that_are_utc(settings, caplog, times, changes, hours):
+    rows = [f"ann,A,1.5,2.5,{time},{offset}\n" for time, offset in zip(times, (-180, 120))]
+    Path("raw.csv").write_text(f"{OWN},off\n{''.join(rows)}")
+    found = readers.read(config.load(settings("csv", **{"columns": OWN_COLUMNS, **changes})))
+    assert found["LocalTime"].dt.hour.tolist() == hours
+    assert ("UTC, which counts as local time; give time_zone, or an offset" in caplog.text) == (not changes)
+
+
+def test_daylight_saving(settings):
+    """Half an hour before and after New York's clocks go back, an hour apart in UTC, half past one both times."""
+    Path("raw.csv").write_text(f"{OWN}\nann,A,1,2,2024-11-03 05:30\nann,B,1,2,2024-11-03 06:30\n")
+    found = readers.read(config.load(settings("csv", columns=OWN_COLUMNS, time_zone="America/New_York")))
+    assert found["LocalTime"].tolist() == [pd.Timestamp("2024-11-03 01:30")] * 2
+    assert found["PoiId"].tolist() == ["A", "B"]
+
+
+# The files as they go round: other names, separators, headers, orders of columns, times.
+
+PORTAL = ["userId", "venueId", "venueCategoryId", "venueCategory", "latitude", "longitude", "timezoneOffset",
+          "utcTimestamp"]     # as data portals spread the files of TSMC 2014
+VISIT = ["7", "v1", "c1", "Café Bar", "35.7", "139.7", "540", "Tue Apr 03 18:00:09 +0000 2012"]
+UTC = ["2012-04-03 18:00:09", "2012-04-03T18:00:09Z", "2012-04-03T18:00:09.75+00:00", "2012-04-04 03:00:09+0900",
+       "2012-04-03T13:30:09-04:30", "1333476009", "1333476009.5", "1333476009750"]
+
+
+def lines(separator: str, *rows) -> str:
+    return "".join(separator.join(row) + "\n" for row in rows)
+
+
+def reordered(order, *rows):
+    return [[row[i] for i in order] for row in rows]
+
+
+TSMC_VARIANTS = {
+    "portals' CSV": lines(",", PORTAL, VISIT), "semicolons": lines(";", PORTAL, VISIT),
+    "bars": lines("|", PORTAL, VISIT),
+    "commas, no header": lines(",", VISIT), "a header and tabs": lines("\t", PORTAL, VISIT),
+    "other order": lines(",", *reordered([7, 3, 5, 4, 6, 2, 0, 1], PORTAL, VISIT)),
+    "more columns": lines(",", ["", *PORTAL, "place"], ["0", *VISIT, "x"]),
+    "no category id": lines(",", *reordered([0, 1, 3, 4, 5, 6, 7], PORTAL, VISIT)).replace("Café", "c1 is not"),
+    "other names": lines(",", ["user_id", "POI_id", "POI_catid", "POI_catname", "lat", "lng", "timezone", "UTC_time"],
+                         VISIT),
+    "byte order mark, blank lines": "\ufeff\n" + lines(",", PORTAL) + "\n" + lines(",", VISIT),
+    **{f"time {time}": lines(",", PORTAL, [*VISIT[:7], time]) for time in UTC},
+    **{f"no header, time {time}": lines("\t", [*VISIT[:7], time]) for time in UTC[:2]},
+}
+
+
+@pytest.mark.parametrize("text", TSMC_VARIANTS.values(), ids=TSMC_VARIANTS)
+def test_tsmc2014_as_it_goes_round(settings, text):
+    Path("raw.txt").write_text(text)
+    row = readers.read(config.load(settings("tsmc2014"))).iloc[0]
+    assert row["LocalTime"] == pd.Timestamp("2012-04-04 03:00:09")
+    name = "c1 is not Bar" if "is not" in text else "Café Bar"
+    assert row.tolist()[:6] == [7, "v1", name if "is not" in text else "c1", name, 35.7, 139.7]
+
+
+@pytest.mark.parametrize("name", ["raw.txt.gz", "raw.csv", "raw.csv.gz", "raw.tsv"])
+def test_a_file_by_its_other_names(settings, name, caplog):
+    packed = gzip.compress(lines(",", PORTAL, VISIT).encode()) if name.endswith("gz") else None
+    Path(name).write_bytes(packed or lines(",", PORTAL, VISIT).encode())
+    caplog.set_level("INFO")
+    assert readers.read(config.load(settings("tsmc2014")))["UserId"].tolist() == [7]
+    assert (f"raw.txt: not found; {name} is read" in caplog.text) == (name != "raw.txt.gz")
+    assert f"{name}: columns by other names: user = userId, venue = venueId, " in caplog.text
+    Path("raw.txt").write_text(lines("\t", ["8", *VISIT[1:]]))     # the name that the YAML gives goes first
+    assert readers.read(config.load("best_conf/city.yml"))["UserId"].tolist() == [8]
+
+
+def test_own_check_ins_have_the_name_that_the_yaml_gives(settings):
+    Path("raw.txt").write_text(CSV + GOOD)
+    assert error(settings("csv")) == "raw.csv: not found; put it there"
+
+
+GETNEXT_UTC = ["2012-04-03 18:00:09+00:00", "2012-04-03T18:00:09Z", "1333476009", "1333476009000"]
+
+
+@pytest.mark.parametrize("text", [
+    getnext_row(time="2012-04-03T14:00:09-04:00"), getnext_row(time="2012-04-03 14:00:09"),
+    *(("UTC_time,trajectory_id,timezone,POI_id,POI_catname,latitude,longitude,user_id\n",
+       f"{utc},3_1,-240,p,Home (private),40.7,-74.0,3\n") for utc in GETNEXT_UTC),
+    ("user;poi;category;lat;lng;datetime;tz;pseudo_session_trajectory_id\n",
+     "3.0;p;Home (private);40.7;-74.0;2012-04-03 18:00:09;-240;3_1\n")])
+def test_getnext_as_it_goes_round(settings, text):
+    header, row = text if isinstance(text, tuple) else (GETNEXT_HEADER, text)
+    for name in ("train", "val", "test"):
+        Path(f"{name}.csv").write_text(header + row)
+    row = readers.read(config.load(settings("getnext"))).iloc[0]
+    assert row["LocalTime"] == pd.Timestamp("2012-04-03 14:00:09")
+    assert row[["UserId", "PoiId", "PoiCategoryName", "Latitude", "Longitude", "Trajectory"]].tolist() == [
+        3, "p", "Home (private)", 40.7, -74.0, "3_1"]
+    assert row["PoiCategoryId"] == ("k" if header == GETNEXT_HEADER else "Home (private)")
+
+
+@pytest.mark.parametrize("time", ["2010-10-19T23:55:27Z", "2010-10-19 23:55:27", "1287532527", "1287532527000"])
+def test_gowalla_as_it_goes_round(settings, time):
+    category = "\"[{'url': '/categories/89', 'name': 'Craftsman'}]\""
+    for header, row in ((",user_id,location_id,category_id,lat,lng,datetime",
+                         f"0,5,22847,{category},37.6,-122.4,{time}"),
+                        ("UTCTime;PoiId;PoiCategoryId;Latitude;Longitude;UserId",
+                         f"{time};22847;{category};37.6;-122.4;5")):
+        Path("ca.csv").write_text(f"{header}\n{row}\n")
+        row = readers.read(config.load(settings("gowalla"))).iloc[0]
+        assert (row["UserId"], row["PoiId"], row["Latitude"], row["Longitude"]) == (5, 22847, 37.6, -122.4)
+        assert row["PoiCategoryName"] == "Craftsman" and row["LocalTime"] == pd.Timestamp("2010-10-19 23:55:27")
+
+
+@pytest.mark.parametrize("text, words", [
+    (lines(",", PORTAL[:7], VISIT[:7]), ["no column UTC time (utctime, ", "its header has 'userId, venueId"]),
+    (lines(",", PORTAL, VISIT, [*VISIT[:7], "1333476009"]), ["line 3", "UTC time '1333476009' is no time such as Tue"]),
+    (lines(",", PORTAL, [*VISIT[:7], "1333476009"], [*VISIT[:7], "1333476009000"]), ["line 3", "such as 1333476009"]),
+    (lines(",", PORTAL, [*VISIT[:7], "4102444800000000"]), ["line 2", "'4102444800000000' is no time"]),
+    (lines(",", PORTAL, [*VISIT[:7], "2012-04-03T18:00:09+99:00"]), ["line 2", "+99:00' is no time such as 2012"]),
+    (lines(",", PORTAL, [*VISIT[:7], "9999999999"]), ["line 2", "is not between 1970 and 2100"]),
+    (lines(",", [*PORTAL, "user id"], [*VISIT, "8"]), ["two columns user"]),
+    (lines(",", PORTAL, VISIT, VISIT[:7]), ["line 3", "UTC time is empty", "7 of 8 columns"]),
+    (lines(",", PORTAL, ["x7", *VISIT[1:]]), ["line 2", "user 'x7'"]),
+])
+def test_mistakes_in_a_variant(settings, text, words):
+    Path("raw.txt").write_text(text)
+    message = error(settings("tsmc2014"))
+    assert all(word in message for word in ["raw.txt", *words]), message
+
+
 def test_equal_times_keep_the_files_order(settings):
     times = ["10:00:00", "09:00:00", "10:00:00", "09:00:00"] * 10
     Path("raw.csv").write_text(CSV + "".join(f"u,p{i},k,1,2,2024-01-01 {time}\n" for i, time in enumerate(times)))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from checkins import config, samples
+from checkins import config, readers, samples
 from ga_llm.base import artifacts, prompts
 
 ROOT = Path(__file__).parents[2]
@@ -60,3 +60,22 @@ def test_tsmc2014(real_data, root, script):
     script("process_llm_gps.py", "-dataset_name", "tky", "-use_sim", "False")
     lines = (conf.folder / artifacts.questions("test", "tky", 2, False)).read_text().splitlines()
     assert len(lines) == pd.read_csv(conf.folder / "test_sample.csv")["TrajectoryId"].nunique()
+
+
+def test_tokyo_as_data_portals_have_it(real_data, root):
+    """The first days of the real file, with a header line and commas, and beside it the same with tabs and without."""
+    raw = real_data / "tky" / "dataset_TSMC2014_TKY_first_days.csv.gz"
+    if not raw.is_file():
+        pytest.skip(f"no {raw}")
+    text = (ROOT / "best_conf" / "tky.yml").read_text()
+    name = "data-preprocess/data/tky/raw/dataset_TSMC2014_TKY"
+    Path("best_conf/tky.yml").write_text(text.replace(f"{name}.txt", str(raw).replace(".csv.gz", ".txt")))
+    found = readers.read(config.load("best_conf/tky.yml"))
+    plain = pd.read_csv(raw, dtype=str)
+    assert len(found) == len(plain) == 8261
+    assert (found["LocalTime"].min(), found["LocalTime"].max()) == tuple(
+        (pd.to_datetime(plain["utcTimestamp"], format="%a %b %d %H:%M:%S +0000 %Y") + pd.Timedelta(minutes=540)
+         ).agg(["min", "max"]))
+    Path("raw.txt").write_bytes(plain.to_csv(sep="\t", header=False, index=False).encode("latin-1"))
+    Path("best_conf/tky.yml").write_text(text.replace(f"{name}.txt", "raw.txt"))
+    pd.testing.assert_frame_equal(readers.read(config.load("best_conf/tky.yml")), found)

@@ -134,3 +134,62 @@ def test_nothing_left(settings, error_of):
 
 def test_unknown_config(root, error_of):
     assert "best_conf/atlantis.yml: not found" in error_of("run.py", "-f", "best_conf/atlantis.yml")
+
+
+OWN = [("ann-é", "w", "t1", "train"), ("ann-é", "x", "t1", "Training"), ("bob", "w", "t1", "train"),
+       ("bob", "x", "t1", "train"), ("ann-é", "w", "t2", "val"), ("ann-é", "x", "t2", "validation"),
+       ("ann-é", "x", "t3", "test"), ("ann-é", "w", "t3", "test"), ("kim", "w", "t9", "test"),
+       ("kim", "x", "t9", "test")]
+
+
+@pytest.mark.parametrize("in_files", [True, False])
+@pytest.mark.parametrize("own_trajectories", [True, False])
+def test_own_splits_and_trajectories_with_users_that_are_text(settings, script, in_files, own_trajectories):
+    """All within minutes: without the file's own, a user's check-ins are one trajectory."""
+    header, made = "user;poi;lat;lon;time;part;trip\n", enumerate(OWN)
+    rows = [f"{user};{poi};1;2;2024-01-01 10:{i:02};{split};{trip}\n" for i, (user, poi, trip, split) in made]
+    columns = {role: role for role in ("user", "poi", "lat", "lon", "time")}
+    columns |= {"trajectory": "trip"} if own_trajectories else {}
+    changes = {key: None for key in ("min_poi_freq", "min_user_freq", "split_at", "isolation_hours", "passes")}
+    changes["session_time_interval"] = None if own_trajectories else 60
+    if in_files:
+        changes["raw"] = {"train": "1.csv", "validate": "2.csv", "test": "3.csv"}
+        for name, part in changes["raw"].items():
+            Path(part).write_text(header + "".join(row for row in rows if f";{name[:3]}" in row.lower()))
+    else:
+        columns["split"] = "part"
+        Path("raw.csv").write_text(header + "".join(rows))
+    script("run.py", "-f", str(settings("csv", columns=columns, **changes)))
+    assert json.loads((FOLDER / "label_encoding.json").read_text())["user"]["values"] == ["ann-é", "bob"]
+    sample = table("sample.csv")
+    assert sample["Split"].tolist() == ["train"] * 4 + ["validate"] * 2 + ["test"] * 4
+    trajectories = sample["TrajectoryId"].tolist()
+    assert len({*trajectories[:2], *trajectories[4:8]}) == (3 if own_trajectories else 1)
+    assert trajectories[0] != trajectories[2]       # t1 is ann's and bob's
+    assert table("test_sample.csv")["UserId"].tolist() == [1, 1]     # kim is not in train
+    script("process_llm_gps.py", "-dataset_name", "city", "-fields", "time,user,poi,coordinates,gps")
+    pairs = json.loads(next(FOLDER.glob("train_qa*gps.json")).read_text())
+    assert len(pairs) == 2
+
+
+def test_own_split_files_may_lack_validation(settings, script):
+    header = "user,poi,lat,lon,time,trip\n"
+    columns = {role: role for role in ("user", "poi", "lat", "lon", "time")} | {"trajectory": "trip"}
+    without = {key: None for key in ("min_poi_freq", "min_user_freq", "split_at", "isolation_hours", "passes",
+                                     "session_time_interval")}
+    for name in "ab":
+        Path(f"{name}.csv").write_text(header + f"u,p,1,2,2024-01-01 10:00,{name}\nu,p,1,2,2024-01-01 11:00,{name}\n")
+    Path("c.csv").write_text(header)
+    stats = []
+    for raw in ({"train": "a.csv", "test": "b.csv"}, {"train": "a.csv", "validate": "c.csv", "test": "b.csv"}):
+        script("run.py", "-f", str(settings("csv", raw=raw, columns=columns, **without)))
+        stats.append(json.loads((FOLDER / "stats.json").read_text()))
+    assert stats[0] == stats[1] and stats[0]["validate"]["check_ins"] == 0 and stats[0]["test"]["check_ins"] == 2
+
+
+def test_a_split_that_is_none(settings, error_of):
+    Path("raw.csv").write_text("user,poi,lat,lon,time,part\nu,p,1,2,2024-01-01,train\nu,p,1,2,2024-01-01,later\n")
+    columns = {role: role for role in ("user", "poi", "lat", "lon", "time")} | {"split": "part"}
+    without = {key: None for key in ("min_poi_freq", "min_user_freq", "split_at", "isolation_hours", "passes")}
+    message = error_of("run.py", "-f", str(settings("csv", columns=columns, **without)))
+    assert "raw.csv, line 3: part 'later' is none of train, " in message

@@ -132,3 +132,13 @@ def test_elsewhere(small_city, script):
     made = {path.name for path in Path("other/city/preprocessed").iterdir()}
     assert made >= {"city_poi_embeddings.npy", "city_poi_embeddings.json", "train_qa_pairs_city_pam.json"}
     assert not Path("datasets").exists()
+
+
+def test_neighbours_across_180_degrees_and_over_the_pole():
+    places = pd.DataFrame({"Latitude": [0, 0, 0, 0, 89.9, 89.9, 89.9],
+                           "Longitude": [179.9, -179.8, 179, -170, 0, 179, 140]})
+    near = transitions.neighbours(places, 1).toarray()
+    expected = np.zeros((7, 7))
+    for one, other in ((0, 1), (2, 0), (3, 1), (5, 6), (4, 6)):     # 4 to 6: over the pole it is 140° east, not 179
+        expected[one, other] = expected[other, one] = 1
+    assert near.tolist() == expected.tolist()

@@ -1,4 +1,5 @@
 """Raw check-ins as tired people and strangers hand them in: read right, or refused in one line without a trace."""
+import datetime
 import gzip
 import json
 import re
@@ -41,6 +42,7 @@ HARMLESS = {
     "blank lines": lambda text: text.replace("\n", "\n\n"),
     "times out of order": backwards,
     "no end of the last line": lambda text: text[:-1],
+    "semicolons": lambda text: text.replace(",", ";").replace("\t", ";"),
 }
 
 
@@ -51,6 +53,16 @@ def test_works_as_if_nothing_were_the_matter(city, good, format_, change):
     made.edit(made.main, change)
     succeeds(made.samples)
     assert snapshot(made.folder) == snapshot(good(format_).folder)
+
+
+def portal(text: str) -> str:
+    """The file of TSMC 2014 as data portals have it, with columns in another order."""
+    head = "userId\tvenueId\tvenueCategoryId\tvenueCategory\tlatitude\tlongitude\ttimezoneOffset\tutcTimestamp\n"
+    return in_order("tsmc2014", 7, 0, 1, 2, 3, 4, 5, 6)(head + text).replace("\t", ",")
+
+
+def unix(time: str) -> str:
+    return str(int(datetime.datetime.strptime(time, "%a %b %d %H:%M:%S %z %Y").timestamp()))
 
 
 @pytest.mark.parametrize("format_, role, change", [
@@ -66,10 +78,15 @@ def test_works_as_if_nothing_were_the_matter(city, good, format_, change):
     ("csv", "check_ins", every("csv", "lat", lambda lat: f"{float(lat):.3e}")),
     ("getnext", "train", every("getnext", "user", lambda user: f"{user}.0")),
     ("tsmc2014", "check_ins", every("tsmc2014", "offset", "540.0")),
+    ("tsmc2014", "check_ins", portal), ("tsmc2014", "check_ins", lambda text: every("tsmc2014", "time", unix)(text)),
+    ("gowalla", "all_check_ins", lambda text: "user,check-in_time,latitude,longitude,location_id\n"
+     + text.replace("\t", ",")),
+    ("getnext", "test", every("getnext", "time", lambda time: time.replace(" ", "T").replace("+00:00", "-04:00"))),
     ("gowalla", "states", lambda text: "\ufeff" + text),
     ("gowalla", "spots", lambda text: text + text.partition("\n")[2]),
 ], ids=["csv: columns", "getnext: columns", "spots: columns", "spaces in the header", "fractions", "offsets",
-        "mixed offsets", "quoted ids", "exponents", "ids 1.0", "offset 540.0", "GeoJSON with BOM", "spots twice"])
+        "mixed offsets", "quoted ids", "exponents", "ids 1.0", "offset 540.0", "portal",
+        "Unix seconds", "Gowalla with a header", "zones", "GeoJSON with BOM", "spots twice"])
 def test_other_ways_to_write_the_same(city, good, format_, role, change):
     made = city(format_)
     made.edit(role, change)
@@ -102,7 +119,7 @@ WHOLE_FILES = {                                   # what happens to the file -> 
     "one blank line": (lambda text: "\n", "no"),
     "UTF-16": (lambda text: text.encode("utf-16"), "save it"),
     "UTF-16 without its mark": (lambda text: text.encode("utf-16-le"), "NUL"),
-    "semicolons": (lambda text: text.replace(",", ";").replace("\t", ";"), ""),
+    "colons": (lambda text: text.replace(",", ":").replace("\t", ":"), ""),
     "packed, but not called .gz": (lambda text: gzip.compress(text.encode()), ""),
     "NUL bytes": (lambda text: text[:200] + "\0\0" + text[200:], "NUL"),
     "cut off in the last line": (lambda text: text[:-30], "line "),

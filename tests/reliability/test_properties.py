@@ -19,7 +19,7 @@ import yaml
 from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 
-from checkins import config, encoding, filters, mapping, questions, readers, splits, trajectories
+from checkins import cells, config, encoding, filters, mapping, questions, readers, splits, trajectories
 from ga_llm.base import prompts
 from ga_llm.evaluation import baselines, metrics
 from ga_llm.llm import backbone
@@ -216,16 +216,31 @@ def test_encoding(values, first_id, data):
     assert not first_id <= fitted.unseen <= fitted.last_id
 
 
+near = st.floats(-1, 1)
+
+
 @repeatable
-@given(st.lists(st.tuples(st.integers(0, 5), st.floats(-90, 90), st.floats(-180, 180)), min_size=1, max_size=30))
-def test_mapping_is_the_mean(rows):
-    frame = pd.DataFrame(rows, columns=["PoiId", "Latitude", "Longitude"])
-    found = mapping.places(frame)
-    assert found["GPS_id"].tolist() == sorted(set(frame["PoiId"]))
+@given(st.dictionaries(st.integers(0, 5), st.tuples(st.floats(-83, 83), longitudes, st.lists(
+    st.tuples(near, near), min_size=1, max_size=8)), min_size=1))
+@example({3: (0, 180, [(0, -0.5), (0, 0.25)])})
+def test_mapping_is_the_mean(places):
+    """Of check-ins around a place, on whichever side of ±180°."""
+    rows = [(poi, latitude + up, (longitude + across + 180) % 360 - 180)
+            for poi, (latitude, longitude, offsets) in places.items() for up, across in offsets]
+    found = mapping.places(pd.DataFrame(rows, columns=["PoiId", "Latitude", "Longitude"]))
+    assert found["GPS_id"].tolist() == sorted(places) and found["Longitude"].between(-180, 180).all()
     for row in found.itertuples():
-        own = [place for place in rows if place[0] == row.GPS_id]
-        assert [row.Latitude, row.Longitude] == pytest.approx(
-            [math.fsum(place[i] for place in own) / len(own) for i in (1, 2)], abs=1e-9)
+        latitude, longitude, offsets = places[row.GPS_id]
+        up, across = (math.fsum(offset[i] for offset in offsets) / len(offsets) for i in (0, 1))
+        assert row.Latitude == pytest.approx(latitude + up, abs=1e-9)
+        assert (row.Longitude - longitude - across + 180) % 360 - 180 == pytest.approx(0, abs=1e-9)
+
+
+@repeatable
+@given(st.lists(st.tuples(latitudes, longitudes), min_size=1, max_size=30))
+def test_mapping_of_anything_is_on_the_globe(rows):
+    found = mapping.places(pd.DataFrame(rows, columns=["Latitude", "Longitude"]).assign(PoiId=1))
+    assert found["Latitude"].between(-90, 90).all() and found["Longitude"].between(-180, 180).all()
 
 
 # Questions
@@ -305,7 +320,7 @@ def test_history_in_steps(limits, drawn, step):
 NAMES = ["Café", "POI id 12", "poi ID 3", "Current trajectory of user 3: x", "user 9", "<GPS 5>", "<answer>:",
          "2012-04-03 18:00:09", "(1.000000, 2.000000)", "a. b", "x\u2028y\x85z\n", "𝛼 日本", "History of user 1:"]
 # What the readers let through: one line, of which something is left.
-names = (st.sampled_from(NAMES) | st.text(max_size=12)).map(readers._clean_name).filter(bool)
+names = (st.sampled_from(NAMES) | st.text(max_size=12)).map(cells.clean_name).filter(bool)
 ids = st.integers(0, 99_999)
 times = st.datetimes(datetime.datetime(1970, 1, 1), datetime.datetime(2100, 1, 1)).map(
     lambda time: time.strftime("%Y-%m-%d %H:%M:%S"))
@@ -369,13 +384,16 @@ def equal(frame, rows):
     columns = ["UserId", "PoiId", "PoiCategoryId", "PoiCategoryName", "Latitude", "Longitude"]
     found = [frame[column].tolist() for column in columns]
     assert found[:3] + found[4:] == [[row[i] for row in rows] for i in (0, 1, 2, 4, 5)]
-    assert frame["PoiCategoryName"].tolist() == [readers._clean_name(row[3]) for row in rows]
+    assert frame["PoiCategoryName"].tolist() == [cells.clean_name(row[3]) for row in rows]
     assert frame["LocalTime"].tolist() == [local(row[-1]) for row in rows]
 
 
 def visible(*texts):
     """Names of which something is left, and no cell that begins as a file may begin."""
-    return all(readers._clean_name(text) for text in texts) and not any("\ufeff" in text for text in texts)
+    return all(cells.clean_name(text) for text in texts) and not any("\ufeff" in text for text in texts)
+
+
+OWN = ("user", "poi", "category", "lat", "lon", "time")
 
 
 @few
@@ -385,10 +403,10 @@ def test_csv_is_read_back(tmp_path, rows):
     path = tmp_path / "raw.csv"
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(config.CSV_COLUMNS)
+        writer.writerow(OWN)
         writer.writerows([*row[:5], local(row[5]).isoformat(" ")] for row in rows)
     conf = written_config(tmp_path, "csv", raw={"check_ins": str(path)},
-                          columns={role: role for role in config.CSV_COLUMNS})
+                          columns={role: role for role in OWN})
     equal(readers.read(conf), [(user, poi, name, name, *rest) for user, poi, name, *rest in rows])
 
 

@@ -64,6 +64,12 @@ def test_distances_are_scikit_learns():
     assert len(metrics.distances([], [], mapping)) == 0
 
 
+def test_distances_across_180_degrees_and_at_the_pole():
+    mapping = GPSMapping(np.arange(5), np.array([0, 0, 89.9, 89.9, 90]), np.array([179.9, -179.9, 30, -150, 77]))
+    a_degree = math.pi / 180 * 6371.0088
+    np.testing.assert_allclose(metrics.distances([0, 2, 2], [1, 3, 4], mapping), np.array([.2, .2, .1]) * a_degree)
+
+
 def test_interval_is_that_of_a_binomial():
     hits = [1] * 300 + [9] * 700
     metric = metrics.summary(hits, [0] * 300 + [NAN] * 700, draws=5000)

@@ -1,10 +1,16 @@
-"""Longer context, 4-bit on a CPU, what is trained."""
+"""Longer context, 4-bit on a CPU, what is trained, a tokenizer of SentencePiece's own."""
+import json
+
+import numpy as np
 import pytest
 import torch
+from make_tiny_llama import sample_prompts
 from transformers import LlamaConfig
 
 from ga_llm.base.cli import UserError
 from ga_llm.llm import backbone
+from geo_encoder import gps_tokens
+from geo_encoder.gps_tokens import GPSMapping
 
 
 @pytest.mark.parametrize("length, factor", [(4096, None), (4097, 2), (8192, 2), (32768, 8)])
@@ -156,3 +162,42 @@ def test_compiled_layers_compute_the_same(tiny_llama):
     assert loss == pytest.approx(plain[0], rel=1e-5)
     assert (gradient - plain[1]).norm() <= 1e-4 * plain[1].norm()
     assert torch._dynamo.utils.counters["frames"]["ok"] <= 8
+
+
+@pytest.fixture
+def llama2(tmp_path):
+    """A folder as Llama 2's originals: SentencePiece's tokenizer.model, and no tokenizer.json."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sample_prompts(0, 60)), model_prefix=str(tmp_path / "tokenizer"), model_type="bpe",
+        vocab_size=700, byte_fallback=True, split_digits=True, normalization_rule_name="identity", minloglevel=2,
+        remove_extra_whitespaces=False, max_sentence_length=100_000)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 700}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+        "add_bos_token": True, "add_eos_token": False, "legacy": False}))
+    return tmp_path
+
+
+def test_a_tokenizer_model_without_a_tokenizer_json(llama2, tmp_path):
+    """Read as SentencePiece reads it; with the places' tokens, and saved, it stays so."""
+    import sentencepiece
+    reference = sentencepiece.SentencePieceProcessor(str(llama2 / "tokenizer.model"))
+    texts = [*sample_prompts(1, 5), "Café 東京 \U0001f363, 40.7"]
+    tokenizer = backbone.load_tokenizer(str(llama2))
+    assert tokenizer.is_fast and tokenizer.pad_token == tokenizer.eos_token == "</s>"
+    assert tokenizer(texts).input_ids == [[reference.bos_id(), *reference.encode(text)] for text in texts]
+    mapping = GPSMapping(np.arange(3), np.zeros(3), np.zeros(3))
+    assert gps_tokens.add_gps_tokens(tokenizer, mapping).tolist() == [700, 701, 702]
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = backbone.load_tokenizer(str(tmp_path / "saved"))
+    assert again(texts).input_ids == tokenizer(texts).input_ids and again("<GPS 1>").input_ids[-1] == 701
+
+
+def test_a_tokenizer_model_that_is_none(llama2):
+    """As git leaves it where Git LFS is not installed."""
+    (llama2 / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:9e\nsize 499\n")
+    with pytest.raises(UserError) as error:
+        backbone.load_tokenizer(str(llama2))
+    assert "tokenizer.model is none of SentencePiece's; " in str(error.value) and "\n" not in str(error.value)

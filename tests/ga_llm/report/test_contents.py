@@ -258,3 +258,30 @@ def test_the_scale_of_distance_is_readable_in_greyscale():
     """Light to dark, step by step."""
     luminance = figures.FAR(np.linspace(0, 1, 50))[:, :3] @ [0.2126, 0.7152, 0.0722]
     assert (np.diff(luminance) < 0).all() and luminance[0] - luminance[-1] > 0.6
+
+
+def moved(mapping: GPSMapping, east: float) -> GPSMapping:
+    return GPSMapping(mapping.ids, mapping.latitude, (mapping.longitude + east + 180) % 360 - 180)
+
+
+@pytest.mark.parametrize("latitude", [-16.8, 89.99])
+def test_a_map_does_not_depend_on_where_180_degrees_lie(latitude):
+    """The same town elsewhere is the same picture, but for the rounding of an edge; at a pole it is turned."""
+    random = np.random.default_rng(0)
+    here = GPSMapping(np.arange(40), latitude + random.uniform(-.009, .009, 40), random.uniform(-.02, .02, 40))
+    there = moved(here, 180)
+    assert there.longitude.max() - there.longitude.min() > 359
+
+    def pictures(mapping):
+        points = np.column_stack([mapping.longitude, mapping.latitude])
+        true, guessed = points[:20], points[20:]
+        yield figures.colour_map(mapping, np.linspace(0, 1, 120).reshape(40, 3))
+        yield figures.error_map(mapping, true, guessed, np.arange(1.0, 21), np.arange(20) < 5, 20.0)
+        yield figures.example(mapping, points[:6], points[6], points[7:12], points[12])
+        yield figures.example(mapping, points[:0], points[6], np.full((1, 2), np.nan), None)
+
+    for one, other in zip(pictures(here), pictures(there)):
+        one, other = (imread(io.BytesIO(png)) for png in (one, other))
+        assert (one[..., :3] < .5).any()
+        if latitude < 85:
+            assert one.shape == other.shape and (np.abs(one - other) > .1).mean() < .002
