@@ -87,7 +87,8 @@ def flash_attention():
 for name, what, *given in (("shapely", script, "data-preprocess/generate_ca_raw.py"), ("folium", folium),
                            ("gguf", script, "tools/get_smollm2.py", "--output_dir", "new"),
                            ("deepspeed", arguments.parse, arguments.SFTArguments, flags),
-                           ("bitsandbytes", backbone.quantization, True), ("sentencepiece", sentencepiece), ("flash-attn", flash_attention)):
+                           ("bitsandbytes", backbone.quantization, True), ("sentencepiece", sentencepiece),
+                           ("flash-attn", flash_attention)):
     code, text = forked(what, *given)
     *_, told = [line for line in text.splitlines() if name in line]
     print("told", name, code, told, "Traceback" in text, sep="|")

@@ -145,7 +145,7 @@ def _in_prompt(test_prompts) -> list[bool]:
 
 def report(test_prompts, model: Ranking, baselines: dict[str, Ranking], train: pd.DataFrame, mapping,
            prompts_per_second: float | None, protocol: str, decoding: str) -> dict:
-    """All of metrics.json (the script adds "settings", its flags):
+    """All of metrics.json (the script adds "settings", its flags, and "split", whose questions they are):
 
     - protocol: which pairs are asked (`protocols.PROTOCOLS`); n: how many there are
     - decoding: how the model answered. "rank": among all POIs; "beam": its 20 best, all others count as unranked;

@@ -11,6 +11,7 @@ into the input and mixing with a vocabulary: See et al. (arXiv 1704.04368), Meri
 """
 import dataclasses
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -52,8 +53,7 @@ class PointerConfig:
             raise ValueError(f"hidden_size {self.hidden_size} or heads {self.heads} (1 to 64) is impossible")
 
 
-@dataclasses.dataclass
-class Pointed:
+class Pointed(NamedTuple):      # a tuple, in which DeepSpeed finds the tensors
     """What the pointer says. log_gate: (P, Q), of g; share: (P, Q, T), (1 - g) · P_pointer of each check-in's place,
     at the last visit to it, elsewhere 0."""
     log_gate: torch.Tensor

@@ -52,7 +52,8 @@ def test_the_mean_turns_with_the_globe():
 
 
 def test_the_mapping_that_run_writes(settings, script):
-    rows = [f"u,p,k,-16.8,{'179.999' if hour % 2 else '-179.999'},{pd.Timestamp('2024-01-01') + hour * pd.Timedelta('1h')}"
+    start = pd.Timestamp("2024-01-01")
+    rows = [f"u,p,k,-16.8,{'179.999' if hour % 2 else '-179.999'},{start + hour * pd.Timedelta('1h')}"
             for hour in range(40)]
     Path("raw.csv").write_text(HEADER + "\n".join(rows) + "\n")
     script("run.py", "-f", str(settings("csv")))

@@ -111,7 +111,9 @@ def test_two_processes_train_what_one_does(pointed, one_process, stack):
     assert losses(checkpoint) == pytest.approx(losses(one_process), rel=1e-3)
     one, other = ({**load_file(folder / ADAPTER), **load_file(folder / artifacts.TRAINABLE_PARAMS)}
                   for folder in (checkpoint, one_process))
-    assert close(one, other, 2e-4)
+    faster = [name for name in one if name.startswith("pointer.") and name.count(".") == 1]     # its tables: ten times
+    assert close({name: one.pop(name) for name in faster}, {name: other.pop(name) for name in faster}, 1e-3)
+    assert close(one, other, 1e-4)
 
 
 @pytest.mark.parametrize("kind, output", [("moments", "outputs/pointed"), ("tokens", "outputs/by_token")])
