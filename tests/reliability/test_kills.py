@@ -125,10 +125,10 @@ def wait_for_step(process, folder, step):
 
 
 @pytest.mark.bulk
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage, beside", [(1, []), (2, []), (2, ["--pointer", "True"])], ids=["1", "2", "pointer"])
 @pytest.mark.parametrize("kills", [pytest.param(6, id="short"), pytest.param(20, id="long", marks=pytest.mark.soak)])
-def test_training_killed(repo, tmp_path, stage, kills):
-    flags = [*FLAGS, *ORDER[stage], "--data_path", few_pairs(repo, stage, 6)]
+def test_training_killed(repo, tmp_path, stage, beside, kills):
+    flags = [*FLAGS, *ORDER[stage], "--data_path", few_pairs(repo, stage, 6), *beside]
     undisturbed, folder, trace = tmp_path / "undisturbed", tmp_path / "killed", tmp_path / "trace"
     forked.train(repo, stage, undisturbed, *flags, hooks=[functools.partial(forked.watch, undisturbed, trace)])
     operations = len(trace.read_text().splitlines())

@@ -1,6 +1,7 @@
 """The README's commands, as tests run them in a copy of the repository."""
 import contextlib
 import glob
+import hashlib
 import json
 import os
 import shutil
@@ -10,7 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.numpy
 from torch.utils import cpp_extension
+
+from ga_llm.base import artifacts
 
 ROOT = Path(__file__).parents[2]
 CODE = ("best_conf", "data-preprocess", "ds_configs", "ga_llm", "geo_encoder", "tools", "finetune_GCIM.py",
@@ -94,10 +98,16 @@ def held(file):
 
 
 def few_pairs(repo, number, count):
-    """A question file of `count` pairs for a stage, so that a few steps are several epochs."""
+    """A question file of `count` pairs for a stage, so that a few steps are several epochs; stage 2's with check-ins."""
     path = Path(f"few_pairs_{number}_{count}.json")
     if not (repo / path).exists():
         (repo / path).write_text(json.dumps(json.loads((repo / PAIRS[number]).read_text())[:count]))
+        if number == 2:
+            held = safetensors.numpy.load_file(artifacts.check_ins(repo / PAIRS[number]))
+            held["ends"] = held["ends"][:count]
+            held["rows"] = held["rows"][:held["ends"][-1]]
+            safetensors.numpy.save_file(held, artifacts.check_ins(repo / path), {
+                "questions": hashlib.sha256((repo / path).read_bytes()).hexdigest()})
     return str(path)
 
 
