@@ -93,7 +93,36 @@ def test_fourier_formula():
     assert abs(fourier.frequencies.weight.std().item() - 0.01) < 0.001
 
 
-@pytest.mark.parametrize("kind", ["hierarchical", "fourier", "fusion"])
+@torch.no_grad()
+def test_cells_are_summed_by_level():
+    """Cells from the quadkey's text, each with a row of its own in a dictionary: what two places share is theirs alone.
+
+    The hash may put two cells into one row, which these few do not show.
+    """
+    cells, rows = encoder("cells"), {}
+    texts = ["".join(map(str, row.tolist())) for row in DIGITS]
+    for text, digits in zip(texts, DIGITS):
+        for level in range(10, 19):
+            row = (int(text[:level], 4) * 32 + level) * 0x9E3779B97F4A7C15 % 2 ** 64 >> 49
+            assert rows.setdefault(text[:level], row) == row
+        expected = sum(cells.gps_embedding.weight[rows[text[:level]]] for level in range(10, 19))
+        torch.testing.assert_close(cells(digits[None])[0], expected)
+    assert len(set(rows.values())) == len(rows) > 40
+    far = DIGITS[:1].clone()
+    far[0, 18:] = 3 - far[0, 18:]           # below level 18 nothing counts
+    assert torch.equal(cells(far), cells(DIGITS[:1]))
+
+
+def test_cells_of_real_places_seldom_share_a_row():
+    """10,000 places in a city, in 40,000 cells: no place has its rows in common with another's of other cells."""
+    draw = np.random.default_rng(0)
+    digits = torch.from_numpy(quadkeys(40.7 + draw.normal(0, .1, 10000), -74 + draw.normal(0, .1, 10000)))
+    vectors = encoder("cells", width=4)(digits).detach()
+    own = len(np.unique(digits[:, :18].numpy(), axis=0))
+    assert len(torch.unique(vectors, dim=0)) == own
+
+
+@pytest.mark.parametrize("kind", ["hierarchical", "fourier", "fusion", "cells"])
 def test_batched_equals_one_by_one(kind):
     model = encoder(kind).eval()
     together = model(DIGITS)
@@ -108,7 +137,7 @@ def test_an_encoder_without_a_layer_for_lora_is_told_in_one_line():
 
 @pytest.mark.parametrize("kind, layers", [("hierarchical", ["gps_embedding", "out_proj", "linear1", "linear2"]),
                                           ("fusion", ["gps_embedding", "out_proj", "linear1", "linear2",
-                                                      "projection"])])
+                                                      "projection"]), ("cells", ["gps_embedding"])])
 @pytest.mark.parametrize("training", [True, False])
 def test_lora_reaches_every_target(kind, layers, training):
     """Gradients arrive at the half of LoRA that starts at zero, in every target, in train and in eval mode, and that
@@ -132,7 +161,7 @@ def test_lora_reaches_every_target(kind, layers, training):
             parameter.zero_()
 
 
-@pytest.mark.parametrize("kind", ["hierarchical", "fusion"])
+@pytest.mark.parametrize("kind", ["hierarchical", "fusion", "cells"])
 def test_merged_equals_unmerged(kind, tmp_path):
     model = add_lora(encoder(kind, width=12), r=4, alpha=8).eval()
     with torch.no_grad():
