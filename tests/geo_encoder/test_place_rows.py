@@ -83,7 +83,8 @@ def test_moments_learn_and_their_rows_do_not(tiny_llama, mapping_csv):
     tokenizer, llm = load_tokenizer(tiny_llama()), load_llm(tiny_llama(), 512, "sdpa", torch.float32)
     gps_tokens.add_gps_tokens(tokenizer, gps_tokens.read_gps_mapping(mapping_csv), llm)
     times = gps_tokens.add_time_tokens(tokenizer, llm)
-    assert len(times) == 7 * 48 * 17 and tokenizer("<TIME 5><GPS 1>", add_special_tokens=False)["input_ids"][0] == times[5]
+    assert len(times) == 7 * 48 * 17
+    assert tokenizer("<TIME 5><GPS 1>", add_special_tokens=False)["input_ids"][0] == times[5]
     model = add_lora(llm, 4, 8, 0.0)
     train_by_name(model, "embed")
     beside.add_moments(llm, times)

@@ -98,7 +98,7 @@ def held(file):
 
 
 def few_pairs(repo, number, count):
-    """A question file of `count` pairs for a stage, so that a few steps are several epochs; stage 2's with check-ins."""
+    """A question file of `count` pairs for a stage, with stage 2's check-ins: a few steps are several epochs."""
     path = Path(f"few_pairs_{number}_{count}.json")
     if not (repo / path).exists():
         (repo / path).write_text(json.dumps(json.loads((repo / PAIRS[number]).read_text())[:count]))
