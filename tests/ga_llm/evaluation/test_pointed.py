@@ -75,9 +75,10 @@ class Asked:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("kind", ["tokens", "moments", "text"])
-def test_every_poi_has_the_probability_of_the_mixture(asked_city, tiny_llama, monkeypatch, kind):
-    asked = Asked(asked_city, tiny_llama(), kind)
+@pytest.mark.parametrize("style, kind", [("llama3", "tokens"), ("llama3", "moments"), ("llama3", "text"),
+                                         ("sentencepiece", "tokens"), ("sentencepiece", "moments")])
+def test_every_poi_has_the_probability_of_the_mixture(asked_city, tiny_llama, monkeypatch, style, kind):
+    asked = Asked(asked_city, tiny_llama(style), kind)
     whole = asked.ranked(asked.prompts, full=True)
     for prompt in asked.prompts:
         expected = asked.one_by_one(prompt)

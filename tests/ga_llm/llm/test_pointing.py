@@ -88,7 +88,8 @@ def one_by_one(world, every):
 
 def world_marks(world, pair):
     """Which tokens spell a place: digits behind "POI id", or <GPS n> behind <TIME n>; from their texts."""
-    texts = [world.tokenizer.decode([token]) for token in pair["input_ids"].tolist()]
+    texts = [token.replace("Ġ", " ").replace("▁", " ") for token in
+             world.tokenizer.convert_ids_to_tokens(pair["input_ids"].tolist())]
     marks, spelled = [], ""
     for before, text in zip(["", *texts], texts):
         spelled += text
@@ -98,10 +99,11 @@ def world_marks(world, pair):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["tokens", "moments", "text"])
+@pytest.mark.parametrize("style, kind", [("llama3", "tokens"), ("llama3", "moments"), ("llama3", "text"),
+                                         ("sentencepiece", "tokens"), ("sentencepiece", "moments")])
 @pytest.mark.parametrize("every", [True, False])
-def test_the_loss_is_that_of_the_mixture(asked_city, tiny_llama, kind, every):
-    world = World(asked_city, tiny_llama(), kind, every)
+def test_the_loss_is_that_of_the_mixture(asked_city, tiny_llama, style, kind, every):
+    world = World(asked_city, tiny_llama(style), kind, every)
     total, count = one_by_one(world, every)
     batch = world.collator(world.some)
     loss = world.llm(**batch).loss
