@@ -6,7 +6,8 @@
         [--poi_embedding_path E.npy --projector_path P1/N/poi_projector.pth]
 
 LongLoRA: LoRA (r 8, alpha 16, dropout 0.1) on the attention's projections, embeddings and norms trained beside it,
-S²-Attn while training (paper, Section 4.2). Leaves O/checkpoint-N/ for test_next_gps.py.
+S²-Attn while training (paper, Section 4.2). Leaves O/checkpoint-N/ for test_next_gps.py. Beyond the paper: --pointer,
+--geo_output (docs/pointer.md).
 """
 import dataclasses
 import logging
