@@ -49,6 +49,7 @@ BELOW = {"lora_dropout": 1, "dropout": 1, "adam_beta1": 1, "adam_beta2": 1, "see
 GONE = {
     "overwrite_output_dir": "an existing --output_dir is continued only with --resume_from_checkpoint",
     "save_safetensors": "weights are always saved as safetensors",
+    "logging_nan_inf_filter": "a loss that is not finite ends the run",
     "enable_jit_checkpoint": "SIGTERM and SIGUSR1 always end a run after its step, with a checkpoint",
     "logging_dir": "set TENSORBOARD_LOGGING_DIR instead",
 }

@@ -22,7 +22,7 @@ from ga_llm.base.sharding import set_up_fsdp
 from ga_llm.base.writing import atomic_write, saving
 from ga_llm.llm import beside, pointing
 from ga_llm.llm.backbone import compile_layers, prepare_for_autocast
-from ga_llm.training import preemption, staging
+from ga_llm.training import finite, preemption, staging
 from ga_llm.training.checkpoints import (ADAPTER, AGREEMENT, PATHS, PEFT_PREFIX, is_llms, llms_alone,
                                          load_weights)
 from ga_llm.training.run_log import LoggedTrainer
@@ -49,6 +49,7 @@ class GATrainer(LoggedTrainer):
     def __init__(self, *args, encoders: dict[str, str] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.encoders = encoders
+        self.args.logging_nan_inf_filter = False        # such a loss ends the run
         if self.args.bf16 or self.args.fp16:
             prepare_for_autocast(self.model)
         if self.args.compiles_layers:
@@ -82,6 +83,10 @@ class GATrainer(LoggedTrainer):
     def _get_output_dir(self, trial) -> str:
         """Where checkpoints are written; whole, they are renamed into --output_dir."""
         return str(staging.staging(self.args.output_dir))
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
+        finite.check_step(self, tr_loss, grad_norm)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def _save_checkpoint(self, model, trial):
         with saving(self.args.output_dir):
@@ -239,6 +244,7 @@ class EncoderTrainer(GATrainer):
     def gather(self) -> None:
         """Merge the weights as they are now. Every rank must call it, for ZeRO-3 and FSDP gather them."""
         self.merged = [merged_state_dict(one.encoder) for one in self.trained]
+        finite.check_merged(self, self.merged)
 
     def save_encoders(self, folder: Path, final: bool = False) -> None:
         """Write what was gathered, on rank 0."""
