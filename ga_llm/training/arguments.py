@@ -25,7 +25,7 @@ from transformers.utils import is_liger_kernel_available
 
 from ga_llm.base.artifacts import require
 from ga_llm.base.cli import LEAST_TOKENS, MOST_TOKENS, UserError, boolean
-from ga_llm.training import resuming
+from ga_llm.training import losses, resuming
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +41,11 @@ AT_LEAST = {        # what transformers would divide by, or takes for another va
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
                      "lora_r", "lora_alpha", "save_total_limit"), 1),
     **dict.fromkeys(("weight_decay", "warmup_steps", "max_grad_norm", "lora_dropout", "dropout",
-                     "dataloader_num_workers", "adam_epsilon", "tree_tokens", "batch_tokens", "seed",
-                     "data_seed"), 0),
+                     "dataloader_num_workers", "label_smoothing_factor", "neftune_noise_alpha", "adam_epsilon",
+                     "tree_tokens", "batch_tokens", "seed", "data_seed"), 0),
 }
 ABOVE_0 = ("num_train_epochs", "learning_rate", "save_steps", "logging_steps")
-BELOW = {"lora_dropout": 1, "dropout": 1, "adam_beta1": 1, "adam_beta2": 1, "seed": 2**32, "data_seed": 2**32}
+BELOW = {"lora_dropout": 1, "dropout": 1, "adam_beta1": 1, "adam_beta2": 1, "label_smoothing_factor": 1, "seed": 2**32, "data_seed": 2**32}
 GONE = {
     "overwrite_output_dir": "an existing --output_dir is continued only with --resume_from_checkpoint",
     "save_safetensors": "weights are always saved as safetensors",
@@ -269,6 +269,7 @@ def _check(args: SFTArguments, required: Sequence[str]) -> None:
     if args.tree_tokens and not (args.shared_prefix and args.tree_tokens >= args.model_max_length):
         raise UserError(f"--tree_tokens {args.tree_tokens}: goes with --shared_prefix True, and a tree must hold a "
                         f"prompt of --model_max_length {args.model_max_length}; give as many, or leave it out")
+    losses.check(args)
     resuming.check_output(args)
 
 

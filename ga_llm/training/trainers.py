@@ -22,7 +22,7 @@ from ga_llm.base.sharding import set_up_fsdp
 from ga_llm.base.writing import atomic_write, saving
 from ga_llm.llm import beside, pointing
 from ga_llm.llm.backbone import compile_layers, prepare_for_autocast
-from ga_llm.training import finite, preemption, staging
+from ga_llm.training import finite, losses, preemption, staging
 from ga_llm.training.checkpoints import (ADAPTER, AGREEMENT, PATHS, PEFT_PREFIX, is_llms, llms_alone,
                                          load_weights)
 from ga_llm.training.run_log import LoggedTrainer
@@ -50,6 +50,8 @@ class GATrainer(LoggedTrainer):
         super().__init__(*args, **kwargs)
         self.encoders = encoders
         self.args.logging_nan_inf_filter = False        # such a loss ends the run
+        if self.label_smoother is not None:
+            self.label_smoother = losses.AlignedSmoother(self.label_smoother.epsilon)
         if self.args.bf16 or self.args.fp16:
             prepare_for_autocast(self.model)
         if self.args.compiles_layers:
@@ -83,6 +85,11 @@ class GATrainer(LoggedTrainer):
     def _get_output_dir(self, trial) -> str:
         """Where checkpoints are written; whole, they are renamed into --output_dir."""
         return str(staging.staging(self.args.output_dir))
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if self.label_smoother is not None:
+            inputs = {**inputs, "labels": inputs["shift_labels"]}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
         finite.check_step(self, tr_loss, grad_norm)
