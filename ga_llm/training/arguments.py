@@ -45,7 +45,8 @@ AT_LEAST = {        # what transformers would divide by, or takes for another va
                      "tree_tokens", "batch_tokens", "seed", "data_seed"), 0),
 }
 ABOVE_0 = ("num_train_epochs", "learning_rate", "save_steps", "logging_steps")
-BELOW = {"lora_dropout": 1, "dropout": 1, "adam_beta1": 1, "adam_beta2": 1, "label_smoothing_factor": 1, "seed": 2**32, "data_seed": 2**32}
+BELOW = {**dict.fromkeys(("lora_dropout", "dropout", "adam_beta1", "adam_beta2", "label_smoothing_factor"), 1),
+         "seed": 2**32, "data_seed": 2**32}
 GONE = {
     "overwrite_output_dir": "an existing --output_dir is continued only with --resume_from_checkpoint",
     "save_safetensors": "weights are always saved as safetensors",
@@ -74,6 +75,8 @@ class SFTArguments(TrainingArguments):
         default="answer", metadata={"help": "the answer (paper), or every POI id of a pair, in its prompt, too"})
     load_in_4bit: bool = dataclasses.field(default=True, metadata={"help": "base in NF4 where bitsandbytes runs"})
     low_rank_training: bool = dataclasses.field(default=True, metadata={"help": "False trains all of the LLM"})
+    init_from: str | None = dataclasses.field(
+        default=None, metadata={"help": "a checkpoint-N whose weights alone this run starts from"})
 
     dry_run: bool = dataclasses.field(default=False, metadata={"help": "check, run three steps, print a plan"})
 

@@ -197,7 +197,7 @@ def read_agreement(folder: Path | str) -> dict:
     path = Path(folder) / AGREEMENT
     found = read_json(path) if path.exists() else {}
     kinds = {"model_max_length": int, "base_model": str, "trained": list, "encoders": dict, "questions": dict,
-             "paths": dict, "beside": dict}
+             "paths": dict, "beside": dict, "flags": dict, "files": dict}
     for name, value in found.items():
         if name in kinds and type(value) is not kinds[name]:
             raise UserError(f"{path}: {name} is {str(value)[:100]!r}; {WAY_OUT}")

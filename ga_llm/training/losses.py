@@ -17,8 +17,8 @@ class AlignedSmoother(LabelSmoother):
 def check(args) -> None:
     """Raises UserError for what would train on something else than it says."""
     if args.neftune_noise_alpha is not None and args.shared_prefix:
-        raise UserError("--neftune_noise_alpha: its noise follows from a sequence's length, which a tree does not have; "
-                        "leave it out, or --shared_prefix")
+        raise UserError("--neftune_noise_alpha: its noise follows from a sequence's length, which a tree does not have;"
+                        " leave it out, or --shared_prefix")
     if args.remove_unused_columns:
         raise UserError("--remove_unused_columns True: would remove where a pair's answer begins; leave it out")
     if args.accelerator_config.dispatch_batches:

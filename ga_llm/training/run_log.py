@@ -214,8 +214,9 @@ def add_start(path: Path, start: dict) -> None:
 def describe_start(trainer: Trainer, step: int) -> dict:
     """What a start of a run was made of, as far as it decides what comes out."""
     args = trainer.args
-    hashes = {"data_path": getattr(trainer.train_dataset, "sha256", None)}
     files = {name: Path(getattr(args, name)) for name in INPUT_FILES if getattr(args, name, None)}
+    if getattr(args, "init_from", None):
+        files |= {f"init_from/{path.name}": path for path in Path(args.init_from).glob("*.safetensors")}
     return {
         "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "from_step": step,
@@ -224,11 +225,19 @@ def describe_start(trainer: Trainer, step: int) -> dict:
         "arguments": args.to_dict(),
         "versions": versions(),
         "git": git_state(ROOT),
-        "files": {name: {"path": str(path), "sha256": hashes.get(name) or sha256(path)}
+        "files": {name: {"path": str(path), "sha256": data_sha256(trainer) if name == "data_path" else sha256(path)}
                   for name, path in files.items()},
         "base_model": describe_model_folder(args.model_name_or_path, trainer.model.config),
         "machine": {**machine(), "world_size": args.world_size},
     }
+
+
+def data_sha256(trainer: Trainer) -> str:
+    """That of --data_path, as it was when its tokens were cached: of the data set, or of the one that its trees are of.
+    """
+    dataset = trainer.train_dataset
+    found = (getattr(one, "sha256", None) for one in (dataset, getattr(dataset, "dataset", None)))
+    return next(filter(None, found), None) or sha256(trainer.args.data_path)
 
 
 def describe_evaluation() -> dict:

@@ -22,10 +22,10 @@ from ga_llm.base.sharding import set_up_fsdp
 from ga_llm.base.writing import atomic_write, saving
 from ga_llm.llm import beside, pointing
 from ga_llm.llm.backbone import compile_layers, prepare_for_autocast
-from ga_llm.training import finite, losses, preemption, staging
+from ga_llm.training import finite, flags, losses, preemption, staging
 from ga_llm.training.checkpoints import (ADAPTER, AGREEMENT, PATHS, PEFT_PREFIX, is_llms, llms_alone,
                                          load_weights)
-from ga_llm.training.run_log import LoggedTrainer
+from ga_llm.training.run_log import LoggedTrainer, data_sha256, sha256
 from ga_llm.training.sampling import EpochSampler
 from geo_encoder.weights import digest, merged_state_dict, save_encoder
 
@@ -48,7 +48,7 @@ class GATrainer(LoggedTrainer):
 
     def __init__(self, *args, encoders: dict[str, str] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.encoders = encoders
+        self.encoders, self.flags = encoders, flags.deciding(self.args)
         self.args.logging_nan_inf_filter = False        # such a loss ends the run
         if self.label_smoother is not None:
             self.label_smoother = losses.AlignedSmoother(self.label_smoother.epsilon)
@@ -162,8 +162,9 @@ class GATrainer(LoggedTrainer):
         """What those who go on from a checkpoint must agree with."""
         found = {"model_max_length": self.args.model_max_length,
                  "base_model": fingerprint(self.args.model_name_or_path),
-                 "encoders": self.encoders, "questions": self._questions(),
+                 "encoders": self.encoders, "questions": self._questions(), "flags": self.flags,
                  "beside": beside.describe(self.llm) or None,
+                 "files": {"data_path": data_sha256(self), "gps_mapping_path": sha256(self.args.gps_mapping_path)},
                  "trained": [name.removeprefix(PEFT_PREFIX) for name in self._beside_lora()]}
         return {name: value for name, value in found.items() if value is not None}
 

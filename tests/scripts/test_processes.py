@@ -135,6 +135,16 @@ def test_tied_embeddings_are_not_trained_in_pieces(repo):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stack", STACKS)
+def test_weights_alone(repo, one_process, stack):
+    """A step that is too small to be seen leaves, in every piece, the weights of the checkpoint that it starts from."""
+    source = one_process(2) / "checkpoint-6"
+    output = train(repo, 2, f"outputs/{stack}_from", *NO_DROPOUT[2], *STACKS[stack], "--learning_rate", "1e-12",
+                   "--max_steps", "2", "--init_from", source)
+    assert close(trained(output / "checkpoint-2"), trained(source), 1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stack", STACKS)
 def test_divergence_stops_all_processes(repo, stack):
     """At the same step, with what was finite before it."""
     output = f"outputs/{stack}_diverged"

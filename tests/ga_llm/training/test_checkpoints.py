@@ -189,23 +189,24 @@ def test_an_earlier_run_is_not_written_over(train, tmp_path):
 
 
 def test_a_run_without_its_optimizer_is_not_resumed(train, tmp_path):
-    train(2, max_steps=2)
+    train(2, max_steps=2, lr_scheduler_type="constant")
     checkpoint = tmp_path / "stage2/checkpoint-2"
     (checkpoint / "optimizer.pt").unlink()
     with pytest.raises(UserError, match="no optimizer.pt, so no optimizer to go on with; resume with the flags"):
-        train(2, max_steps=4, resume_from_checkpoint="auto")
+        train(2, max_steps=4, lr_scheduler_type="constant", resume_from_checkpoint="auto")
     (checkpoint / "latest").write_text("global_step2")
     with pytest.raises(UserError, match="it was saved with DeepSpeed; resume with the flags"):
-        train(2, max_steps=4, resume_from_checkpoint=checkpoint)
+        train(2, max_steps=4, lr_scheduler_type="constant", resume_from_checkpoint=checkpoint)
 
 
 def test_the_final_encoder_of_a_finished_run(train, tmp_path):
     """It is the last checkpoint's, also if the run was once shorter, and what another process left is swept."""
-    trainer = train(1, max_steps=2)
+    flags = {"lr_scheduler_type": "constant"}
+    trainer = train(1, max_steps=2, **flags)
     trainer.save_final_encoders(trained=True)
-    trainer = train(1, max_steps=4, resume_from_checkpoint="auto")      # killed before it saved the final one
+    trainer = train(1, max_steps=4, resume_from_checkpoint="auto", **flags)     # killed before it saved the final one
     (tmp_path / "stage1/.incomplete/final").mkdir(parents=True)
-    trainer = train(1, max_steps=4, resume_from_checkpoint="auto")
+    trainer = train(1, max_steps=4, resume_from_checkpoint="auto", **flags)
     trainer.save_final_encoders(trained=False)
     final, last = (torch.load(tmp_path / "stage1" / name, weights_only=True) for name in
                    ("geo_encoder_final_merged.pth", "4/geo_encoder_merged.pth"))

@@ -74,7 +74,7 @@ def test_lora_that_is_too_large_once_it_is_merged(train, tmp_path, monkeypatch):
                     parameter.fill_(1e25)
         gather(self)
 
-    train(1, **{**FLAGS, "max_steps": 2})
+    train(1, **{**FLAGS, "max_steps": 2}, lr_scheduler_type="constant")
     monkeypatch.setattr(trainers.EncoderTrainer, "gather", overflow)
     with pytest.raises(UserError, match="step 3: merged encoder not finite"):
         train(1, **FLAGS, lr_scheduler_type="constant", resume_from_checkpoint="auto")

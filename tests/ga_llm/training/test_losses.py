@@ -30,8 +30,8 @@ def train(tiny_llama, mapping_csv, data, tmp_path):
         size = 1 if flags.get("shared_prefix") else len(PAIRS)
         options = {"model_name_or_path": tiny_llama(), "data_path": data, "gps_mapping_path": mapping_csv,
                    "output_dir": tmp_path / folder, "model_max_length": 256, "load_in_4bit": False, "max_steps": 1,
-                   "use_full_attn": True, "per_device_train_batch_size": size, "logging_steps": 1, "learning_rate": 0.01,
-                   "optim": "sgd", "max_grad_norm": 0, **flags}
+                   "use_full_attn": True, "per_device_train_batch_size": size, "logging_steps": 1,
+                   "learning_rate": 0.01, "optim": "sgd", "max_grad_norm": 0, **flags}
         args = arguments.parse(arguments.SFTArguments, [p for k, v in options.items() for p in (f"--{k}", str(v))])
         setup = common.set_up(args)
         model = backbone.add_lora(setup.model, 8, 16, 0.0)
