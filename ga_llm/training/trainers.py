@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from safetensors.torch import save_file
+from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from ga_llm.base.artifacts import GCIM, TRAINABLE_PARAMS, EncoderFiles, question_settings, require
 from ga_llm.base.cli import UserError
@@ -38,6 +40,14 @@ torch.serialization.register_package(
     0, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None)
 
 
+class LastStep(TrainerCallback):
+    """--save_strategy no: the last step is saved all the same. transformers would leave nothing of the training."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.save_strategy == SaveStrategy.NO and state.global_step >= state.max_steps and not args.dry_run:
+            control.should_save = True
+
+
 class GATrainer(LoggedTrainer):
     """Trainer whose checkpoints are whole or not there, hold what is trained beside LoRA, and are gone on from exactly.
 
@@ -58,6 +68,7 @@ class GATrainer(LoggedTrainer):
             compile_layers(self.model, **self.args.compile_options)
         self.preemption = preemption.Preemption()
         self.add_callback(self.preemption)
+        self.add_callback(LastStep)
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()

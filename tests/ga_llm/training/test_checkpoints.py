@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from ga_llm.base.cli import UserError
 from ga_llm.llm import backbone
-from ga_llm.training import checkpoints
+from ga_llm.training import checkpoints, staging
 from geo_encoder import gps_tokens, injection, weights
 
 PAIR = "<question>: user 1 POI id 1 <GPS 1>. Where next? <answer>: user 1 will visit POI id 1."
@@ -214,3 +214,18 @@ def test_the_final_encoder_of_a_finished_run(train, tmp_path):
     (tmp_path / "stage1/4/geo_encoder_merged.pth").unlink()
     with pytest.raises(UserError, match="geo_encoder_merged.pth: not found"):
         trainer.save_final_encoders(trained=False)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("flags, steps", [
+    ({"save_strategy": "no"}, [3]), ({"save_strategy": "no", "max_steps": -1, "num_train_epochs": 2}, [2]),
+    ({"save_strategy": "epoch", "per_device_train_batch_size": 2}, [2, 3]), ({"save_steps": 2}, [2, 3]),
+    ({"save_steps": 100}, [3])], ids=["no", "no, epochs", "epoch", "steps", "more steps than there are"])
+def test_the_last_step_is_always_saved(train, tmp_path, stage, flags, steps):
+    """Epochs of two steps or one; whole, so that the run may go on from there."""
+    flags = {"max_steps": 3, "save_steps": 100, "lr_scheduler_type": "constant", "save_total_limit": 3, **flags}
+    train(stage, **flags)
+    folder = tmp_path / f"stage{stage}"
+    assert staging.steps(folder) == steps
+    train(stage, **{**flags, "max_steps": 5}, resume_from_checkpoint="auto")
+    assert staging.steps(folder)[-1] == 5
