@@ -4,6 +4,7 @@ A flag that transformers has renamed or dropped stays accepted, and what the mac
 line says so.
 """
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
@@ -25,7 +26,7 @@ from transformers.utils import is_liger_kernel_available
 
 from ga_llm.base.artifacts import require
 from ga_llm.base.cli import LEAST_TOKENS, MOST_TOKENS, UserError, boolean
-from ga_llm.training import losses, resuming
+from ga_llm.training import building, losses, resuming
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +43,9 @@ AT_LEAST = {        # what transformers would divide by, or takes for another va
                      "lora_r", "lora_alpha", "save_total_limit"), 1),
     **dict.fromkeys(("weight_decay", "warmup_steps", "max_grad_norm", "lora_dropout", "dropout",
                      "dataloader_num_workers", "label_smoothing_factor", "neftune_noise_alpha", "adam_epsilon",
-                     "tree_tokens", "batch_tokens", "seed", "data_seed"), 0),
+                     "adam_beta1", "adam_beta2", "tree_tokens", "batch_tokens", "seed", "data_seed"), 0),
 }
-ABOVE_0 = ("num_train_epochs", "learning_rate", "save_steps", "logging_steps")
+ABOVE_0 = ("num_train_epochs", "learning_rate", "save_steps", "logging_steps", "ddp_timeout")
 BELOW = {**dict.fromkeys(("lora_dropout", "dropout", "adam_beta1", "adam_beta2", "label_smoothing_factor"), 1),
          "seed": 2**32, "data_seed": 2**32}
 GONE = {
@@ -128,16 +129,31 @@ def parse(arguments_class: type[SFTArguments], argv: list[str] | None = None, re
             close = difflib.get_close_matches(f"--{flag}", known, n=1)
             raise UserError(f"--{flag}: unknown flag" + (f"; did you mean {close[0]}?" if close else "; see --help"))
     parser.error = _raise
-    try:
-        args, = parser.parse_args_into_dataclasses([part for flag, values in flags for part in (f"--{flag}", *values)])
-    except (ValueError, ImportError) as error:
-        _raise(" ".join(str(error).split()))
+    args = _parse(parser, flags)
     _check(args, required)
     if args.dry_run:
         # Trainer makes its folder; the planned one stays as it is.
         args.scratch = tempfile.TemporaryDirectory(prefix="dry-run-")
         args.planned_output_dir, args.output_dir = args.output_dir, args.scratch.name
     return args
+
+
+def _parse(parser: HfArgumentParser, flags) -> SFTArguments:
+    def parse_these(some):
+        return parser.parse_args_into_dataclasses([part for flag, values in some for part in (f"--{flag}", *values)])[0]
+
+    try:
+        return parse_these(flags)
+    except UserError:
+        raise
+    except Exception as error:      # transformers seldom says whose: of the flag without which all others pass
+        name = "flags"
+        for i, (flag, values) in enumerate(flags):
+            with contextlib.suppress(Exception):
+                parse_these(flags[:i] + flags[i + 1:])
+                name = f"--{flag} {' '.join(values)}"
+        with building.of_flags(name):
+            raise error
 
 
 def _raise(message: str):
@@ -150,7 +166,7 @@ def _pairs(argv: list[str]) -> list[tuple[str, list[str]]]:
     for part in argv:
         if part.startswith("--"):
             flag, equals, value = part[2:].partition("=")
-            pairs.append((flag, [value] if equals else []))
+            pairs.append((flag.replace("-", "_"), [value] if equals else []))
         elif not pairs:
             _raise(f"{part!r}: flags start with --")
         else:
@@ -273,6 +289,7 @@ def _check(args: SFTArguments, required: Sequence[str]) -> None:
         raise UserError(f"--tree_tokens {args.tree_tokens}: goes with --shared_prefix True, and a tree must hold a "
                         f"prompt of --model_max_length {args.model_max_length}; give as many, or leave it out")
     losses.check(args)
+    building.check(args)
     resuming.check_output(args)
 
 

@@ -24,7 +24,7 @@ from ga_llm.base.sharding import set_up_fsdp
 from ga_llm.base.writing import atomic_write, saving
 from ga_llm.llm import beside, pointing
 from ga_llm.llm.backbone import compile_layers, prepare_for_autocast
-from ga_llm.training import finite, flags, losses, preemption, staging
+from ga_llm.training import building, finite, flags, losses, preemption, staging
 from ga_llm.training.checkpoints import (ADAPTER, AGREEMENT, PATHS, PEFT_PREFIX, is_llms, llms_alone,
                                          load_weights)
 from ga_llm.training.run_log import LoggedTrainer, data_sha256, sha256
@@ -57,7 +57,8 @@ class GATrainer(LoggedTrainer):
     """
 
     def __init__(self, *args, encoders: dict[str, str] | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
+        with building.of_flags("flags"):
+            super().__init__(*args, **kwargs)
         self.encoders, self.flags = encoders, flags.deciding(self.args)
         self.args.logging_nan_inf_filter = False        # such a loss ends the run
         if self.label_smoother is not None:
@@ -65,10 +66,19 @@ class GATrainer(LoggedTrainer):
         if self.args.bf16 or self.args.fp16:
             prepare_for_autocast(self.model)
         if self.args.compiles_layers:
-            compile_layers(self.model, **self.args.compile_options)
+            with building.of_flags(f"--torch_compile {self.args.compile_options}"):
+                compile_layers(self.model, **self.args.compile_options)
         self.preemption = preemption.Preemption()
         self.add_callback(self.preemption)
         self.add_callback(LastStep)
+
+    def get_train_dataloader(self):
+        with building.of_flags("--dataloader_…"):
+            return super().get_train_dataloader()
+
+    def create_scheduler(self, *args, **kwargs):
+        with building.of_flags(building.schedule(self.args)):
+            return super().create_scheduler(*args, **kwargs)
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
@@ -155,7 +165,8 @@ class GATrainer(LoggedTrainer):
 
     def create_optimizer(self, *args, **kwargs):
         """The pointer's tables learn faster than all else, and do not decay."""
-        optimizer = super().create_optimizer(*args, **kwargs)
+        with building.of_flags(building.optimizer(self.args)):
+            optimizer = super().create_optimizer(*args, **kwargs)
         pointer = getattr(self.llm, pointing.MODULE, None)
         biases = [] if pointer is None else pointer.biases
         known, rate = {id(bias) for bias in biases}, FASTER * self.args.learning_rate

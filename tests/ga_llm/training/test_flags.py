@@ -34,8 +34,8 @@ def test_every_flag_that_decides(parse, tmp_path, kind):
         "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "optim",
         "optim_args", "adam_beta1", "max_grad_norm", "gradient_accumulation_steps", "per_device_train_batch_size",
         "seed", "data_seed", "max_steps", "num_train_epochs", "lora_r", "lora_alpha", "use_full_attn", "shared_prefix",
-        "tree_tokens", "loss_on", "model_max_length", "train_sampling_strategy", "dataloader_drop_last", "label_smoothing_factor",
-        "neftune_noise_alpha", "low_rank_training", "init_from"}
+        "tree_tokens", "loss_on", "model_max_length", "train_sampling_strategy", "dataloader_drop_last",
+        "label_smoothing_factor", "neftune_noise_alpha", "low_rank_training", "init_from"}
     path = tmp_path / "checkpoint-2" / checkpoints.AGREEMENT
     flags.check(deciding, args, path)
     for name, value in deciding.items():
