@@ -60,8 +60,8 @@ def main():
     run_, metrics = export.read_run(checkpoint), export.read_metrics(checkpoint)
 
     dtype = args.dtype or backbone.default_dtype()
-    whole = argparse.Namespace(**{**vars(args), "dtype": "float32", "load_in_4bit": False})
-    model, tokenizer = trained.load(whole, agreement, mapping, "sdpa")
+    whole = argparse.Namespace(**{**vars(args), "dtype": "float32"})
+    model, tokenizer = trained.load(whole, agreement, mapping, "sdpa", to_merge=True)
     pointer = pointing.remove(model)
     model = export.plain(model, getattr(torch, dtype))
 
@@ -75,7 +75,8 @@ def main():
     first = mapping.ids.argmin()
     about = model_card.Model(
         folder=args.export_dir, base=export.base_name(args.base_model), dataset=args.dataset_name,
-        raw_from=dataset.raw_from, questions=questions, context=context, dtype=dtype,
+        quantization=agreement.get("quantization"), rounded=whole.load_in_4bit, raw_from=dataset.raw_from,
+        questions=questions, context=context, dtype=dtype,
         full=checkpoints.holds_full_model(checkpoint), trained=agreement.get("trained", []), run=run_, metrics=metrics,
         encoders=["GCIM"] * bool(args.geoencoder_path) + ["PAM"] * bool(args.projector_path), places=len(mapping.ids),
         first=int(mapping.ids[first]), last=int(mapping.ids.max()), latitude=float(mapping.latitude[first]),

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 from ga_llm.base import prompts
+from ga_llm.llm import four_bits
 
 README = "README.md"
 METRICS = ("Acc@1", "Acc@5", "MRR")
@@ -17,6 +18,7 @@ EXAMPLE = ("2013-01-05 12:00:00", "2013-01-05 18:00:00")
 class Model:
     """What the card tells. base: a hub's name or a folder's; raw_from: where the check-ins are to be had.
 
+    quantization: of the base in training, None if that is not known; rounded: whether its weights here are of 4 bits.
     run: the training's last start, as run.json has it; metrics: of metrics.json; either None where it is not there.
     encoders: the names of the modules whose vectors stand in the embedding; first, last: POI ids; places: their number;
     latitude, longitude: of the first, degrees. pointer: whether it has one; alone: the metrics without it.
@@ -30,6 +32,8 @@ class Model:
     dtype: str
     full: bool
     trained: list[str]
+    quantization: str | None
+    rounded: bool
     run: dict | None
     metrics: dict | None
     encoders: list[str]
@@ -209,11 +213,12 @@ def _verdict(found: dict) -> str:
 def _quantization(model: Model) -> str:
     if model.full:
         return "All weights were trained, none of them quantized: this is the model that was trained."
-    if model.run is None:
-        return ("Whether the base was quantized to 4 bits in training is not known. If it was, merging LoRA into the "
-                "unquantized weights gives not exactly the model that was trained.")
-    given = model.run["arguments"]
-    if given.get("load_in_4bit") and "bitsandbytes" in model.run.get("versions", {}):
-        return ("The base was quantized to 4 bits (NF4) in training, and LoRA is merged into its unquantized weights "
-                "here: not exactly the model that was trained. Measure again what matters.")
-    return "The base was not quantized in training; merging changes no more than the rounding."
+    into = ("weights as they are when rounded to 4 bits (NF4)" if model.rounded else "unquantized weights")
+    if model.quantization is None:
+        return ("Whether the base was quantized to 4 bits in training is not known. LoRA is merged into its "
+                f"{into} here: if it was trained on others, that is not exactly the model that was trained.")
+    was = four_bits.describe(model.quantization)
+    if (model.quantization == four_bits.NF4) == model.rounded:
+        return f"The base was {was} in training, and LoRA is merged into these weights; the rest is rounding."
+    return (f"The base was {was} in training, and LoRA is merged into its {into} here: not the model that was trained. "
+            "Measure again what matters.")

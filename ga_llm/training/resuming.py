@@ -14,6 +14,7 @@ from ga_llm.base.cli import UserError
 from ga_llm.base.reading import (WAY_OUT, check_pickle, read_json, read_shapes, read_tensors, reason,
                                  weights_files)
 from ga_llm.base.sharding import gathered
+from ga_llm.llm import four_bits
 from ga_llm.training import flags, staging
 from ga_llm.training.checkpoints import (ADAPTER, ADAPTER_CONFIG, AGREEMENT, CONVERTED, FULL_MODEL, adapter_config,
                                          check_agreement, check_fits, holds_full_model, in_model, read_agreement)
@@ -133,7 +134,9 @@ def check_tied(trainer: Trainer) -> None:
 def start_from(folder: Path, trainer: Trainer) -> None:
     """--init_from: the weights of the checkpoint `folder`, and nothing else of it. Raises UserError if they do not fit.
     """
-    check_same(folder, trainer)
+    was, now = check_same(folder, trainer).get("quantization"), four_bits.kind(trainer.model)
+    if was not in (None, now):
+        log.info("%s: trained on a base %s, which is %s here", folder, four_bits.describe(was), four_bits.describe(now))
     check_weights(folder, trainer)
     model, is_adapter = trainer.model, isinstance(trainer.model, PeftModel)
     for file in [folder / ADAPTER] if is_adapter else weights_files(folder):
@@ -185,6 +188,7 @@ def check_resumable(checkpoint: Path, trainer: Trainer) -> None:
             raise UserError(f"{message}: DeepSpeed's files do not fit; start as many as before")
         log.warning("%s: the steps to come hold other pairs than they would have", message)
     check_weights(checkpoint, trainer)
+    four_bits.check(checkpoint / AGREEMENT, before.get("quantization"), trainer.model)
     for name, found in before.get("files", {}).items():
         if found != trainer.agreement["files"].get(name, found):
             raise UserError(f"{checkpoint / AGREEMENT}: trained on another file than --{name} "

@@ -22,9 +22,9 @@ from ga_llm.base.cli import UserError
 from ga_llm.base.reading import check_finite, fingerprint, read_json, read_tensors, reason
 from ga_llm.base.sharding import set_up_fsdp
 from ga_llm.base.writing import atomic_write, saving
-from ga_llm.llm import beside, pointing
+from ga_llm.llm import beside, four_bits, pointing
 from ga_llm.llm.backbone import compile_layers, prepare_for_autocast
-from ga_llm.training import building, finite, flags, losses, preemption, staging
+from ga_llm.training import building, checkpoint_card, finite, flags, losses, preemption, staging
 from ga_llm.training.checkpoints import (ADAPTER, AGREEMENT, PATHS, PEFT_PREFIX, is_llms, llms_alone,
                                          load_weights)
 from ga_llm.training.run_log import LoggedTrainer, data_sha256, sha256
@@ -144,8 +144,10 @@ class GATrainer(LoggedTrainer):
                       output_dir / TRAINABLE_PARAMS)
             self.processing_class.save_pretrained(str(output_dir))
         if self.args.should_save:
-            with atomic_write(Path(output_dir or self.args.output_dir) / AGREEMENT) as file:
-                json.dump(self.agreement | {"paths": self.paths} | self.saved_with, file)
+            folder, agreement = Path(output_dir or self.args.output_dir), self.agreement | {"paths": self.paths}
+            with atomic_write(folder / AGREEMENT) as file:
+                json.dump(agreement | self.saved_with, file)
+            checkpoint_card.write(folder, agreement, self.state.global_step, isinstance(self.model, PeftModel))
 
     @property
     def saved_with(self) -> dict:
@@ -186,6 +188,7 @@ class GATrainer(LoggedTrainer):
                  "base_model": fingerprint(self.args.model_name_or_path),
                  "encoders": self.encoders, "questions": self._questions(), "flags": self.flags,
                  "beside": beside.describe(self.llm) or None,
+                 "quantization": four_bits.kind(self.model),
                  "files": {"data_path": data_sha256(self), "gps_mapping_path": sha256(self.args.gps_mapping_path)},
                  "trained": [name.removeprefix(PEFT_PREFIX) for name in self._beside_lora()]}
         return {name: value for name, value in found.items() if value is not None}
