@@ -29,7 +29,7 @@ from ga_llm.base.cli import Parser, UserError, run  # noqa: E402
 from ga_llm.evaluation import trained  # noqa: E402
 from ga_llm.llm import backbone, pointing  # noqa: E402
 from ga_llm.serving import export, model_card  # noqa: E402
-from ga_llm.training import checkpoints  # noqa: E402
+from ga_llm.training import checkpoints, run_log  # noqa: E402
 from geo_encoder import gps_tokens, injection  # noqa: E402
 
 log = logging.getLogger("export")
@@ -77,7 +77,9 @@ def main():
         folder=args.export_dir, base=export.base_name(args.base_model), dataset=args.dataset_name,
         quantization=agreement.get("quantization"), rounded=whole.load_in_4bit, raw_from=dataset.raw_from,
         questions=questions, context=context, dtype=dtype,
-        full=checkpoints.holds_full_model(checkpoint), trained=agreement.get("trained", []), run=run_, metrics=metrics,
+        full=checkpoints.holds_full_model(checkpoint), trained=agreement.get("trained", []), metrics=metrics,
+        flags=agreement.get("flags") or (run_ or {}).get("arguments"), step=run_log.step_of(checkpoint.resolve()),
+        processes=((run_ or {}).get("machine") or {}).get("world_size"),
         encoders=["GCIM"] * bool(args.geoencoder_path) + ["PAM"] * bool(args.projector_path), places=len(mapping.ids),
         first=int(mapping.ids[first]), last=int(mapping.ids.max()), latitude=float(mapping.latitude[first]),
         longitude=float(mapping.longitude[first]),

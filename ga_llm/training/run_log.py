@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -197,7 +198,7 @@ def plot_loss(axes, lines: list[dict]) -> None:
     axes.plot(steps, loss.rolling(window, center=True, min_periods=1).mean(), color="black", linewidth=1.8,
               label=f"mean of {window} log lines")
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("training loss (nats per answer token)")
+    axes.set_ylabel("training loss (nats per token that counts)")
     axes.grid(color="0.9")
     axes.legend()
 
@@ -209,6 +210,21 @@ def add_start(path: Path, start: dict) -> None:
         raise UserError(f"{path}: no list of starts, so not a training's; remove it, or give another --output_dir")
     with atomic_write(path) as file:
         json.dump({"starts": [*starts, start]}, file, indent=1, default=str)
+
+
+def read_start(path: Path, step: int | None = None) -> dict:
+    """Of run.json: what the start was made of that came to `step` (None: the last one); empty if it is not told."""
+    starts = read_json(path).get("starts") if path.is_file() else None
+    starts = [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
+    before = [start for start in starts if step is None or type(start.get("from_step")) is not int
+              or start["from_step"] < step]
+    return before[-1] if before else {}
+
+
+def step_of(folder: Path | str) -> int | None:
+    """N of the checkpoint-N that `folder` is or lies in."""
+    found = (re.fullmatch(r"checkpoint-(\d{1,15})", name) for name in reversed(Path(folder).parts))
+    return next((int(match[1]) for match in found if match), None)
 
 
 def describe_start(trainer: Trainer, step: int) -> dict:
