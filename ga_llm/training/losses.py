@@ -16,6 +16,8 @@ class AlignedSmoother(LabelSmoother):
 
 def check(args) -> None:
     """Raises UserError for what would train on something else than it says."""
+    if args.label_smoothing_factor and getattr(args, "pointer", False):
+        raise UserError("--label_smoothing_factor: would take the place of the pointer's loss; leave out one")
     if args.neftune_noise_alpha is not None and args.shared_prefix:
         raise UserError("--neftune_noise_alpha: its noise follows from a sequence's length, which a tree does not have;"
                         " leave it out, or --shared_prefix")

@@ -249,11 +249,12 @@ def describe_start(trainer: Trainer, step: int) -> dict:
 
 
 def data_sha256(trainer: Trainer) -> str:
-    """That of --data_path, as it was when its tokens were cached: of the data set, or of the one that its trees are of.
+    """That of --data_path, as it was when its tokens were cached: of the data set, or of that of its trees or batches.
     """
     dataset = trainer.train_dataset
-    found = (getattr(one, "sha256", None) for one in (dataset, getattr(dataset, "dataset", None)))
-    return next(filter(None, found), None) or sha256(trainer.args.data_path)
+    while not hasattr(dataset, "sha256") and hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    return getattr(dataset, "sha256", None) or sha256(trainer.args.data_path)
 
 
 def describe_evaluation() -> dict:

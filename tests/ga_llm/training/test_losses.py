@@ -1,4 +1,5 @@
 """The loss that is trained on is the one that the flags say, for pairs one by one and as trees."""
+import argparse
 import json
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from ga_llm.base.cli import UserError
 from ga_llm.llm import backbone
 from ga_llm.pairs import sft_data, token_cache
-from ga_llm.training import arguments, common, trainers
+from ga_llm.training import arguments, common, losses, trainers
 from geo_encoder import gps_tokens
 
 # A trunk of 60 tokens and more without a POI id: trees count the ids of what pairs share once.
@@ -49,7 +50,7 @@ def by_hand(model_folder, mapping_csv, data, poi_ids, smoothing):
     tokenizer = backbone.load_tokenizer(model_folder)
     model = backbone.load_llm(model_folder, 256, "sdpa", torch.float32)
     gps_tokens.add_gps_tokens(tokenizer, gps_tokens.read_gps_mapping(mapping_csv), model)
-    losses = []
+    terms = []
     for pair in token_cache.load(data, tokenizer, 256, mapping_csv, poi_ids=poi_ids):
         ids = torch.tensor(pair["input_ids"]).long()
         counted = torch.arange(len(ids)) >= pair["answer_start"]
@@ -59,8 +60,8 @@ def by_hand(model_folder, mapping_csv, data, poi_ids, smoothing):
             probabilities = model.eval()(ids[None]).logits[0].log_softmax(-1)
         for i in counted.nonzero().flatten().tolist():
             row = probabilities[i - 1]
-            losses.append((smoothing - 1) * row[ids[i]].item() - smoothing * row.mean().item())
-    return sum(losses) / len(losses)
+            terms.append((smoothing - 1) * row[ids[i]].item() - smoothing * row.mean().item())
+    return sum(terms) / len(terms)
 
 
 @pytest.mark.parametrize("loss_on", ["answer", "poi_ids"])
@@ -101,9 +102,15 @@ def test_options_that_are_refused(train, tmp_path, flags, message):
     assert not (tmp_path / "one").exists()
 
 
+def test_smoothing_knows_no_pointer():
+    args = argparse.Namespace(label_smoothing_factor=0.1, pointer=True)
+    with pytest.raises(UserError, match="--label_smoothing_factor: .* pointer's loss; leave out one"):
+        losses.check(args)
+
+
 def test_smoothing_shifts_nothing():
     """Two tokens, as the collators give them: the label of each stands where its logits are."""
     logits = torch.tensor([[[2.0, 0, 0], [0, 3.0, 0]]])
     labels = torch.tensor([[0, sft_data.IGNORED]])
-    found = trainers.losses.AlignedSmoother(0.0)({"logits": logits}, labels, shift_labels=True, num_items_in_batch=1)
+    found = losses.AlignedSmoother(0.0)({"logits": logits}, labels, shift_labels=True, num_items_in_batch=1)
     assert found.item() == pytest.approx(-logits[0, 0].log_softmax(-1)[0].item())
