@@ -26,18 +26,18 @@ RUNS = ("use_cpu", "local_rank", "ddp_", "fsdp", "debug", "skip_memory_metrics",
 PASSED_OVER = (*FILES, *SAYS, *SAVES, *EVALUATES, *RUNS)    # names, or how they begin
 # These take effect from the checkpoint on: other roundings, or as they say.
 FROM_HERE_ON = ("bf16", "fp16", "tf32", "use_flash_attn", "use_liger_kernel", "full_determinism", "ignore_data_skip")
+TRAINING = "training"
 LENGTH = ("max_steps", "num_train_epochs")
 ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt")      # schedules that know of no last step
 
 
 def deciding(args) -> dict:
-    """The flags of a run that decide its result, as JSON knows them."""
+    """The flags of a run that decide its result, as JSON knows them, and of which training they are."""
     found = json.loads(json.dumps(args.to_dict(), default=str))
     found = {name: value for name, value in found.items() if not name.startswith(PASSED_OVER)}
     if args.dry_run:
         found["gradient_accumulation_steps"] = args.planned_accumulation_steps
-    found["deepspeed"] = _deepspeed(args.deepspeed)
-    return found
+    return found | {"deepspeed": _deepspeed(args.deepspeed), TRAINING: type(args).__name__}
 
 
 def _deepspeed(config: dict | str | None) -> dict | None:
@@ -57,6 +57,9 @@ def check(before: dict | None, args, path: Path) -> None:
         log.info("%s: tells no flags of the training, so they are not compared; give the same", path)
         return
     now = deciding(args)
+    if before.get(TRAINING, now[TRAINING]) != now[TRAINING]:
+        raise UserError(f"{path}: does not fit this training ({now[TRAINING]}), it is of another "
+                        f"({before[TRAINING]}); give a checkpoint of the same script")
     differ = [name for name in before if name in now and before[name] != now[name]]
     for name in FROM_HERE_ON:
         if name in differ:

@@ -40,6 +40,10 @@ def test_every_flag_that_decides(parse, tmp_path, kind):
     flags.check(deciding, args, path)
     for name, value in deciding.items():
         other = {"max_steps": 7, "num_train_epochs": 9}.get(name, "another")
+        if name == flags.TRAINING:
+            with pytest.raises(UserError, match=f"does not fit this training .{value}., it is of another .another.; "):
+                flags.check(deciding | {name: other}, args, path)
+            continue
         if name in flags.FROM_HERE_ON:
             flags.check(deciding | {name: other}, args, path)
             continue
