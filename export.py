@@ -8,8 +8,8 @@
 The checkpoint remembers what stands in brackets; a flag overrides it, and is checked.
 LoRA is merged in fp32 into the base, which is as rounded as it was in training (4 bits), and the embedding rows of
 <GPS n> (and <POI n>) become the vectors that the encoders gave for them; then all is cast to --dtype. Beside the model
-stand its tokenizer, a card (README.md), its pointer, if it has one, and what recommend.py needs to ask it (ga_llm.json).
-The folder appears whole or not at all.
+stand its tokenizer, a card (README.md), its pointer, if it has one, and what recommend.py needs to ask it
+(ga_llm.json). The folder appears whole or not at all.
 
 Takes 4 bytes of memory for each weight, of the GPU if there is one; `CUDA_VISIBLE_DEVICES= python export.py …` takes
 the machine's.
