@@ -6,9 +6,10 @@
          --poi_embedding_path E.npy --projector_path P1/N/poi_projector.pth]
 
 The checkpoint remembers what stands in brackets; a flag overrides it, and is checked.
-LoRA is merged in fp32 into the unquantized base, and the embedding rows of <GPS n> (and <POI n>) become the vectors
-that the encoders gave for them; then all is cast to --dtype. Beside the model stand its tokenizer, a card (README.md),
-its pointer, if it has one, and what recommend.py needs to ask it (ga_llm.json). The folder appears whole or not at all.
+LoRA is merged in fp32 into the base, which is as rounded as it was in training (4 bits), and the embedding rows of
+<GPS n> (and <POI n>) become the vectors that the encoders gave for them; then all is cast to --dtype. Beside the model
+stand its tokenizer, a card (README.md), its pointer, if it has one, and what recommend.py needs to ask it
+(ga_llm.json). The folder appears whole or not at all.
 
 Takes 4 bytes of memory for each weight, of the GPU if there is one; `CUDA_VISIBLE_DEVICES= python export.py …` takes
 the machine's.
@@ -29,7 +30,7 @@ from ga_llm.base.cli import Parser, UserError, run  # noqa: E402
 from ga_llm.evaluation import trained  # noqa: E402
 from ga_llm.llm import backbone, pointing  # noqa: E402
 from ga_llm.serving import export, model_card  # noqa: E402
-from ga_llm.training import checkpoints  # noqa: E402
+from ga_llm.training import checkpoints, run_log  # noqa: E402
 from geo_encoder import gps_tokens, injection  # noqa: E402
 
 log = logging.getLogger("export")
@@ -60,8 +61,8 @@ def main():
     run_, metrics = export.read_run(checkpoint), export.read_metrics(checkpoint)
 
     dtype = args.dtype or backbone.default_dtype()
-    whole = argparse.Namespace(**{**vars(args), "dtype": "float32", "load_in_4bit": False})
-    model, tokenizer = trained.load(whole, agreement, mapping, "sdpa")
+    whole = argparse.Namespace(**{**vars(args), "dtype": "float32"})
+    model, tokenizer = trained.load(whole, agreement, mapping, "sdpa", to_merge=True)
     pointer = pointing.remove(model)
     model = export.plain(model, getattr(torch, dtype))
 
@@ -75,8 +76,11 @@ def main():
     first = mapping.ids.argmin()
     about = model_card.Model(
         folder=args.export_dir, base=export.base_name(args.base_model), dataset=args.dataset_name,
-        raw_from=dataset.raw_from, questions=questions, context=context, dtype=dtype,
-        full=checkpoints.holds_full_model(checkpoint), trained=agreement.get("trained", []), run=run_, metrics=metrics,
+        quantization=agreement.get("quantization"), rounded=whole.load_in_4bit, raw_from=dataset.raw_from,
+        questions=questions, context=context, dtype=dtype,
+        full=checkpoints.holds_full_model(checkpoint), trained=agreement.get("trained", []), metrics=metrics,
+        flags=agreement.get("flags") or (run_ or {}).get("arguments"), step=run_log.step_of(checkpoint.resolve()),
+        processes=((run_ or {}).get("machine") or {}).get("world_size"),
         encoders=["GCIM"] * bool(args.geoencoder_path) + ["PAM"] * bool(args.projector_path), places=len(mapping.ids),
         first=int(mapping.ids[first]), last=int(mapping.ids.max()), latitude=float(mapping.latitude[first]),
         longitude=float(mapping.longitude[first]),

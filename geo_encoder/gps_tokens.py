@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from tokenizers import AddedToken
 
 from ga_llm.base.artifacts import GPS_COLUMNS, require
 from ga_llm.base.cli import UserError
@@ -102,7 +103,8 @@ def _add(tokenizer, tokens: list[str], kind: re.Pattern, model) -> np.ndarray:
     if foreign:
         raise UserError(f"the tokenizer already has {foreign[0]}, which has no row in the GPS mapping; give the "
                         "mapping that the model was trained with, or another model")
-    tokenizer.add_special_tokens({"extra_special_tokens": tokens}, replace_extra_special_tokens=False)
+    # transformers' own list of extra special tokens is searched from its start for every token, at each load, too.
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in tokens], special_tokens=True)
     token_ids = np.asarray(tokenizer.convert_tokens_to_ids(tokens))
     if model is not None:
         add_rows(model, len(tokenizer), token_ids[token_ids >= known])

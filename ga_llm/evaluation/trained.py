@@ -11,7 +11,7 @@ import torch
 
 from ga_llm.base import artifacts, prompts
 from ga_llm.base.cli import UserError, boolean, token_count
-from ga_llm.llm import backbone, beside
+from ga_llm.llm import backbone, beside, four_bits
 from ga_llm.training import checkpoints
 from geo_encoder import injection
 from geo_encoder.alignment import read_poi_embeddings
@@ -43,7 +43,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--projector_path", help="PAM's poi_projector.pth, where stage 2 was given it")
     parser.add_argument("--context_size", type=token_count, help="--model_max_length of the training; if that is not "
                         f"known, {LENGTH}")
-    parser.add_argument("--load_in_4bit", type=boolean, default=True)
+    parser.add_argument("--load_in_4bit", type=boolean, help="default: as in the training")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, else float32")
 
 
@@ -124,12 +124,13 @@ def question_kind(agreement: dict) -> tuple[bool, bool]:
 
 
 def load(args: argparse.Namespace, agreement: dict, mapping: GPSMapping, attention: str, test_type: str = "llm",
-         random_encoder: bool = False):
+         random_encoder: bool = False, to_merge: bool = False):
     """The LLM of `add_flags`' flags, in eval mode, and its tokenizer with the tokens of the places.
 
     agreement: as of `fill_in`. attention: what `attn_implementation` calls it. test_type: one of `TEST_TYPES`.
-    random_encoder: an untrained geo-encoder instead of --geoencoder_path's. Raises UserError if the files are not of
-    one training.
+    random_encoder: an untrained geo-encoder instead of --geoencoder_path's. A base in 4 bits is dequantized, where that
+    is no loss (on a CPU) or it is `to_merge`; args.load_in_4bit is what came of it. Raises UserError if the files are
+    not of one training.
     """
     injection.check_paths(args)
     embeddings = read_poi_embeddings(args.poi_embedding_path, mapping) if args.poi_embedding_path else None
@@ -137,8 +138,10 @@ def load(args: argparse.Namespace, agreement: dict, mapping: GPSMapping, attenti
     base = args.output_dir if full else args.base_model
     tokenizer = backbone.load_tokenizer(base, args.cache_dir)
     dtype = getattr(torch, args.dtype or backbone.default_dtype())
-    four_bit = args.load_in_4bit and torch.cuda.is_available() and not full
-    model = backbone.load_llm(base, args.context_size, attention, dtype, four_bit, args.cache_dir)
+    args.load_in_4bit = not full and four_bits.choose(agreement.get("quantization"), args.load_in_4bit)
+    model = backbone.load_llm(base, args.context_size, attention, dtype, args.load_in_4bit, args.cache_dir)
+    if to_merge or not torch.cuda.is_available():
+        model = four_bits.dequantize(model)
     token_ids = add_gps_tokens(tokenizer, mapping, model)
     poi_token_ids = add_poi_tokens(tokenizer, mapping, model) if embeddings else None
     time_token_ids = add_time_tokens(tokenizer, model) if shows_moments(agreement) else None

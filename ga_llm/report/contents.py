@@ -257,7 +257,8 @@ def read_losses(evaluation: Evaluation, geoencoder_path: Path | str | None = Non
     stage_2 = training_folder(evaluation.folder)
     folders = {}
     # What stage 2 was given comes first: the encoder that was tested may be stage 2's own.
-    encoder = _trained_with(stage_2, "geoencoder_path") or geoencoder_path or evaluation.settings.get("geoencoder_path")
+    encoder = (_trained_with(stage_2, evaluation.folder, "geoencoder_path") or geoencoder_path
+               or evaluation.settings.get("geoencoder_path"))
     for name, given in (("stage 1: the geo-encoder (GCIM)", encoder),
                         ("stage 1: the POI projector (PAM)", evaluation.settings.get("projector_path"))):
         if given not in (None, "", "None"):
@@ -293,16 +294,13 @@ def training_folder(folder: Path) -> Path | None:
     return None
 
 
-def _trained_with(folder: Path | None, flag: str) -> str | None:
+def _trained_with(folder: Path | None, tested: Path, flag: str) -> str | None:
     """The file that the training in `folder` was given by a flag."""
-    files = last_start(folder).get("files")
+    files = start_of(folder, tested).get("files")
     path = files[flag].get("path") if isinstance(files, dict) and isinstance(files.get(flag), dict) else None
     return path if isinstance(path, str) else None
 
 
-def last_start(folder: Path | None) -> dict:
-    """Of run.json: what the training's last start was made of; empty if it is not told."""
-    if folder is None or not (folder / artifacts.RUN).is_file():
-        return {}
-    starts = read_json(folder / artifacts.RUN).get("starts")
-    return starts[-1] if isinstance(starts, list) and starts and isinstance(starts[-1], dict) else {}
+def start_of(folder: Path | None, tested: Path) -> dict:
+    """Of the run.json in a training's `folder`: the start that came to the tested checkpoint; {} if it is not told."""
+    return {} if folder is None else run_log.read_start(folder / artifacts.RUN, run_log.step_of(tested))

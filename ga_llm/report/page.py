@@ -62,9 +62,19 @@ def in_short(evaluation: Evaluation, baseline: Callable[[], Baseline], encoder: 
                      "nothing.")
     except Absent:
         pass
+    if mixture(evaluation):
+        lines.append(f"\"{MODEL}\" stands for a mixture here: {mixture(evaluation)}.")
     if evaluation.settings.get("test_type") != "llm":
         lines.append(f"Tested as {evaluation.settings.get('test_type')}, not as the trained whole (llm).")
     return ["<ul>" + "".join(f"<li>{safe(line)}</li>" for line in lines) + "</ul>"]
+
+
+def mixture(evaluation: Evaluation) -> str:
+    """What the model's probabilities were mixed with, as the test was told; empty if they are its own."""
+    others, weight = (evaluation.settings.get(name, "") for name in ("average_with", "history_weight"))
+    parts = [f"the mean of its probabilities and of {others}"] if others not in ("", "None", "[]") else []
+    parts += [f"{weight} of the user's visits by recency and hour"] if weight not in ("", "None", "0", "0.0") else []
+    return ", with ".join(parts)
 
 
 def verdict(evaluation: Evaluation, baseline: Baseline) -> str:
@@ -184,9 +194,11 @@ def calibration_section(page: Page, evaluation: Evaluation, baseline: Baseline) 
                 "calibration", figures.reliability(found, bars),
                 f"Reliability diagram. Expected calibration error: {eces}.",
                 "Above: points on the grey diagonal say what happens, points below it claim too much; bars are 95 % "
-                "intervals (Wilson). Below: how many pairs each point stands for. The model's probabilities are the "
-                "LLM's own of the id, not normalised over the places; the baseline's is the share of its guess among "
-                "the user's check-ins."), table(heads, rows, "Stated and right on average, by probability"))]
+                "intervals (Wilson). Below: how many pairs each point stands for. The model's probabilities are "
+                + ("the mixture's, which are of the places alone" if mixture(evaluation) else
+                   "the LLM's own of the id, not normalised over the places") +
+                "; the baseline's is the share of its guess among the user's check-ins."),
+                   table(heads, rows, "Stated and right on average, by probability"))]
 
 
 def errors_section(page: Page, evaluation: Evaluation, mapping: GPSMapping, baseline: Baseline) -> list[str]:
@@ -321,7 +333,7 @@ def origin_section(evaluation: Evaluation) -> list[str]:
     found = evaluation.metrics
     machine = found.get("machine") if isinstance(found.get("machine"), dict) else {}
     git = found.get("git") if isinstance(found.get("git"), dict) else {}
-    start = contents.last_start(contents.training_folder(evaluation.folder))
+    start = contents.start_of(contents.training_folder(evaluation.folder), evaluation.folder)
     base = start.get("base_model") if isinstance(start.get("base_model"), dict) else {}
     rows = {"results": evaluation.folder, "tested": found.get("date"), "command": found.get("command"),
             "commit": f"{git.get('commit', NONE)}{' (with changes)' if git.get('dirty') else ''}",

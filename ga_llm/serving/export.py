@@ -24,6 +24,7 @@ from ga_llm.base.cli import UserError
 from ga_llm.base.prompts import ORDER
 from ga_llm.base.reading import WAY_OUT, read_json
 from ga_llm.llm import pointing
+from ga_llm.training import run_log
 from ga_llm.training.checkpoints import AGREEMENT
 from geo_encoder.gps_tokens import GPSMapping
 
@@ -152,11 +153,10 @@ def digest_places(mapping: GPSMapping) -> str:
 
 
 def read_run(checkpoint: Path) -> dict | None:
-    """How the training of `checkpoint` was last started, from the run.json above it; None if there is none."""
-    path = checkpoint.resolve().parent / artifacts.RUN
-    starts = read_json(path).get("starts") if path.exists() else None
-    start = starts[-1] if isinstance(starts, list) and starts else None
-    return start if isinstance(start, dict) and isinstance(start.get("arguments"), dict) else None
+    """How the training that came to `checkpoint` was started, from the run.json above it; None if it is not told."""
+    folder = checkpoint.resolve()
+    start = run_log.read_start(folder.parent / artifacts.RUN, run_log.step_of(folder))
+    return start if isinstance(start.get("arguments"), dict) else None
 
 
 def read_metrics(checkpoint: Path) -> dict | None:

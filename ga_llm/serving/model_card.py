@@ -6,10 +6,14 @@ import shlex
 from pathlib import Path
 
 from ga_llm.base import prompts
+from ga_llm.llm import four_bits
 
 README = "README.md"
 METRICS = ("Acc@1", "Acc@5", "MRR")
 BASELINE = "user-history frequency"
+LOSS = {"answer": "Loss on the answers alone", "poi_ids": "Loss on every POI id, the questions' too"}
+SHOWN = ("lora_r", "lora_alpha", "learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs",
+         "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
 EXAMPLE = ("2013-01-05 12:00:00", "2013-01-05 18:00:00")
 
 
@@ -17,7 +21,9 @@ EXAMPLE = ("2013-01-05 12:00:00", "2013-01-05 18:00:00")
 class Model:
     """What the card tells. base: a hub's name or a folder's; raw_from: where the check-ins are to be had.
 
-    run: the training's last start, as run.json has it; metrics: of metrics.json; either None where it is not there.
+    quantization: of the base in training, None if that is not known; rounded: whether its weights here are of 4 bits.
+    flags: of the training, as the checkpoint or its run.json tells them; step: the checkpoint's; processes: of the
+    training; metrics: of metrics.json; each None where it is not told.
     encoders: the names of the modules whose vectors stand in the embedding; first, last: POI ids; places: their number;
     latitude, longitude: of the first, degrees. pointer: whether it has one; alone: the metrics without it.
     """
@@ -30,7 +36,11 @@ class Model:
     dtype: str
     full: bool
     trained: list[str]
-    run: dict | None
+    quantization: str | None
+    rounded: bool
+    flags: dict | None
+    step: int | None
+    processes: int | None
     metrics: dict | None
     encoders: list[str]
     places: int
@@ -164,16 +174,25 @@ def _training(model: Model) -> str:
     lines = ["- All weights." if model.full else "- LoRA on the attention's projections, merged into the weights here."]
     if model.trained and not model.full:
         kinds = sorted({kind for name in model.trained for kind in ("embed", "norm") if kind in name})
-        lines.append(f"- Beside it {len(model.trained)} other weights ({', '.join(kinds) or 'see ga_llm.json'}).")
-    lines.append(f"- Loss on the answers alone, questions of at most {model.context:,} tokens.")
-    if model.run:
-        given = model.run["arguments"]
-        shown = ("lora_r", "lora_alpha", "learning_rate", "max_steps", "num_train_epochs",
-                 "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
-        lines.append("- " + ", ".join(f"{name} {given[name]}" for name in shown if given.get(name) is not None) + ".")
-    else:
-        lines.append("- The run.json of the training was not at hand: its settings are not known.")
-    return "\n".join(lines)
+        lines.append(f"- Beside it {len(model.trained)} other weights ({', '.join(kinds or model.trained[:5])}).")
+    if model.flags is None:
+        return "\n".join([*lines, "- Neither the checkpoint nor a run.json tells the flags of its training: what its "
+                          "loss was on, and its other settings, are not known."])
+    flags = model.flags
+    lines.append(f"- {LOSS.get(flags.get('loss_on'), 'On what its loss was is not known')}, questions of at most "
+                 f"{model.context:,} tokens.")
+    if flags.get("label_smoothing_factor"):
+        lines.append(f"- Labels smoothed by {flags['label_smoothing_factor']}.")
+    if "use_full_attn" in flags:
+        lines.append("- Full attention." if flags["use_full_attn"] else "- S²-Attn (LongLoRA), in training alone.")
+    if flags.get("init_from"):
+        lines.append("- It began with the weights of another run, whose settings are not told here.")
+    hidden = {*(("lora_r", "lora_alpha") if model.full else ()),
+              "num_train_epochs" if (flags.get("max_steps") or -1) > 0 else "max_steps"}
+    told = [f"{name} {flags[name]}" for name in SHOWN if name not in hidden and flags.get(name) is not None]
+    told = [f"step {model.step}"] * (model.step is not None) + told
+    told += [f"processes {model.processes}"] * (model.processes is not None)
+    return "\n".join([*lines, f"- {', '.join(told)}."] if told else lines)
 
 
 def _metrics(model: Model) -> str:
@@ -181,9 +200,11 @@ def _metrics(model: Model) -> str:
         return "No evaluation lay beside the checkpoint. Measure it (`test_next_gps.py`) before you rely on it."
     found = model.metrics["all"]
     n = found["model"]["n"]
-    lines = [f"On the test split, n = {n:,} questions (protocol {model.metrics.get('protocol', 'ga-llm')}, decoding "
-             f"{model.metrics.get('decoding', 'rank')}), value [95 % bootstrap interval], before merging. The baseline "
-             "counts the user's own visits, and needs no model.", "", f"| | {' | '.join(METRICS)} |",
+    file = (model.metrics.get("settings") or {}).get("test_file")
+    file = f"the questions of `{Path(file).name}`" if file else "questions of which no file is told"
+    lines = [f"On {file}, n = {n:,} (protocol {model.metrics.get('protocol', 'not told')}, decoding "
+             f"{model.metrics.get('decoding', 'not told')}), value [95 % bootstrap interval], before merging. The "
+             "baseline counts the user's own visits, and needs no model.", "", f"| | {' | '.join(METRICS)} |",
              "|---" * (1 + len(METRICS)) + "|"]
     for name in ("model", BASELINE):
         row = found.get(name, {})
@@ -209,11 +230,12 @@ def _verdict(found: dict) -> str:
 def _quantization(model: Model) -> str:
     if model.full:
         return "All weights were trained, none of them quantized: this is the model that was trained."
-    if model.run is None:
-        return ("Whether the base was quantized to 4 bits in training is not known. If it was, merging LoRA into the "
-                "unquantized weights gives not exactly the model that was trained.")
-    given = model.run["arguments"]
-    if given.get("load_in_4bit") and "bitsandbytes" in model.run.get("versions", {}):
-        return ("The base was quantized to 4 bits (NF4) in training, and LoRA is merged into its unquantized weights "
-                "here: not exactly the model that was trained. Measure again what matters.")
-    return "The base was not quantized in training; merging changes no more than the rounding."
+    into = ("weights as they are when rounded to 4 bits (NF4)" if model.rounded else "unquantized weights")
+    if model.quantization is None:
+        return ("Whether the base was quantized to 4 bits in training is not known. LoRA is merged into its "
+                f"{into} here: if it was trained on others, that is not exactly the model that was trained.")
+    was = four_bits.describe(model.quantization)
+    if (model.quantization == four_bits.NF4) == model.rounded:
+        return f"The base was {was} in training, and LoRA is merged into these weights; the rest is rounding."
+    return (f"The base was {was} in training, and LoRA is merged into its {into} here: not the model that was trained. "
+            "Measure again what matters.")

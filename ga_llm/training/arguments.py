@@ -4,6 +4,7 @@ A flag that transformers has renamed or dropped stays accepted, and what the mac
 line says so.
 """
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
@@ -25,7 +26,7 @@ from transformers.utils import is_liger_kernel_available
 
 from ga_llm.base.artifacts import require
 from ga_llm.base.cli import LEAST_TOKENS, MOST_TOKENS, UserError, boolean
-from ga_llm.training import resuming
+from ga_llm.training import building, losses, resuming
 
 log = logging.getLogger(__name__)
 
@@ -41,14 +42,16 @@ AT_LEAST = {        # what transformers would divide by, or takes for another va
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
                      "lora_r", "lora_alpha", "save_total_limit"), 1),
     **dict.fromkeys(("weight_decay", "warmup_steps", "max_grad_norm", "lora_dropout", "dropout",
-                     "dataloader_num_workers", "adam_epsilon", "tree_tokens", "batch_tokens", "seed",
-                     "data_seed"), 0),
+                     "dataloader_num_workers", "label_smoothing_factor", "neftune_noise_alpha", "adam_epsilon",
+                     "adam_beta1", "adam_beta2", "tree_tokens", "batch_tokens", "seed", "data_seed"), 0),
 }
-ABOVE_0 = ("num_train_epochs", "learning_rate", "save_steps", "logging_steps")
-BELOW = {"lora_dropout": 1, "dropout": 1, "adam_beta1": 1, "adam_beta2": 1, "seed": 2**32, "data_seed": 2**32}
+ABOVE_0 = ("num_train_epochs", "learning_rate", "save_steps", "logging_steps", "ddp_timeout")
+BELOW = {**dict.fromkeys(("lora_dropout", "dropout", "adam_beta1", "adam_beta2", "label_smoothing_factor"), 1),
+         "seed": 2**32, "data_seed": 2**32}
 GONE = {
     "overwrite_output_dir": "an existing --output_dir is continued only with --resume_from_checkpoint",
     "save_safetensors": "weights are always saved as safetensors",
+    "logging_nan_inf_filter": "a loss that is not finite ends the run",
     "enable_jit_checkpoint": "SIGTERM and SIGUSR1 always end a run after its step, with a checkpoint",
     "logging_dir": "set TENSORBOARD_LOGGING_DIR instead",
 }
@@ -73,6 +76,8 @@ class SFTArguments(TrainingArguments):
         default="answer", metadata={"help": "the answer (paper), or every POI id of a pair, in its prompt, too"})
     load_in_4bit: bool = dataclasses.field(default=True, metadata={"help": "base in NF4 where bitsandbytes runs"})
     low_rank_training: bool = dataclasses.field(default=True, metadata={"help": "False trains all of the LLM"})
+    init_from: str | None = dataclasses.field(
+        default=None, metadata={"help": "a checkpoint-N whose weights alone this run starts from"})
 
     dry_run: bool = dataclasses.field(default=False, metadata={"help": "check, run three steps, print a plan"})
 
@@ -124,16 +129,31 @@ def parse(arguments_class: type[SFTArguments], argv: list[str] | None = None, re
             close = difflib.get_close_matches(f"--{flag}", known, n=1)
             raise UserError(f"--{flag}: unknown flag" + (f"; did you mean {close[0]}?" if close else "; see --help"))
     parser.error = _raise
-    try:
-        args, = parser.parse_args_into_dataclasses([part for flag, values in flags for part in (f"--{flag}", *values)])
-    except (ValueError, ImportError) as error:
-        _raise(" ".join(str(error).split()))
+    args = _parse(parser, flags)
     _check(args, required)
     if args.dry_run:
         # Trainer makes its folder; the planned one stays as it is.
         args.scratch = tempfile.TemporaryDirectory(prefix="dry-run-")
         args.planned_output_dir, args.output_dir = args.output_dir, args.scratch.name
     return args
+
+
+def _parse(parser: HfArgumentParser, flags) -> SFTArguments:
+    def parse_these(some):
+        return parser.parse_args_into_dataclasses([part for flag, values in some for part in (f"--{flag}", *values)])[0]
+
+    try:
+        return parse_these(flags)
+    except UserError:
+        raise
+    except Exception as error:      # transformers seldom says whose: of the flag without which all others pass
+        name = "flags"
+        for i, (flag, values) in enumerate(flags):
+            with contextlib.suppress(Exception):
+                parse_these(flags[:i] + flags[i + 1:])
+                name = f"--{flag} {' '.join(values)}"
+        with building.of_flags(name):
+            raise error
 
 
 def _raise(message: str):
@@ -146,7 +166,7 @@ def _pairs(argv: list[str]) -> list[tuple[str, list[str]]]:
     for part in argv:
         if part.startswith("--"):
             flag, equals, value = part[2:].partition("=")
-            pairs.append((flag, [value] if equals else []))
+            pairs.append((flag.replace("-", "_"), [value] if equals else []))
         elif not pairs:
             _raise(f"{part!r}: flags start with --")
         else:
@@ -268,6 +288,8 @@ def _check(args: SFTArguments, required: Sequence[str]) -> None:
     if args.tree_tokens and not (args.shared_prefix and args.tree_tokens >= args.model_max_length):
         raise UserError(f"--tree_tokens {args.tree_tokens}: goes with --shared_prefix True, and a tree must hold a "
                         f"prompt of --model_max_length {args.model_max_length}; give as many, or leave it out")
+    losses.check(args)
+    building.check(args)
     resuming.check_output(args)
 
 

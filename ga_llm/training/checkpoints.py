@@ -23,7 +23,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from ga_llm.base.artifacts import TRAINABLE_PARAMS
 from ga_llm.base.cli import LEAST_TOKENS, MOST_TOKENS, UserError
 from ga_llm.base.reading import WAY_OUT, fingerprint, listed, read_json, read_tensors, reason
-from ga_llm.llm import beside
+from ga_llm.llm import beside, four_bits
 from ga_llm.llm.backbone import rope_factor
 from geo_encoder.injection import INJECTIONS
 
@@ -197,7 +197,7 @@ def read_agreement(folder: Path | str) -> dict:
     path = Path(folder) / AGREEMENT
     found = read_json(path) if path.exists() else {}
     kinds = {"model_max_length": int, "base_model": str, "trained": list, "encoders": dict, "questions": dict,
-             "paths": dict, "beside": dict}
+             "paths": dict, "beside": dict, "flags": dict, "files": dict, "quantization": str}
     for name, value in found.items():
         if name in kinds and type(value) is not kinds[name]:
             raise UserError(f"{path}: {name} is {str(value)[:100]!r}; {WAY_OUT}")
@@ -206,6 +206,8 @@ def read_agreement(folder: Path | str) -> dict:
         raise UserError(f"{path}: model_max_length is {str(length)[:100]}; {WAY_OUT}")
     if not all(isinstance(name, str) for name in found.get("trained", [])):
         raise UserError(f"{path}: trained is no list of names; {WAY_OUT}")
+    if found.get("quantization", four_bits.NONE) not in (four_bits.NONE, four_bits.NF4):
+        raise UserError(f"{path}: quantization is {found['quantization'][:100]!r}; {WAY_OUT}")
     for name, value in found.get("paths", {}).items():
         if not isinstance(value, str) or not value:
             raise UserError(f"{path}: paths: {name[:100]!r} is {str(value)[:100]!r}; {WAY_OUT}")

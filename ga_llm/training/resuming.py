@@ -11,10 +11,13 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_AR
 
 from ga_llm.base.artifacts import TRAINABLE_PARAMS
 from ga_llm.base.cli import UserError
-from ga_llm.base.reading import WAY_OUT, check_pickle, read_json, read_shapes, reason, weights_files
-from ga_llm.training import staging
+from ga_llm.base.reading import (WAY_OUT, check_pickle, read_json, read_shapes, read_tensors, reason,
+                                 weights_files)
+from ga_llm.base.sharding import gathered
+from ga_llm.llm import four_bits
+from ga_llm.training import flags, staging
 from ga_llm.training.checkpoints import (ADAPTER, ADAPTER_CONFIG, AGREEMENT, CONVERTED, FULL_MODEL, adapter_config,
-                                         check_agreement, check_fits, in_model, read_agreement)
+                                         check_agreement, check_fits, holds_full_model, in_model, read_agreement)
 from ga_llm.training.run_log import draw_log
 from ga_llm.training.trainers import GATrainer
 
@@ -27,9 +30,12 @@ def check_output(args) -> None:
     if left:
         raise UserError(f"{left[0]}: of an earlier run, whose checkpoints are gone; move it away, or give another "
                         "--output_dir")
-    if _resumes(args):
-        resume_point(args)
-    elif last is not None:
+    checkpoint = resume_point(args)
+    if checkpoint:
+        flags.check(read_agreement(checkpoint).get("flags"), args, Path(checkpoint) / AGREEMENT)
+    elif args.init_from:
+        require_initial(args)
+    if not _resumes(args) and last is not None:
         raise UserError(f"--output_dir {args.output_dir}: holds {last.name} of an earlier run; go on with it by "
                         "--resume_from_checkpoint auto, or give another folder")
 
@@ -50,6 +56,14 @@ def resume_point(args) -> str | None:
         what = f"no {TRAINER_STATE_NAME} in it" if Path(wanted).is_dir() else "no such folder"
         raise UserError(f"--resume_from_checkpoint {wanted}: {what}; name a checkpoint-N, or say auto")
     return wanted
+
+
+def require_initial(args) -> None:
+    """Raises UserError unless --init_from names a checkpoint-N."""
+    folder = Path(args.init_from)
+    if not (holds_full_model(folder) or (folder / ADAPTER).is_file()):
+        what = f"no {ADAPTER} in it" if folder.is_dir() else "no such folder"
+        raise UserError(f"--init_from {folder}: {what}; name a checkpoint-N of the same stage")
 
 
 def finished(checkpoint: Path | str, args) -> bool:
@@ -96,6 +110,8 @@ def train(trainer: GATrainer) -> bool:
         log.info("resuming from %s", checkpoint)
     elif _resumes(trainer.args):
         log.info("resuming from nothing: no checkpoint yet")
+    if trainer.args.init_from and not checkpoint:
+        start_from(Path(trainer.args.init_from), trainer)
     if not trainer.preemption.before_training(trainer.args):
         trainer.train(resume_from_checkpoint=checkpoint)
     trainer.preemption.report(trainer.args, trainer.state)
@@ -115,19 +131,47 @@ def check_tied(trainer: Trainer) -> None:
                         "--deepspeed ds_configs/stage2.json, or leave them out by --trainable_params norm")
 
 
-def check_resumable(checkpoint: Path, trainer: Trainer) -> None:
-    """Whether `checkpoint` is whole, of this model and this stage, and can be gone on from. Raises UserError if not.
-
-    transformers starts with a fresh optimizer, and says nothing, where it does not find one; nor does it say that
-    weights are missing.
+def start_from(folder: Path, trainer: Trainer) -> None:
+    """--init_from: the weights of the checkpoint `folder`, and nothing else of it. Raises UserError if they do not fit.
     """
+    was, now = check_same(folder, trainer).get("quantization"), four_bits.kind(trainer.model)
+    if was not in (None, now):
+        log.info("%s: trained on a base %s, which is %s here", folder, four_bits.describe(was), four_bits.describe(now))
+    check_weights(folder, trainer)
+    model, is_adapter = trainer.model, isinstance(trainer.model, PeftModel)
+    for file in [folder / ADAPTER] if is_adapter else weights_files(folder):
+        _load(model, file)
+    if is_adapter or (folder / TRAINABLE_PARAMS).exists():
+        _load(model, folder / TRAINABLE_PARAMS)
+    log.info("starting from the weights of %s, with a schedule of its own", folder)
+
+
+def _load(model, file: Path) -> None:
+    tensors = {in_model(name) if isinstance(model, PeftModel) else name: tensor
+               for name, tensor in read_tensors(file).items()}
+    with gathered([p for name, p in model.named_parameters() if name in tensors], write=True):
+        model.load_state_dict(tensors, strict=False)
+
+
+def check_same(checkpoint: Path, trainer: Trainer) -> dict:
+    """Whether `checkpoint` belongs to this model and encoder; returns its agreement. Raises UserError if not."""
     before = read_agreement(checkpoint)
     check_agreement(checkpoint, before, trainer.args.model_max_length, trainer.model.config.max_position_embeddings,
                     trainer.args.model_name_or_path)
     for name in {"seed", "encoder", "encoders", "beside"} & before.keys() & trainer.agreement.keys():
         if before[name] != trainer.agreement[name]:
             raise UserError(f"{checkpoint / AGREEMENT}: trained with {name} {before[name]}, not "
-                            f"{trainer.agreement[name]}; resume with the flags that it was trained with")
+                            f"{trainer.agreement[name]}; start with the flags that it was trained with")
+    return before
+
+
+def check_resumable(checkpoint: Path, trainer: Trainer) -> None:
+    """Whether `checkpoint` is whole, of this model and this stage, and can be gone on from. Raises UserError if not.
+
+    transformers starts with a fresh optimizer, and says nothing, where it does not find one; nor does it say that
+    weights are missing.
+    """
+    before = check_same(checkpoint, trainer)
     kinds = {"latest": "DeepSpeed", "optimizer.bin": "FSDP", "optimizer.pt": "neither DeepSpeed nor FSDP"}
     name = "latest" if trainer.is_deepspeed_enabled else "optimizer.bin" if trainer.is_fsdp_enabled else "optimizer.pt"
     if not (checkpoint / name).exists():
@@ -144,6 +188,12 @@ def check_resumable(checkpoint: Path, trainer: Trainer) -> None:
             raise UserError(f"{message}: DeepSpeed's files do not fit; start as many as before")
         log.warning("%s: the steps to come hold other pairs than they would have", message)
     check_weights(checkpoint, trainer)
+    four_bits.check(checkpoint / AGREEMENT, before.get("quantization"), trainer.model)
+    for name, found in before.get("files", {}).items():
+        if found != trainer.agreement["files"].get(name, found):
+            raise UserError(f"{checkpoint / AGREEMENT}: trained on another file than --{name} "
+                            f"{getattr(trainer.args, name)}; give that of the training, or start a new folder, if you "
+                            f"like from these weights (--init_from {checkpoint})")
     check_states(checkpoint, trainer)
 
 

@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -197,7 +198,7 @@ def plot_loss(axes, lines: list[dict]) -> None:
     axes.plot(steps, loss.rolling(window, center=True, min_periods=1).mean(), color="black", linewidth=1.8,
               label=f"mean of {window} log lines")
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("training loss (nats per answer token)")
+    axes.set_ylabel("training loss (nats per token that counts)")
     axes.grid(color="0.9")
     axes.legend()
 
@@ -211,11 +212,27 @@ def add_start(path: Path, start: dict) -> None:
         json.dump({"starts": [*starts, start]}, file, indent=1, default=str)
 
 
+def read_start(path: Path, step: int | None = None) -> dict:
+    """Of run.json: what the start was made of that came to `step` (None: the last one); empty if it is not told."""
+    starts = read_json(path).get("starts") if path.is_file() else None
+    starts = [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
+    before = [start for start in starts if step is None or type(start.get("from_step")) is not int
+              or start["from_step"] < step]
+    return before[-1] if before else {}
+
+
+def step_of(folder: Path | str) -> int | None:
+    """N of the checkpoint-N that `folder` is or lies in."""
+    found = (re.fullmatch(r"checkpoint-(\d{1,15})", name) for name in reversed(Path(folder).parts))
+    return next((int(match[1]) for match in found if match), None)
+
+
 def describe_start(trainer: Trainer, step: int) -> dict:
     """What a start of a run was made of, as far as it decides what comes out."""
     args = trainer.args
-    hashes = {"data_path": getattr(trainer.train_dataset, "sha256", None)}
     files = {name: Path(getattr(args, name)) for name in INPUT_FILES if getattr(args, name, None)}
+    if getattr(args, "init_from", None):
+        files |= {f"init_from/{path.name}": path for path in Path(args.init_from).glob("*.safetensors")}
     return {
         "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "from_step": step,
@@ -224,11 +241,20 @@ def describe_start(trainer: Trainer, step: int) -> dict:
         "arguments": args.to_dict(),
         "versions": versions(),
         "git": git_state(ROOT),
-        "files": {name: {"path": str(path), "sha256": hashes.get(name) or sha256(path)}
+        "files": {name: {"path": str(path), "sha256": data_sha256(trainer) if name == "data_path" else sha256(path)}
                   for name, path in files.items()},
         "base_model": describe_model_folder(args.model_name_or_path, trainer.model.config),
         "machine": {**machine(), "world_size": args.world_size},
     }
+
+
+def data_sha256(trainer: Trainer) -> str:
+    """That of --data_path, as it was when its tokens were cached: of the data set, or of that of its trees or batches.
+    """
+    dataset = trainer.train_dataset
+    while not hasattr(dataset, "sha256") and hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    return getattr(dataset, "sha256", None) or sha256(trainer.args.data_path)
 
 
 def describe_evaluation() -> dict:

@@ -14,18 +14,20 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from safetensors.torch import save_file
+from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from ga_llm.base.artifacts import GCIM, TRAINABLE_PARAMS, EncoderFiles, question_settings, require
 from ga_llm.base.cli import UserError
 from ga_llm.base.reading import check_finite, fingerprint, read_json, read_tensors, reason
 from ga_llm.base.sharding import set_up_fsdp
 from ga_llm.base.writing import atomic_write, saving
-from ga_llm.llm import beside, pointing
+from ga_llm.llm import beside, four_bits, pointing
 from ga_llm.llm.backbone import compile_layers, prepare_for_autocast
-from ga_llm.training import preemption, staging
+from ga_llm.training import building, checkpoint_card, finite, flags, losses, preemption, staging
 from ga_llm.training.checkpoints import (ADAPTER, AGREEMENT, PATHS, PEFT_PREFIX, is_llms, llms_alone,
                                          load_weights)
-from ga_llm.training.run_log import LoggedTrainer
+from ga_llm.training.run_log import LoggedTrainer, data_sha256, sha256
 from ga_llm.training.sampling import EpochSampler
 from geo_encoder.weights import digest, merged_state_dict, save_encoder
 
@@ -38,6 +40,14 @@ torch.serialization.register_package(
     0, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None)
 
 
+class LastStep(TrainerCallback):
+    """--save_strategy no: the last step is saved all the same. transformers would leave nothing of the training."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.save_strategy == SaveStrategy.NO and state.global_step >= state.max_steps and not args.dry_run:
+            control.should_save = True
+
+
 class GATrainer(LoggedTrainer):
     """Trainer whose checkpoints are whole or not there, hold what is trained beside LoRA, and are gone on from exactly.
 
@@ -47,14 +57,28 @@ class GATrainer(LoggedTrainer):
     """
 
     def __init__(self, *args, encoders: dict[str, str] | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.encoders = encoders
+        with building.of_flags("flags"):
+            super().__init__(*args, **kwargs)
+        self.encoders, self.flags = encoders, flags.deciding(self.args)
+        self.args.logging_nan_inf_filter = False        # such a loss ends the run
+        if self.label_smoother is not None:
+            self.label_smoother = losses.AlignedSmoother(self.label_smoother.epsilon)
         if self.args.bf16 or self.args.fp16:
             prepare_for_autocast(self.model)
         if self.args.compiles_layers:
-            compile_layers(self.model, **self.args.compile_options)
+            with building.of_flags(f"--torch_compile {self.args.compile_options}"):
+                compile_layers(self.model, **self.args.compile_options)
         self.preemption = preemption.Preemption()
         self.add_callback(self.preemption)
+        self.add_callback(LastStep)
+
+    def get_train_dataloader(self):
+        with building.of_flags("--dataloader_…"):
+            return super().get_train_dataloader()
+
+    def create_scheduler(self, *args, **kwargs):
+        with building.of_flags(building.schedule(self.args)):
+            return super().create_scheduler(*args, **kwargs)
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
@@ -82,6 +106,15 @@ class GATrainer(LoggedTrainer):
     def _get_output_dir(self, trial) -> str:
         """Where checkpoints are written; whole, they are renamed into --output_dir."""
         return str(staging.staging(self.args.output_dir))
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if self.label_smoother is not None:
+            inputs = {**inputs, "labels": inputs["shift_labels"]}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
+        finite.check_step(self, tr_loss, grad_norm)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def _save_checkpoint(self, model, trial):
         with saving(self.args.output_dir):
@@ -111,8 +144,10 @@ class GATrainer(LoggedTrainer):
                       output_dir / TRAINABLE_PARAMS)
             self.processing_class.save_pretrained(str(output_dir))
         if self.args.should_save:
-            with atomic_write(Path(output_dir or self.args.output_dir) / AGREEMENT) as file:
-                json.dump(self.agreement | {"paths": self.paths} | self.saved_with, file)
+            folder, agreement = Path(output_dir or self.args.output_dir), self.agreement | {"paths": self.paths}
+            with atomic_write(folder / AGREEMENT) as file:
+                json.dump(agreement | self.saved_with, file)
+            checkpoint_card.write(folder, agreement, self.state.global_step, isinstance(self.model, PeftModel))
 
     @property
     def saved_with(self) -> dict:
@@ -132,7 +167,8 @@ class GATrainer(LoggedTrainer):
 
     def create_optimizer(self, *args, **kwargs):
         """The pointer's tables learn faster than all else, and do not decay."""
-        optimizer = super().create_optimizer(*args, **kwargs)
+        with building.of_flags(building.optimizer(self.args)):
+            optimizer = super().create_optimizer(*args, **kwargs)
         pointer = getattr(self.llm, pointing.MODULE, None)
         biases = [] if pointer is None else pointer.biases
         known, rate = {id(bias) for bias in biases}, FASTER * self.args.learning_rate
@@ -150,8 +186,10 @@ class GATrainer(LoggedTrainer):
         """What those who go on from a checkpoint must agree with."""
         found = {"model_max_length": self.args.model_max_length,
                  "base_model": fingerprint(self.args.model_name_or_path),
-                 "encoders": self.encoders, "questions": self._questions(),
+                 "encoders": self.encoders, "questions": self._questions(), "flags": self.flags,
                  "beside": beside.describe(self.llm) or None,
+                 "quantization": four_bits.kind(self.model),
+                 "files": {"data_path": data_sha256(self), "gps_mapping_path": sha256(self.args.gps_mapping_path)},
                  "trained": [name.removeprefix(PEFT_PREFIX) for name in self._beside_lora()]}
         return {name: value for name, value in found.items() if value is not None}
 
@@ -239,6 +277,7 @@ class EncoderTrainer(GATrainer):
     def gather(self) -> None:
         """Merge the weights as they are now. Every rank must call it, for ZeRO-3 and FSDP gather them."""
         self.merged = [merged_state_dict(one.encoder) for one in self.trained]
+        finite.check_merged(self, self.merged)
 
     def save_encoders(self, folder: Path, final: bool = False) -> None:
         """Write what was gathered, on rank 0."""

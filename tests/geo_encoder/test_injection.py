@@ -44,6 +44,26 @@ def test_token_to_place_by_id(tiny_llama, tmp_path, ids):
         assert layer.features[row].tolist() == quadkeys([40 + n / 100], [-74 - n / 100])[0].tolist()
 
 
+@pytest.mark.parametrize("style", ["llama3", "sentencepiece"])
+def test_tokens_of_places_cost_the_same_each(tiny_llama, mapping_csv, tmp_path, style):
+    """None stands in transformers' list of extra special tokens, through which it looks for each, now and at each load;
+    and yet they are special, in the same place, when what was saved is loaded."""
+    mapping, tokenizer = gps_tokens.read_gps_mapping(mapping_csv), load_tokenizer(tiny_llama(style))
+    known, listed = len(tokenizer), list(tokenizer.extra_special_tokens)
+    ids = [gps_tokens.add_gps_tokens(tokenizer, mapping), gps_tokens.add_poi_tokens(tokenizer, mapping)]
+    assert np.concatenate(ids).tolist() == list(range(known, known + 2 * len(mapping.ids)))
+    tokenizer.save_pretrained(tmp_path / "saved")
+    loaded = load_tokenizer(str(tmp_path / "saved"))
+    for one in (tokenizer, loaded):
+        assert list(one.extra_special_tokens) == listed and len(one) == known + 2 * len(mapping.ids)
+        tokens = one("at <GPS 5><POI 5>, <GPS 1>.")["input_ids"]
+        assert [token for token in tokens if token >= known] == [
+            ids[kind][mapping.ids.tolist().index(n)] for kind, n in ((0, 5), (1, 5), (0, 1))]
+        assert one.decode(tokens, skip_special_tokens=True).replace(" ", "") == "at,."
+    again = [gps_tokens.add_gps_tokens(loaded, mapping), gps_tokens.add_poi_tokens(loaded, mapping)]
+    assert np.array_equal(again, ids) and len(loaded) == len(tokenizer)
+
+
 def test_injected_embeddings(setup):
     mapping, tokenizer, model, token_ids, encoder = setup
     ids = torch.tensor([tokenizer(TEXT)["input_ids"]])

@@ -95,6 +95,7 @@ BROKEN = {
     "agreement: a number for a path": (edit_json(AGREEMENT, paths={"geoencoder_path": 7}), [AGREEMENT, "paths", "7"]),
     "agreement: an empty path": (edit_json(AGREEMENT, paths={"data_path": ""}), [AGREEMENT, "paths", "data_path"]),
     "agreement: a length beyond any": (edit_json(AGREEMENT, model_max_length=10**30), [AGREEMENT, "model_max_length"]),
+    "agreement: an unknown quantization": (edit_json(AGREEMENT, quantization="int3"), [AGREEMENT, "quantization"]),
     "agreement: another model": (edit_json(AGREEMENT, base_model="0" * 64), [AGREEMENT, "trained on other weights"]),
     "adapter: NaN": (fill(ADAPTER, Q_PROJ, float("nan")), [ADAPTER, "NaN"]),
     "adapter: infinity": (fill(ADAPTER, Q_PROJ, float("-inf")), [ADAPTER, "infinity"]),
@@ -149,11 +150,11 @@ WHOLE = {
 
 @pytest.mark.parametrize("change", WHOLE.values(), ids=WHOLE)
 def test_whole(repo, checkpoint, tmp_path, change):
-    """Each says what the checkpoint as it was written says."""
+    """Each says what the checkpoint as it was written says; that the base was in 4 bits, it need not tell."""
     found = []
     for name, edit in (("plain", lambda folder: None), ("changed", change)):
         folder = copy(checkpoint, tmp_path / name, edit)
-        result = evaluate(repo, folder)
+        result = evaluate(repo, folder, "--load_in_4bit", "True")
         assert result.code == 0, result.err
         found.append(predictions(folder))
     assert found[0] == found[1]
@@ -275,13 +276,28 @@ RESUMED = {
     "adapter: NaN": (fill(ADAPTER, Q_PROJ, float("nan")), [], [ADAPTER, "NaN"]),
     "trained: one too few": (drop(TRAINED, NORM), [], [TRAINED, "is missing"]),
     "trained: no rows of <GPS n>": (fewer_rows(TRAINED, EMBEDDING, 5), [], [TRAINED, EMBEDDING]),
-    "another rank": (lambda folder: None, ["--lora_r", "4"], [CONFIG, "trained with r 8, not 4", "--lora_r 8"]),
-    "another alpha": (lambda folder: None, ["--lora_alpha", "4"], [CONFIG, "trained with lora_alpha 16, not 4"]),
-    "other parameters": (lambda folder: None, ["--trainable_params", "norm"], [TRAINED]),
+    "another rank": (edit_json(AGREEMENT, flags=None), ["--lora_r", "4"],
+                     [CONFIG, "trained with r 8, not 4", "--lora_r 8"]),
+    "another alpha": (edit_json(AGREEMENT, flags=None), ["--lora_alpha", "4"],
+                      [CONFIG, "trained with lora_alpha 16, not 4"]),
+    "other parameters": (edit_json(AGREEMENT, flags=None), ["--trainable_params", "norm"], [TRAINED]),
+    "flags that are none": (edit_json(AGREEMENT, flags={"seed": 42}), [], [AGREEMENT, "flags are none of a training"]),
+    "flags: a list": (edit_json(AGREEMENT, flags=[1]), [], [AGREEMENT, "flags is '[1]'"]),
+    "another quantization": (edit_json(AGREEMENT, quantization="none"), ["--load_in_4bit", "True"],
+                             [AGREEMENT, "trained on a base not quantized", "--load_in_4bit False"]),
+    "another rate": (lambda folder: None, ["--learning_rate", "0.1"],
+                     [AGREEMENT, "trained with --learning_rate 0.002, not --learning_rate 0.1", "--init_from"]),
+    "another accumulation": (lambda folder: None, ["--gradient_accumulation_steps", "2"],
+                             [AGREEMENT, "trained with --gradient_accumulation_steps 1"]),
+    "other pairs": (edit_json(AGREEMENT, files={"data_path": "0" * 64}), [],
+                    [AGREEMENT, "another file than --data_path"]),
+    "other places": (edit_json(AGREEMENT, files={"gps_mapping_path": "0" * 64}), [],
+                     [AGREEMENT, "another file than --gps_mapping_path"]),
     "another model": (lambda folder: None, ["--model_name_or_path", "models/twin"], [AGREEMENT, "models/twin"]),
     "a deeper model": (remove(AGREEMENT), ["--model_name_or_path", "models/deep"], [ADAPTER, "layers.2"]),
     "another length": (lambda folder: None, ["--model_max_length", "8192"], [AGREEMENT, "4096"]),
-    "all of the model": (lambda folder: None, ["--low_rank_training", "False"], ["no model.safetensors"]),
+    "all of the model": (lambda folder: None, ["--low_rank_training", "False"],
+                         [AGREEMENT, "trained with --low_rank_training True"]),
     "files that are elsewhere now": (edit_json(AGREEMENT, paths={"model_name_or_path": "gone", "data_path": "gone",
                                                                  "geoencoder_path": "gone"}), [], None),
     "step beyond the end": (edit_json("trainer_state.json", global_step=99), [], None),
@@ -302,9 +318,9 @@ def test_resumed(repo, models, tmp_path, change, flags, names):
 
 
 @pytest.mark.parametrize("flags, names", [
-    (["--seed", "7"], [AGREEMENT, "trained with seed 42, not 7"]),
-    (["--quadkey_level", "24"], [AGREEMENT, "trained with encoder", "'level': 25"]),
-    (["--geo_encoder", "fourier"], [AGREEMENT, "trained with encoder"]),
+    (["--seed", "7"], [AGREEMENT, "trained with --seed 42, not --seed 7"]),
+    (["--quadkey_level", "24"], [AGREEMENT, "trained with --quadkey_level 25"]),
+    (["--geo_encoder", "fourier"], [AGREEMENT, "trained with --geo_encoder hierarchical"]),
     (["--encoder_training", "full"], ["checkpoint-4"]),
 ], ids=["another seed", "another level", "another encoder", "all of the encoder"])
 def test_stage_1_resumed(repo, tmp_path, flags, names):

@@ -111,9 +111,9 @@ def test_the_card_tells_the_metrics_beside_the_baseline(repo, tmp_path):
     result = call(repo, *EXPORT, "--output_dir", checkpoint, "--export_dir", tmp_path / "exported")
     assert result.code == 0, result.err
     card = (tmp_path / "exported/README.md").read_text()
-    assert "n = 40 questions" in card and "| model | 0.2000 [0.1000, 0.3000] |" in card
+    assert "n = 40 (protocol ga-llm, decoding rank)" in card and "| model | 0.2000 [0.1000, 0.3000] |" in card
     assert "| user-history frequency | 0.5000 [0.4000, 0.6000] |" in card and "worse than the baseline" in card
-    assert "quantized to 4 bits in training is not known" in card       # run.json was not copied
+    assert "merged into these weights; the rest is rounding" in card
 
 
 def test_bfloat16_of_converted_weights(repo, exported, tmp_path):

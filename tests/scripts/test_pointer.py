@@ -88,7 +88,15 @@ def test_another_pointer_does_not_go_on(trained, tmp_path):
                             "--resume_from_checkpoint", "auto")
     process.join(300)
     assert process.exitcode == 2
-    assert "trained with beside" in (trained / "outputs/other.log").read_text().splitlines()[-1]
+    assert "trained with --pointer_heads 8" in (trained / "outputs/other.log").read_text().splitlines()[-1]
+
+
+def test_the_weights_alone(trained):
+    """A step that is too small to be seen leaves what a run starts from, the pointer and its like, too."""
+    forked.train(trained, 2, "outputs/from", *files("moments"), *EXACT, *GEO, "--init_from",
+                 "outputs/pointed/checkpoint-4", "--learning_rate", "1e-12", "--max_steps", "1")
+    one, other = (weights(trained / folder) for folder in ("outputs/pointed/checkpoint-4", "outputs/from/checkpoint-1"))
+    assert close(one, other, 1e-9) and any(name.startswith("pointer.") for name in one)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
 """Two processes train what one does: DDP, ZeRO-2, ZeRO-3, FSDP2; each saves, goes on from there, and is converted."""
+import re
 import shutil
 import sys
 
@@ -130,6 +131,32 @@ def test_tied_embeddings_are_not_trained_in_pieces(repo):
     assert {process.exitcode for process in started} <= {2, -15} and not (repo / "outputs/tied/checkpoint-2").exists()
     lines = (repo / "outputs/tied.log").read_text().splitlines()
     assert any(line.startswith("error: ") and "use --deepspeed ds_configs/stage2.json" in line for line in lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stack", STACKS)
+def test_weights_alone(repo, one_process, stack):
+    """A step that is too small to be seen leaves, in every piece, the weights of the checkpoint that it starts from."""
+    source = one_process(2) / "checkpoint-6"
+    output = train(repo, 2, f"outputs/{stack}_from", *NO_DROPOUT[2], *STACKS[stack], "--learning_rate", "1e-12",
+                   "--max_steps", "2", "--init_from", source)
+    assert close(trained(output / "checkpoint-2"), trained(source), 1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stack", STACKS)
+def test_divergence_stops_all_processes(repo, stack):
+    """At the same step, with what was finite before it."""
+    output = f"outputs/{stack}_diverged"
+    flags = ["--learning_rate", "1e20", "--save_steps", "1", "--save_total_limit", "1", *STACKS[stack]]
+    with pytest.raises(AssertionError, match="not finite, the training has diverged"):
+        train(repo, 2, output, *flags)
+    lines = [line for line in (repo / f"{output}.log").read_text().splitlines() if line.startswith("error: ")]
+    step = int(re.match("error: step ([0-9]+): ", lines[0])[1])
+    assert len(set(lines)) == 1 and 1 < step < 6
+    assert [path.name for path in (repo / output).glob("*/")] == [f"checkpoint-{step - 1}"]
+    state = trained(repo / output / f"checkpoint-{step - 1}")
+    assert state and all(tensor.isfinite().all() for tensor in state.values())
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """report.py: one page that loads nothing, says what is absent, and takes no name for anything else."""
 import base64
+import html
 import json
 import re
 import shutil
@@ -153,6 +154,34 @@ def test_what_is_absent_is_one_line(tmp_path, no_pictures):
     assert all("town_gps_mapping.csv; give --gps_mapping_path" in line for line in lines[:4])
     assert lines[4].startswith("there is no trainer_log.jsonl") and not (checkpoint / "report").exists()
     assert "Acc@1 0.5000 [" in page
+
+
+@pytest.mark.parametrize("changes, said, source", [
+    ({}, None, "the LLM's own of the id"),
+    ({"average_with": "[]", "history_weight": "0.0"}, None, "the LLM's own of the id"),
+    ({"history_weight": "0.3"}, "a mixture here: 0.3 of the user's visits by recency and hour.", "the mixture's"),
+    ({"average_with": "['A.npy']"}, "a mixture here: the mean of its probabilities and of ['A.npy'].", "the mixture's"),
+])
+def test_what_the_probabilities_are(tmp_path, no_pictures, changes, said, source):
+    checkpoint = write(tmp_path)
+    found = json.loads((checkpoint / "metrics.json").read_text())
+    found["settings"] |= changes
+    (checkpoint / "metrics.json").write_text(json.dumps(found))
+    assert call(tmp_path, "report.py", "--output_dir", checkpoint).code == 0
+    text = html.unescape((checkpoint / "report/report.html").read_text())
+    assert f"The model's probabilities are {source}" in text
+    assert (said in text) if said else ("a mixture here" not in text)
+
+
+def test_where_a_checkpoint_comes_from(tmp_path, no_pictures):
+    """Of several starts of a training the one that came to it, not the last."""
+    checkpoint = write(tmp_path)
+    starts = [{"from_step": step, "seed": 42, "command": name}
+              for step, name in ((0, "run A"), (2, "run B"), (4, "run C"))]
+    (checkpoint.parent / "run.json").write_text(json.dumps({"starts": starts}))
+    assert call(tmp_path, "report.py", "--output_dir", checkpoint).code == 0
+    page = (checkpoint / "report/report.html").read_text()
+    assert "run B" in page and "run C" not in page and "run A" not in page
 
 
 def test_an_answer_without_probabilities_has_no_calibration(tmp_path, no_pictures):

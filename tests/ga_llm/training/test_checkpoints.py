@@ -1,85 +1,15 @@
 """What training leaves behind is what evaluation loads: equal logits, whichever file they come from."""
-import json
-
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback, set_seed
 
 from ga_llm.base.cli import UserError
 from ga_llm.llm import backbone
-from ga_llm.pairs import sft_data, token_cache
-from ga_llm.training import arguments, checkpoints, resuming, trainers
-from geo_encoder import encoder, gps_tokens, injection, weights
+from ga_llm.training import checkpoints, staging
+from geo_encoder import gps_tokens, injection, weights
 
-PAIRS = [f"<question>: user 1 POI id {i} <GPS {i}>. Where next? <answer>: user 1 will visit POI id {i}."
-         for i in (1, 2, 3, 5)]
-
-
-@pytest.fixture
-def train(tiny_llama, mapping_csv, tmp_path):
-    """train(stage, **flags): one run of a stage in this process; returns (trainer, encoder file)."""
-    def run(stage, tied=False, interrupt_at=None, lengths=None, train_encoders=False, dropout=0.0, **flags):
-        folder = tiny_llama(tie_embeddings=tied)
-        data = tmp_path / "pairs.json"
-        data.write_text(json.dumps([dict(zip(("question", "answer"), pair.split(" <answer>", 1))) for pair in PAIRS])
-                        .replace('"answer": "', '"answer": "<answer>'))
-        options = {"model_name_or_path": folder, "data_path": data, "gps_mapping_path": mapping_csv,
-                   "output_dir": tmp_path / f"stage{stage}", "model_max_length": 256, "load_in_4bit": False,
-                   "max_steps": 4, "save_steps": 2, "save_total_limit": 1, "learning_rate": 0.01, **flags}
-        args = arguments.parse(arguments.SFTArguments, [p for k, v in options.items() for p in (f"--{k}", str(v))])
-        set_seed(args.seed)
-        mapping, tokenizer = gps_tokens.read_gps_mapping(mapping_csv), backbone.load_tokenizer(folder)
-        model = backbone.load_llm(folder, 256, "sdpa", torch.float32)
-        token_ids = gps_tokens.add_gps_tokens(tokenizer, mapping, model)
-        config = encoder.GeoEncoderConfig(model.config.hidden_size)
-        geo, base = encoder.build_encoder(config), model
-        common = {"args": args, "processing_class": tokenizer,
-                  "train_dataset": token_cache.load(data, tokenizer, 256, mapping_csv),
-                  "data_collator": sft_data.AnswerCollator(tokenizer.pad_token_id)}
-        if stage == 1:
-            weights.add_lora(geo, 4, 8)
-            model = backbone.add_lora(model, 4, 8, 0.0)
-            injection.attach(base, injection.gps_injection(geo, 25, mapping, token_ids))
-            trainer = trainers.EncoderTrainer(model=model, trained=[trainers.Trained(geo, config)], **common)
-        else:
-            file = tmp_path / "e" / "geo_encoder_merged.pth"
-            weights.save_encoder(geo.state_dict(), config, file)
-            loaded = injection.load_encoders(model, mapping, token_ids, file)
-            if args.low_rank_training:
-                model = backbone.add_lora(model, 8, 16, 0.1)
-                backbone.train_by_name(model, "embed,norm")
-            if train_encoders:
-                injection.attach_trained(base, loaded)
-                trainer = trainers.EncoderTrainer(model=model, **common, encoders={}, trained=[
-                    trainers.Trained(one.injection.encoder, one.config, one.files) for one in loaded])
-            else:
-                found = injection.attach_encoders(base, loaded)
-                trainer = trainers.GATrainer(model=model, encoders=found, **common)
-            if dropout:
-                backbone.add_dropout(base, dropout)
-        if lengths is not None:
-            trainer.train_dataset.lengths = lengths
-        if interrupt_at is not None:
-            trainer.add_callback(Interruption(interrupt_at))
-        resuming.train(trainer)
-        return trainer
-
-    return run
-
-
-class Interrupted(Exception):
-    pass
-
-
-class Interruption(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step > self.step:
-            raise Interrupted
+PAIR = "<question>: user 1 POI id 1 <GPS 1>. Where next? <answer>: user 1 will visit POI id 1."
 
 
 def reload(trainer, tiny_llama, mapping_csv, tmp_path, tied=False, folder="checkpoint-4", encoder_file=None):
@@ -94,7 +24,7 @@ def reload(trainer, tiny_llama, mapping_csv, tmp_path, tied=False, folder="check
                                                              encoder_file or tmp_path / "e/geo_encoder_merged.pth"))
     if source == base:
         model = checkpoints.load_adapter(model, checkpoint, checkpoints.read_agreement(checkpoint))
-    batch = tokenizer(PAIRS[0], return_tensors="pt")
+    batch = tokenizer(PAIR, return_tensors="pt")
     with torch.no_grad():
         return trainer.model.eval()(**batch).logits, model.eval()(**batch).logits
 
@@ -133,12 +63,12 @@ def weights_of(folder):
     (2, (2, 6), {"train_encoders": True, "dropout": 0.3}),
     (2, (1, 3), {"bf16": True, "gradient_accumulation_steps": 2, "max_steps": 5, "lr_scheduler_type": "cosine"}),
 ])
-def test_resuming_changes_nothing(train, tmp_path, stage, interruptions, flags):
+def test_resuming_changes_nothing(train, interrupted, tmp_path, stage, interruptions, flags):
     """An epoch has 4 steps (2 with accumulation): a run stops in one and between two, and goes on, bit for bit."""
     flags = {"max_steps": 10, "save_steps": 1, "save_total_limit": 2, "per_device_train_batch_size": 1, **flags}
     train(stage, output_dir=tmp_path / "whole", **flags)
     for step in interruptions:
-        with pytest.raises(Interrupted):
+        with pytest.raises(interrupted):
             train(stage, output_dir=tmp_path / "parts", resume_from_checkpoint="auto", interrupt_at=step, **flags)
     train(stage, output_dir=tmp_path / "parts", resume_from_checkpoint="auto", **flags)
     whole, parts = (weights_of(tmp_path / name / f"checkpoint-{flags['max_steps']}") for name in ("whole", "parts"))
@@ -259,23 +189,24 @@ def test_an_earlier_run_is_not_written_over(train, tmp_path):
 
 
 def test_a_run_without_its_optimizer_is_not_resumed(train, tmp_path):
-    train(2, max_steps=2)
+    train(2, max_steps=2, lr_scheduler_type="constant")
     checkpoint = tmp_path / "stage2/checkpoint-2"
     (checkpoint / "optimizer.pt").unlink()
     with pytest.raises(UserError, match="no optimizer.pt, so no optimizer to go on with; resume with the flags"):
-        train(2, max_steps=4, resume_from_checkpoint="auto")
+        train(2, max_steps=4, lr_scheduler_type="constant", resume_from_checkpoint="auto")
     (checkpoint / "latest").write_text("global_step2")
     with pytest.raises(UserError, match="it was saved with DeepSpeed; resume with the flags"):
-        train(2, max_steps=4, resume_from_checkpoint=checkpoint)
+        train(2, max_steps=4, lr_scheduler_type="constant", resume_from_checkpoint=checkpoint)
 
 
 def test_the_final_encoder_of_a_finished_run(train, tmp_path):
     """It is the last checkpoint's, also if the run was once shorter, and what another process left is swept."""
-    trainer = train(1, max_steps=2)
+    flags = {"lr_scheduler_type": "constant"}
+    trainer = train(1, max_steps=2, **flags)
     trainer.save_final_encoders(trained=True)
-    trainer = train(1, max_steps=4, resume_from_checkpoint="auto")      # killed before it saved the final one
+    trainer = train(1, max_steps=4, resume_from_checkpoint="auto", **flags)     # killed before it saved the final one
     (tmp_path / "stage1/.incomplete/final").mkdir(parents=True)
-    trainer = train(1, max_steps=4, resume_from_checkpoint="auto")
+    trainer = train(1, max_steps=4, resume_from_checkpoint="auto", **flags)
     trainer.save_final_encoders(trained=False)
     final, last = (torch.load(tmp_path / "stage1" / name, weights_only=True) for name in
                    ("geo_encoder_final_merged.pth", "4/geo_encoder_merged.pth"))
@@ -283,3 +214,18 @@ def test_the_final_encoder_of_a_finished_run(train, tmp_path):
     (tmp_path / "stage1/4/geo_encoder_merged.pth").unlink()
     with pytest.raises(UserError, match="geo_encoder_merged.pth: not found"):
         trainer.save_final_encoders(trained=False)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("flags, steps", [
+    ({"save_strategy": "no"}, [3]), ({"save_strategy": "no", "max_steps": -1, "num_train_epochs": 2}, [2]),
+    ({"save_strategy": "epoch", "per_device_train_batch_size": 2}, [2, 3]), ({"save_steps": 2}, [2, 3]),
+    ({"save_steps": 100}, [3])], ids=["no", "no, epochs", "epoch", "steps", "more steps than there are"])
+def test_the_last_step_is_always_saved(train, tmp_path, stage, flags, steps):
+    """Epochs of two steps or one; whole, so that the run may go on from there."""
+    flags = {"max_steps": 3, "save_steps": 100, "lr_scheduler_type": "constant", "save_total_limit": 3, **flags}
+    train(stage, **flags)
+    folder = tmp_path / f"stage{stage}"
+    assert staging.steps(folder) == steps
+    train(stage, **{**flags, "max_steps": 5}, resume_from_checkpoint="auto")
+    assert staging.steps(folder)[-1] == 5

@@ -200,3 +200,20 @@ def test_tensorboard_that_is_missing_is_one_line(make, monkeypatch):
     with pytest.raises(UserError, match="--report_to tensorboard: .*pip install tensorboard") as error:
         make(report_to="tensorboard")
     assert "\n" not in str(error.value)
+
+
+def test_the_start_that_came_to_a_step(tmp_path):
+    path = tmp_path / RUN
+    assert run_log.read_start(path) == {}
+    for n, step in enumerate((0, 4, 4, 8), start=1):
+        run_log.add_start(path, {"from_step": step, "n": n})
+    found = {step: run_log.read_start(path, step)["n"] for step in (1, 4, 5, 8, 9, None)}
+    assert found == {1: 1, 4: 1, 5: 3, 8: 3, 9: 4, None: 4}
+    path.write_text('{"starts": 7}')
+    assert run_log.read_start(path, 4) == {}
+
+
+@pytest.mark.parametrize("folder, step", [("O/checkpoint-4", 4), ("O/checkpoint-12/limit4", 12), ("O/checkpoint", None),
+                                          ("checkpoint-1/checkpoint-2/x", 2), ("O/checkpoint-x", None)])
+def test_the_step_of_a_folder(folder, step):
+    assert run_log.step_of(folder) == step
