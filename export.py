@@ -67,7 +67,7 @@ def main():
     model = export.plain(model, getattr(torch, dtype))
 
     context = agreement.get("model_max_length", args.context_size)
-    asked = {"model_max_length": context, "dataset": args.dataset_name, "places": export.digest_places(mapping),
+    asked = {"model_max_length": context, "dataset": args.dataset_name, "places": mapping.digest,
              "questions": questions,
              "trajectories": {"session_time_interval": dataset.session_time_interval or export.DAY,
                               "max_current": dataset.max_current,
@@ -91,8 +91,7 @@ def main():
         (folder / model_card.README).write_text(model_card.card(about), encoding="utf-8")
     size = sum(file.stat().st_size for file in args.export_dir.iterdir())
     log.info("%.2f M weights in %s, %.1f MB", model.num_parameters() / 1e6, dtype, size / 1e6)
-    command = model_card.serve_command(about, args.export_dir)
-    print(f"wrote {args.export_dir}; serve it with (not tried here)\n\n    {command}\n")
+    print(f"wrote {args.export_dir}; {model_card.how_to_use(about, args.export_dir)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """`<GPS n>` and `<POI n>`: one token per place of the mapping, found by id, the same in training and in evaluation."""
 import dataclasses
 import gzip
+import hashlib
 import re
 import warnings
 import zlib
@@ -26,6 +27,12 @@ class GPSMapping:
     ids: np.ndarray
     latitude: np.ndarray
     longitude: np.ndarray
+
+    @property
+    def digest(self) -> str:
+        """What tells these places from others: ids and coordinates, whatever their order."""
+        table = np.stack([self.ids.astype(np.float64), self.latitude, self.longitude])
+        return hashlib.sha256(np.ascontiguousarray(table[:, self.ids.argsort()]).tobytes()).hexdigest()[:16]
 
     @property
     def tokens(self) -> list[str]:

@@ -194,6 +194,8 @@ def write(config: Config, stage: int, use_sim: bool, fields: tuple[str, ...], co
             if stage == 2 and "gps" in fields:
                 with new_file(artifacts.check_ins(path), "wb") as file:
                     file.write(check_ins.content(written.sha256))
+            else:       # an earlier file's
+                artifacts.check_ins(path).unlink(missing_ok=True)
             logger.info("%d %s pairs, %s: %s", count, split, ",".join(fields), path)
 
 
@@ -272,7 +274,7 @@ def command(stage: int, description: str) -> None:
                         help="of train only as many pairs as show every check-in (for --loss_on poi_ids)")
     parser.add_argument("-thinned", type=cli.whole_number(1, 10_000), default=0, metavar="N",
                         help="N copies of train's pairs, from whose histories trajectories are missing at random")
-    parser.add_argument("-missing", type=cli.share, default=MISSING, metavar="SHARE",
+    parser.add_argument("-missing", type=cli.share, metavar="SHARE",
                         help=f"with -thinned: of a history's trajectories at most (default: {MISSING})")
     if stage == 2:
         parser.add_argument("-answer", choices=ANSWERS, default=ANSWERS[0],
@@ -283,6 +285,8 @@ def command(stage: int, description: str) -> None:
     config = configs.from_flags(args)
     if args.validate and args.use_sim:
         raise cli.UserError("-validate, -use_sim: traj_sim.py lists nothing for the validation split; leave one out")
+    if args.missing is not None and not args.thinned:
+        raise cli.UserError("-missing: goes with -thinned N, whose copies lack trajectories; give both, or neither")
     if args.max_history is not None:
         if not 0 <= args.max_history <= configs.MOST:
             raise cli.UserError(f"-max_history {short(args.max_history)}: too small or large; give 0 to {configs.MOST}")
@@ -297,7 +301,8 @@ def command(stage: int, description: str) -> None:
     if as_token and prompts.MOMENT not in fields:
         raise cli.UserError("-answer token: goes with -fields moment,gps, where the prompt's places are tokens, too")
     write(config, stage, args.use_sim, fields, args.cover, args.thinned,
-          (*SPLITS, VALIDATE) if args.validate else SPLITS, args.missing, as_token)
+          (*SPLITS, VALIDATE) if args.validate else SPLITS,
+          MISSING if args.missing is None else args.missing, as_token)
 
 
 def shown_fields(text: str, allowed: tuple[str, ...], stage: int, use_pam: bool = False) -> tuple[str, ...]:

@@ -4,10 +4,8 @@
 """
 import contextlib
 import dataclasses
-import hashlib
 import logging
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +13,7 @@ import torch
 from ga_llm.base.cli import UserError
 from ga_llm.llm import pointing
 from ga_llm.llm.pointer import Pointer
-from ga_llm.pairs.check_ins import CheckIns
+from ga_llm.pairs import check_ins
 from ga_llm.pairs.spelling import TestPrompt
 
 log = logging.getLogger(__name__)
@@ -33,10 +31,9 @@ def prepare(args, model, test_prompts: Sequence[TestPrompt], mapping, tokenizer)
         return test_prompts
     if args.decoding != "rank":
         log.info("--decoding %s asks the LLM alone, without its pointer", args.decoding)
-    sha256 = hashlib.sha256(Path(args.test_file).read_bytes()).hexdigest()
     token_ids = np.asarray(tokenizer.convert_tokens_to_ids(mapping.tokens))
-    check_ins = CheckIns(args.test_file, sha256, mapping.ids)
-    return [dataclasses.replace(prompt, check_ins=check_ins.shown(prompt.pair, places, at))
+    shown = check_ins.read(args.test_file, mapping.ids)
+    return [dataclasses.replace(prompt, check_ins=shown.shown(prompt.pair, places, at))
             for prompt, at, places in positions(test_prompts, token_ids)]
 
 

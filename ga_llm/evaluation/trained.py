@@ -155,6 +155,7 @@ def load(args: argparse.Namespace, agreement: dict, mapping: GPSMapping, attenti
         encoders = injection.attach_encoders(model, injection.load_encoders(
             model, mapping, token_ids, path, poi_token_ids, embeddings, args.projector_path))
     if test_type == "llm":
+        checkpoints.check_places(args.output_dir, agreement, mapping, args.gps_mapping_path)
         checkpoints.check_agreement(args.output_dir, agreement, args.context_size,
                                     model.config.max_position_embeddings, None if full else base,
                                     None if random_encoder else encoders)

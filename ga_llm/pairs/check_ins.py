@@ -4,6 +4,7 @@ data-preprocess writes them beside each question file (`artifacts.check_ins`), b
 out is what a pair's tokens show: of a pair that was cut, the check-ins that are left.
 """
 import dataclasses
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,21 @@ import safetensors
 
 from ga_llm.base import artifacts
 from ga_llm.base.cli import UserError
-from ga_llm.base.reading import reason
+from ga_llm.base.reading import read_json, reason
 
 MADE_BY = "python data-preprocess/process_llm_gps.py -dataset_name <name>"
 NAMES = ("second", "place", "category", "trajectory", "rows", "ends")
+
+
+def read(questions: Path | str, ids: np.ndarray) -> "CheckIns":
+    """Those of a question file. ids: (places,), the mapping's. Raises UserError where it shows no places."""
+    settings = artifacts.question_settings(questions)
+    fields = read_json(settings).get("fields") if settings.exists() else None
+    if isinstance(fields, list) and "gps" not in fields:
+        raise UserError(f"{questions}: its check-ins show no <GPS n> ({', '.join(map(str, fields))}), to which a "
+                        "pointer could point; make it with gps among process_llm_gps.py's -fields")
+    with open(questions, "rb") as file:
+        return CheckIns(questions, hashlib.file_digest(file, "sha256").hexdigest(), ids)
 
 
 @dataclasses.dataclass(frozen=True)

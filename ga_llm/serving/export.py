@@ -6,13 +6,11 @@
     E/pointer.safetensors                                                   the pointer, if there is one, for it alone
 """
 import contextlib
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from peft import PeftModel
 from safetensors.torch import save_file
@@ -26,7 +24,6 @@ from ga_llm.base.reading import WAY_OUT, read_json
 from ga_llm.llm import pointing
 from ga_llm.training import run_log
 from ga_llm.training.checkpoints import AGREEMENT
-from geo_encoder.gps_tokens import GPSMapping
 
 ANSWER_TOKENS = 64      # more than an answer takes, one token a digit
 DAY = 24 * 60           # minutes: what ends a trajectory where the data set's YAML does not say it
@@ -144,12 +141,6 @@ def check_questions(found: dict, where: Path) -> None:
 def base_name(path: str) -> str:
     """A base model as a card may name it: by the hub's name, or of a local folder by the last part alone."""
     return Path(path).resolve().name if Path(path).is_dir() else path
-
-
-def digest_places(mapping: GPSMapping) -> str:
-    """What tells the places that a model knows from others: ids and coordinates, whatever their order."""
-    table = np.stack([mapping.ids.astype(np.float64), mapping.latitude, mapping.longitude])
-    return hashlib.sha256(np.ascontiguousarray(table[:, mapping.ids.argsort()]).tobytes()).hexdigest()[:16]
 
 
 def read_run(checkpoint: Path) -> dict | None:

@@ -57,6 +57,14 @@ def serve_command(model: Model, folder: Path | str) -> str:
     return f"vllm serve {shlex.quote(str(folder))} --max-model-len {model.context} --dtype {model.dtype}"
 
 
+def how_to_use(model: Model, folder: Path | str) -> str:
+    """The next command, after an export to `folder`."""
+    if model.pointer:
+        return (f"ask it with\n\n    python recommend.py --model {shlex.quote(str(folder))} --check_ins my.csv --time "
+                f"\"{EXAMPLE[1][:-3]}\"\n")
+    return f"serve it with (not tried here)\n\n    {serve_command(model, folder)}\n"
+
+
 def question(model: Model) -> str:
     """An example, of one made-up check-in."""
     then, now = EXAMPLE
@@ -74,8 +82,6 @@ def card(model: Model) -> str:
     then, now = EXAMPLE
     name = model.folder.name
     base = json.dumps(model.base)       # a text in YAML, too
-    request = json.dumps({"model": name, "prompt": "<question>: … <answer>:", "temperature": 0,
-                          "max_tokens": 64}, ensure_ascii=False)
     return f"""---
 base_model: {base}
 base_model_relation: finetune
@@ -92,8 +98,8 @@ Data set: `{model.dataset}`, {model.places:,} POIs. It is a plain Hugging Face m
 
 ## How to ask it
 
-The prompt is one line, up to and with `{prompts.ANSWER}`; the answer reads `At {now}, user {model.first} will visit POI
-id n.` Check-ins stand in order of time. Users, POIs and categories are the data set's encoded ids
+The prompt is one line, up to and with `{prompts.ANSWER}`; an answer reads `{_answer(model)}`.
+Check-ins stand in order of time. Users, POIs and categories are the data set's encoded ids
 (`label_encoding.json`); of a user that is not in it, the unseen id. An example with one made-up check-in:
 
 ```
@@ -108,15 +114,8 @@ question from a user's check-ins, and ranks all POIs exactly, which one answer d
 python recommend.py --model {shlex.quote(name)} --check_ins my.csv --time "{now[:-3]}" -k 5
 ```
 
-With vLLM (not tried by those who wrote this card; it must be a version that reads `rope_parameters` of config.json, as
-transformers 5 writes it, for older ones pass over the scaling of positions):
-
-```bash
-{serve_command(model, name)}
-curl http://localhost:8000/v1/completions -H "Content-Type: application/json" -d '{request}'
-```
-
-{_pointer(model)}## What was trained
+{_pointer(model) if model.pointer else _served(model)}
+## What was trained
 
 {_training(model)}
 
@@ -153,21 +152,46 @@ def _similar(model: Model) -> str:
             "shows none. " if model.questions["use_sim"] else "")
 
 
+def _answer(model: Model) -> str:
+    """The answer's form, n being the id."""
+    fields = model.questions["fields"]
+    moment = prompts.time_token("m") if prompts.MOMENT in fields else ""
+    text = prompts.answer_poi(EXAMPLE[1], model.first, "n", fields, moment, model.questions.get("answer") == "token")
+    return text.removeprefix(prompts.ANSWER).strip()
+
+
+def _served(model: Model) -> str:
+    """How a stock server serves it."""
+    request = json.dumps({"model": model.folder.name, "prompt": "<question>: … <answer>:", "temperature": 0,
+                          "max_tokens": 64}, ensure_ascii=False)
+    return f"""With vLLM (not tried by those who wrote this card; it must be a version that reads `rope_parameters` of
+config.json, as transformers 5 writes it, for older ones pass over the scaling of positions):
+
+```bash
+{serve_command(model, model.folder.name)}
+curl http://localhost:8000/v1/completions -H "Content-Type: application/json" -d '{request}'
+```
+"""
+
+
 def _pointer(model: Model) -> str:
     """What a server that knows nothing of the pointer leaves out."""
-    if not model.pointer:
-        return ""
-    cost = "What that costs was not measured (`test_next_gps.py --pointer False`)."
+    cost = ("What that costs in Acc@1 was not measured on the test split (`test_next_gps.py`, and once more with "
+            "`--pointer False`).")
     if model.metrics is not None and model.alone is not None:
-        cost = (f"In Acc@1 on the same questions: with it {_cell(model.metrics['all']['model'].get('Acc@1'))}, without "
-                f"{_cell(model.alone['all']['model'].get('Acc@1'))}.")
+        cost = (f"Its Acc@1 on the same questions is {_cell(model.alone['all']['model'].get('Acc@1'))}, with the "
+                f"pointer {_cell(model.metrics['all']['model'].get('Acc@1'))}.")
     return f"""## The pointer
 
-Half of the model is a pointer over the question's check-ins (`pointer.safetensors`), which knows their times and
-distances and is mixed with the LLM's probabilities. `recommend.py` uses it; a stock server knows nothing of it and
-answers by the LLM alone. {cost}
+`pointer.safetensors` is a second part of the model, a pointer to the question's check-ins by their times and distances,
+whose probabilities are mixed with the LLM's. `recommend.py` uses it. **A stock server does not, and answers by the LLM
+alone, which is another model.** {cost}
+{_moments(model)}"""
 
-"""
+
+def _moments(model: Model) -> str:
+    return ("`<TIME m>` stands for a weekday, a half hour and the time since the check-in before; `recommend.py` "
+            "writes it.\n" if prompts.MOMENT in model.questions["fields"] else "")
 
 
 def _training(model: Model) -> str:

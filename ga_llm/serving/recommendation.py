@@ -26,7 +26,7 @@ from ga_llm.evaluation.ranking import Trie
 from ga_llm.llm import beside, pointing
 from ga_llm.pairs.check_ins import Shown
 from ga_llm.pairs.spelling import Spelling
-from ga_llm.serving.export import check_questions, digest_places
+from ga_llm.serving.export import check_questions
 from ga_llm.training.checkpoints import AGREEMENT, read_agreement
 from geo_encoder.gps_tokens import GPSMapping, read_gps_mapping
 
@@ -108,7 +108,7 @@ def read_places(dataset: str, root: Path | str, asking: Asking) -> Places:
     folder = artifacts.preprocessed(dataset, root)
     path = folder / artifacts.gps_mapping(dataset)
     mapping = read_gps_mapping(path)
-    if digest_places(mapping) != asking.places:
+    if mapping.digest != asking.places:
         raise UserError(f"{path}: other places than those that the model was exported with (data set {asking.dataset})"
                         "; give --dataset_name and --data_path of the training")
     labels = read_labels(folder / artifacts.LABEL_ENCODING)

@@ -197,7 +197,8 @@ def read_agreement(folder: Path | str) -> dict:
     path = Path(folder) / AGREEMENT
     found = read_json(path) if path.exists() else {}
     kinds = {"model_max_length": int, "base_model": str, "trained": list, "encoders": dict, "questions": dict,
-             "paths": dict, "beside": dict, "flags": dict, "files": dict, "quantization": str}
+             "paths": dict, "beside": dict, "flags": dict, "files": dict, "quantization": str,
+             "places": str}
     for name, value in found.items():
         if name in kinds and type(value) is not kinds[name]:
             raise UserError(f"{path}: {name} is {str(value)[:100]!r}; {WAY_OUT}")
@@ -212,6 +213,16 @@ def read_agreement(folder: Path | str) -> dict:
         if not isinstance(value, str) or not value:
             raise UserError(f"{path}: paths: {name[:100]!r} is {str(value)[:100]!r}; {WAY_OUT}")
     return found
+
+
+def check_places(folder: Path | str, found: dict, mapping, path: Path | str) -> None:
+    """The places must be those of the training: ids and coordinates. Raises UserError if not.
+
+    found: as `read_agreement` finds it; mapping: a GPSMapping, of the file `path`.
+    """
+    if found.get("places", mapping.digest) != mapping.digest:
+        raise UserError(f"{path}: other places than those of {Path(folder) / AGREEMENT}'s training; leave out "
+                        "--gps_mapping_path, or give the training's")
 
 
 def check_agreement(folder: Path | str, found: dict, context_size: int, native_context: int,

@@ -58,13 +58,13 @@ def set_up(args: SFTArguments) -> Setup:
     poi_token_ids = add_poi_tokens(tokenizer, mapping) if poi_path else None
     time_token_ids = add_time_tokens(tokenizer) if shows_moments(args.data_path) else None
     pointer, every = getattr(args, "pointer", False), args.loss_on == "poi_ids"
+    shown = None
+    if pointer or getattr(args, "geo_output", False):
+        shown = check_ins.read(args.data_path, mapping.ids)
     dataset = token_cache.load(args.data_path, tokenizer, args.model_max_length, args.gps_mapping_path, args.cache_dir,
                                poi_ids=every or pointer)
     if dataset.targets is not None and not any(dataset[i]["targets"].any() for i in range(len(dataset))):
         raise UserError(f"--loss_on poi_ids: {args.data_path} names no POI id; leave it out")
-    shown = None
-    if pointer or getattr(args, "geo_output", False):
-        shown = check_ins.CheckIns(args.data_path, dataset.sha256, mapping.ids)
     if pointer:
         dataset = pointing.PointedPairs(dataset, shown, token_ids, every)
     places = len(mapping.ids) if pointer else None

@@ -29,6 +29,7 @@ from ga_llm.training.checkpoints import (ADAPTER, AGREEMENT, PATHS, PEFT_PREFIX,
                                          load_weights)
 from ga_llm.training.run_log import LoggedTrainer, data_sha256, sha256
 from ga_llm.training.sampling import EpochSampler
+from geo_encoder.gps_tokens import read_gps_mapping
 from geo_encoder.weights import digest, merged_state_dict, save_encoder
 
 log = logging.getLogger(__name__)
@@ -188,6 +189,7 @@ class GATrainer(LoggedTrainer):
                  "base_model": fingerprint(self.args.model_name_or_path),
                  "encoders": self.encoders, "questions": self._questions(), "flags": self.flags,
                  "beside": beside.describe(self.llm) or None,
+                 "places": read_gps_mapping(self.args.gps_mapping_path).digest,
                  "quantization": four_bits.kind(self.model),
                  "files": {"data_path": data_sha256(self), "gps_mapping_path": sha256(self.args.gps_mapping_path)},
                  "trained": [name.removeprefix(PEFT_PREFIX) for name in self._beside_lora()]}

@@ -99,9 +99,15 @@ def test_a_check_in_in_two_tokens(city, as_token):
     (["-fields", "moment,gps,category"], "give -fields moment,gps and no others"),
     (["-fields", "moment"], "give -fields moment,gps and no others"),
     (["-fields", "moment,gps", "-use_pam", "True"], "give -fields moment,gps and no others"),
-    (["-answer", "token"], "goes with -fields moment,gps")])
+    (["-answer", "token"], "goes with -fields moment,gps"), (["-missing", "0.2"], "goes with -thinned N")])
 def test_mistakes(city, error_of, flags, names):
     assert names in error_of("process_llm_gps.py", "-dataset_name", "sample", *flags)
+
+
+def test_without_places_none_are_left_behind(city):
+    for flags, there in ((["-fields", "week,gps"], True), (["-fields", "week"], False)):
+        city("process_llm_gps.py", "-dataset_name", "sample", *flags)
+        assert bool(list(FOLDER.glob("*.check_ins.safetensors"))) == there
 
 
 def test_stage_1_has_neither(city, error_of):

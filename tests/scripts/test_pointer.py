@@ -136,7 +136,9 @@ def test_recommendations_are_those_of_the_evaluation(trained, tmp_path, kind, ou
     assert (trained / exported / artifacts.POINTER).exists()
     assert not any("pointer" in name for name in load_file(trained / exported / "model.safetensors"))
     card = (trained / exported / "README.md").read_text()
-    assert "## The pointer" in card and "answers by the LLM alone" in card
+    assert "## The pointer" in card and "which is another model" in card and "vllm" not in card
+    assert ("will visit <TIME m><GPS n>." if kind == "tokens" else "will visit <TIME m>POI id n.") in card
+    assert "recommend.py" in result.out
     train, test = (pd.read_csv(trained / DATA / f"{split}_sample.csv") for split in ("train", "test"))
     of_pair = {(user, own["LocalTime"].max()): own for (user, _), own in test.groupby(["UserId", "TrajectoryId"])}
     encoding = json.loads((trained / DATA / "label_encoding.json").read_text())["user"]
@@ -152,6 +154,17 @@ def test_recommendations_are_those_of_the_evaluation(trained, tmp_path, kind, ou
         table = np.load(trained / checkpoint / artifacts.LOG_PROBABILITIES)[prediction["pair"]].astype(np.float64)
         probabilities = np.sort(np.exp(table) / np.exp(table).sum())[::-1][:5]
         assert [place["probability"] for place in found] == pytest.approx(probabilities.tolist(), rel=1e-3)
+
+
+def test_other_places_than_the_trainings_are_refused(trained, tmp_path):
+    """The same ids at other coordinates: the pointer's distances would be others."""
+    mapping = trained / "moments/sample/preprocessed/sample_gps_mapping.csv"
+    rows = pd.read_csv(mapping)
+    rows["Latitude"] = rows["Latitude"].to_numpy()[::-1]
+    rows.to_csv(tmp_path / "shuffled.csv", index=False)
+    result = forked.run(trained, ["test_next_gps.py", "--output_dir", "outputs/pointed/checkpoint-4",
+                                  "--gps_mapping_path", tmp_path / "shuffled.csv", "--limit", "2"], tmp_path / "log")
+    assert result.code == 2 and "shuffled.csv: other places than those of" in result.err.splitlines()[-1]
 
 
 def test_what_goes_with_what(pointed, tmp_path):

@@ -9,7 +9,7 @@ from ga_llm.base import artifacts
 from ga_llm.base.cli import UserError
 from ga_llm.llm import backbone, beside, pointing, shared_prefix
 from ga_llm.llm.pointer import Pointer, PointerConfig
-from ga_llm.pairs import sft_data, token_cache
+from ga_llm.pairs import check_ins, sft_data, token_cache
 from ga_llm.pairs.check_ins import CheckIns
 from ga_llm.training import batches
 from geo_encoder import gps_tokens
@@ -172,6 +172,9 @@ def test_check_ins_of_other_questions_are_refused(asked_city, tiny_llama, tmp_pa
     with pytest.raises(UserError, match="pair 0 has other check-ins than the question shows"):
         world.check_ins.shown(0, np.roll(pair["shown"].place[:-1], 1) + 1, pair["shown"].at)
     (tmp_path / TRAIN).write_bytes(world.path.read_bytes())
+    artifacts.question_settings(tmp_path / TRAIN).write_text('{"fields": ["time", "poi"]}')
+    with pytest.raises(UserError, match="its check-ins show no <GPS n> .time, poi."):
+        check_ins.read(tmp_path / TRAIN, world.mapping.ids)
     with pytest.raises(UserError, match="not found; make it with"):
         CheckIns(tmp_path / TRAIN, world.pairs.sha256, world.mapping.ids)
     beside_it = artifacts.check_ins(tmp_path / TRAIN)
