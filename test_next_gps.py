@@ -13,7 +13,7 @@ stopped when it is started again.
 
     python test_next_gps.py --compare A/predictions.jsonl B/predictions.jsonl
 
-tells how B differs from A, pair by pair.
+tells how B differs from A, pair by pair; A1,A2,A3 B1,B2,B3 compares the means of several runs of each.
 """
 import argparse
 import time
@@ -53,7 +53,8 @@ def arguments() -> tuple[argparse.Namespace, dict]:
     parser.add_argument("--flash_attn", type=boolean, default=True)
     parser.add_argument("--limit", type=whole_number(1), help="only the first so many pairs")
     parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=42)
-    parser.add_argument("--compare", nargs=2, metavar="PREDICTIONS", help="compare two predictions.jsonl, and no more")
+    parser.add_argument("--compare", nargs=2, type=comparison.runs, metavar="PREDICTIONS",
+                        help="compare predictions.jsonl, each a run or several with commas, and no more")
     args = parser.parse_args()
     if args.compare:
         return args, {}
@@ -101,7 +102,7 @@ def mixed(args, store: predictions.Store, test_prompts, candidates, others: dict
 def main():
     args, agreement = arguments()
     if args.compare:
-        return print(comparison.compare(*map(Path, args.compare)))
+        return print(comparison.compare(*args.compare))
     torch.manual_seed(args.seed)
     injection.check_paths(args)
     mapping = gps_tokens.read_gps_mapping(args.gps_mapping_path)

@@ -1,4 +1,6 @@
-"""Is B better than A? The difference of two predictions.jsonl over the same pairs, by paired bootstrap."""
+"""Is B better than A? The difference of predictions.jsonl over the same pairs, by a bootstrap over pairs and runs."""
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -6,63 +8,116 @@ import numpy as np
 from ga_llm.base import json_text
 from ga_llm.base.artifacts import require
 from ga_llm.base.cli import UserError
-from ga_llm.evaluation import metrics
+from ga_llm.evaluation import metrics, published
 
 MADE_BY = "python test_next_gps.py …"
 KEY = ("pair", "user", "time", "target")
 MEAN_KM = metrics.KM[0]
 OPTIONAL = type(None)
-TYPES = {"pair": (int,), "user": (int, OPTIONAL), "time": (str, OPTIONAL), "target": (int,), "rank": (int, OPTIONAL),
-         "top": (list,), "km": (int, float, OPTIONAL)}
+TYPES = {"pair": (int,), "user": (int, OPTIONAL), "time": (str, OPTIONAL), "target": (int,),
+         "current": (int, OPTIONAL), "rank": (int, OPTIONAL), "top": (list,), "km": (int, float, OPTIONAL)}
+LEAST = {"rank": 1, "km": 0, "current": 0}
+ROUNDING = 1e-12        # a difference this small is none: means of the same values, in another order
 
 
-def compare(a: Path, b: Path) -> str:
+def runs(text: str) -> list[Path]:
+    """A type for argparse: a method's files, one for each run of it (such as seeds), with commas between."""
+    names = text.split(",")
+    if not all(names) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"expected different files with commas between, got {text!r}")
+    return list(map(Path, names))
+
+
+def compare(a: Sequence[Path], b: Sequence[Path]) -> str:
     """The differences as a table for a person; raises UserError as `differences` does."""
-    found = differences(a, b)
+    found, aligned = _compared(a, b)
     width = max(map(len, found))
-    lines = [f"A: {a}", f"B: {b}", "B - A over the same pairs [95 % interval], p: two-sided, both by paired bootstrap",
-             f"{'':{width}}  {'n':>6}  {'A':>8}  {'B':>8}  {'B - A':27}  {'p':>6}"]
+    by = "paired bootstrap"
+    if len(a) + len(b) > 2:
+        by = f"bootstrap over pairs and runs ({len(a)} of A, {len(b)} of B)"
+    lines = [f"{name}: {path}{published.note(aligned.get(path))}" for name, paths in (("A", a), ("B", b))
+             for path in paths]
+    lines += [f"B - A over the same pairs [95 % interval], p: two-sided, both by {by}",
+              f"{'':{width}}  {'n':>6}  {'A':>8}  {'B':>8}  {'B - A':27}  {'p':>6}"]
     for metric, row in found.items():
         digits = 2 if metric == MEAN_KM else 4
         low, high = (f"{row[key]:+.{digits}f}" for key in ("low", "high"))
         difference = f"{row['difference']:+.{digits}f} [{low}, {high}]"
         lines.append(f"{metric:{width}}  {row['n']:>6}  {row['a']:>8.{digits}f}  {row['b']:>8.{digits}f}  "
                      f"{difference:27}  {row['p']:.4f}" + " (less is better)" * (metric == MEAN_KM))
-    return "\n".join(lines)
+    return "\n".join(lines + [published.ABOUT] * bool(aligned))
 
 
-def differences(a: Path, b: Path, draws: int = 10_000, seed: int = 0) -> dict[str, dict]:
+def differences(a: Sequence[Path], b: Sequence[Path], draws: int = 10_000, seed: int = 0) -> dict[str, dict]:
     """{metric: {"n", "a", "b", "difference", "low", "high", "p"}}: B - A, with its 95 % percentile interval.
 
-    Each draw takes the same pairs of both. p: twice the smaller share of draws at or beyond 0, counting the observed
-    one too, at most 1. "mean km" is over the pairs that have a distance in both. If either file holds sampled answers,
-    metrics of ranks beyond the first are left out.
+    a, b: the files of each method's runs, over whose mean the metrics are; one of GenUP's (`published`) stands for a
+    run, too. Each draw takes the same pairs of all runs, and draws the runs of each method: one fewer than there are,
+    with replacement, because as many would show (k-1)/k of the variance between k runs, two thirds for three
+    (Rao and Wu 1988). Of a single run, what another seed would change is not in the interval.
+    p: twice the smaller share of draws at or beyond 0, counting the observed one too, at most 1. "mean km" is over the
+    pairs that have a distance in all runs. If a file holds sampled answers, metrics of ranks beyond the first are left
+    out; beside published ones all but Acc@1 is.
     Raises UserError if a file is missing, a line is wrong, or the pairs are not the same.
     """
-    one, other = read(a), read(b)
-    _check_same(one, other, a, b)
-    records = [list(one.values()), [other[key] for key in one]]
-    (ranks_a, km_a), (ranks_b, km_b) = (_ranks_and_km(rows) for rows in records)
-    values_a, values_b = metrics.per_pair(ranks_a, km_a), metrics.per_pair(ranks_b, km_b)
-    if any(_sampled(rows) for rows in records):
-        values_a = {name: values for name, values in values_a.items() if name in metrics.OF_ONE_ANSWER}
-    found = _paired({name: (values, values_b[name]) for name, values in values_a.items()}, draws, seed)
-    known = ~np.isnan(km_a) & ~np.isnan(km_b)
+    return _compared(a, b, draws, seed)[0]
+
+
+def _compared(a: Sequence[Path], b: Sequence[Path], draws: int = 10_000, seed: int = 0) -> tuple[dict, dict]:
+    """What `differences` and `_read_all` return."""
+    runs_read, aligned = _read_all([*a, *b])
+    ranks_and_km = [_ranks_and_km(records) for records in runs_read]
+    each = [metrics.per_pair(ranks, km) for ranks, km in ranks_and_km]
+    kept = published.METRICS if aligned else metrics.OF_ONE_ANSWER if any(map(_sampled, runs_read)) else each[0]
+    values = {name: np.stack([run[name] for run in each]) for name in each[0] if name in kept}
+    found = _bootstrapped(values, len(a), draws, seed)
+    km = np.stack([km for _, km in ranks_and_km])
+    known = ~np.isnan(km).any(axis=0)
     if known.any():
-        found |= _paired({MEAN_KM: (km_a[known], km_b[known])}, draws, seed)
-    return found
+        found |= _bootstrapped({MEAN_KM: km[:, known]}, len(a), draws, seed)
+    return found, aligned
 
 
-def _paired(values: dict[str, tuple[np.ndarray, np.ndarray]], draws: int, seed: int) -> dict[str, dict]:
-    """values: {metric: (A's, B's)}, each (pairs,)."""
-    drawn = metrics.resampled(np.stack([b - a for a, b in values.values()]), draws, seed)
+def _bootstrapped(values: dict[str, np.ndarray], of_a: int, draws: int, seed: int) -> dict[str, dict]:
+    """values: {metric: (runs, pairs)}, the first `of_a` runs being A's."""
+    random = np.random.default_rng([seed, 1])       # another stream than the pairs'
+    of_b = len(next(iter(values.values()))) - of_a
+    weights = np.concatenate([-_run_weights(of_a, draws, random), _run_weights(of_b, draws, random)])
+    drawn = metrics.resampled(np.concatenate(list(values.values())), draws, seed).reshape(len(values), -1, draws)
     found = {}
-    for (metric, (a, b)), row in zip(values.items(), drawn):
+    for (metric, runs_), rows in zip(values.items(), drawn):
+        row = (weights * rows).sum(axis=0)
         low, high = np.percentile(row, [2.5, 97.5])
-        beyond = min((row <= 0).sum(), (row >= 0).sum())
-        found[metric] = {"n": len(a), "a": float(a.mean()), "b": float(b.mean()), "difference": float((b - a).mean()),
+        beyond = min((row <= ROUNDING).sum(), (row >= -ROUNDING).sum())
+        mean_a, mean_b = float(runs_[:of_a].mean()), float(runs_[of_a:].mean())
+        found[metric] = {"n": runs_.shape[1], "a": mean_a, "b": mean_b, "difference": mean_b - mean_a,
                          "low": float(low), "high": float(high), "p": float(min(1, 2 * (beyond + 1) / (draws + 1)))}
     return found
+
+
+def _run_weights(count: int, draws: int, random: np.random.Generator) -> np.ndarray:
+    """(runs, draws): each run's share in the mean of those drawn."""
+    size = max(1, count - 1)
+    return random.multinomial(size, [1 / count] * count, draws).T / size
+
+
+def _read_all(paths: Sequence[Path]) -> tuple[list[list[dict]], dict[Path, tuple[int, int]]]:
+    """Each file's records of the pairs that all have, and {published file: (its pairs that align, all its pairs)}.
+
+    Raises UserError as `differences` does.
+    """
+    ours = {path: read(path) for path in paths if not published.is_published(path)}
+    if not ours:
+        raise UserError(f"{paths[0]}: published predictions are compared with a predictions.jsonl of `{MADE_BY}`; give "
+                        "one of the two")
+    source, reference = next(iter(ours.items()))
+    for path, records in ours.items():
+        _check_same(reference, records, source, path)
+    theirs = {path: published.align(path, reference, source) for path in paths if path not in ours}
+    keys = [key for key in reference if all(key in same for same, _ in theirs.values())]
+    found = ours | {path: same for path, (same, _) in theirs.items()}
+    return ([[found[path][key] for key in keys] for path in paths],
+            {path: (len(same), n) for path, (same, n) in theirs.items()})
 
 
 def _ranks_and_km(records: list[dict]) -> tuple[np.ndarray, np.ndarray]:
@@ -102,12 +157,13 @@ def _record(line: bytes) -> dict:
         raise ValueError(f"not JSON ({error})") from None
     if not isinstance(record, dict):
         raise ValueError("not an object")
+    record.setdefault("current", None)      # files of before 2026-11-27 do not tell
     for name, types in TYPES.items():
         if name not in record:
             raise ValueError(f"no {name!r}")
         if type(record[name]) not in types:     # isinstance would take true for a rank
             raise ValueError(f"{name} is {record[name]!r}")
-    for name, least in (("rank", 1), ("km", 0)):
+    for name, least in LEAST.items():
         if record[name] is not None and record[name] < least:
             raise ValueError(f"{name} is {record[name]!r}, less than {least}")
     if not all(isinstance(entry, list) and len(entry) == 2 for entry in record["top"]):

@@ -23,8 +23,9 @@ WEIGHTS = {".safetensors", ".bin", ".pth", ".pt"}
 class Store:
     """The predictions of one evaluation: `done`, {pair: record}, and on disk beside the final file until `finish`.
 
-    A record has pair (line of the test file, from 0), user, time (the target's, local), target, fits (whether nothing
-    was cut from the prompt), rank (null: none) and top, [[POI id, log-probability], …].
+    A record has pair (line of the test file, from 0), user, time (the target's, local), target, current (how many
+    check-ins its trajectory has before the target), fits (whether nothing was cut from the prompt), rank (null: none)
+    and top, [[POI id, log-probability], …].
     """
     folder: Path
     key: str                            # names what the predictions depend on; another key, another evaluation
@@ -72,7 +73,7 @@ class Store:
             if prompt.pair in self.done:
                 continue
             record = {"pair": prompt.pair, "user": prompt.user, "time": prompt.time, "target": prompt.target,
-                      "fits": prompt.fits, **self._found(result)}
+                      "current": len(prompt.current), "fits": prompt.fits, **self._found(result)}
             if len(self.candidates):
                 self.rows[prompt.pair] = result.log_probs
             self.done[prompt.pair] = record

@@ -320,7 +320,7 @@ def _compare(rows: Sequence[Row]) -> None:
         files = tuple(one.path.with_name(artifacts.PREDICTIONS) for one in (reference, row))
         if files not in compared:
             try:
-                found = comparison.differences(*files)
+                found = comparison.differences(*([file] for file in files))
                 compared[files] = {metric: found[metric] | {"verdict": verdict(found[metric])}
                                    for metric in COMPARED if metric in found}
             except UserError as error:

@@ -887,7 +887,8 @@ BAD_EVALUATION_FLAGS = [
     ("--output_dir nowhere/deeper", ["nowhere/deeper"]), ("--base_model ./nowhere", ["./nowhere"]),
     ("--test_type projector --geoencoder_path=", ["--geoencoder_path"]),
     ("--full_table True --decoding sample", ["--full_table"]), ("--context_size 16384", ["--context_size"]),
-    ("--compare a.jsonl", ["--compare"]),
+    ("--compare a.jsonl", ["--compare"]), ("--compare a.jsonl, b.jsonl", ["--compare", "a.jsonl,"]),
+    ("--compare a.jsonl b.jsonl,b.jsonl", ["--compare", "b.jsonl,b.jsonl"]),
 ]
 
 
@@ -933,7 +934,8 @@ RECORD = {"pair": 0, "user": 1, "time": "t", "target": 5, "fits": True, "rank": 
     (None, ["b.jsonl", "not found"]), ("", ["b.jsonl", "empty"]), ("\n", ["line 1", "not JSON"]),
     ('{"pair": 0, "us', ["line 1", "not JSON"]), ("[]", ["line 1"]), (b"\xff", ["line 1", "not JSON"]),
     ({"rank": 0}, ["line 1", "rank"]), ({"rank": -1}, ["rank"]), ({"rank": True}, ["rank"]), ({"rank": 1.5}, ["rank"]),
-    ({"km": float("nan")}, ["line 1"]), ({"km": -1}, ["km"]), ({"km": "1"}, ["km"]), ({"top": [[5]]}, ["top"]),
+    ({"current": -1}, ["current"]), ({"km": float("nan")}, ["line 1"]), ({"km": -1}, ["km"]),
+    ({"km": "1"}, ["km"]), ({"top": [[5]]}, ["top"]),
     ({"top": {}}, ["top"]), ({"pair": 7}, ["pair"]), ({"target": 6}, ["pair 0"]), ({"user": 2}, ["pair 0"]),
     (json.dumps(RECORD) + "\n" + json.dumps(RECORD), ["line 2", "twice"]), ("[" * 100_000, ["line 1"]),
 ], ids=lambda value: str(value)[:24])

@@ -73,6 +73,9 @@ def test_protocol_and_comparison(repo):
     assert f"protocol sthgcn, n = {sample['n']}" in result.out and (repo / files[1]).exists()
     same = call(repo, "test_next_gps.py", "--compare", files[0], files[0])
     assert same.code == 0 and "Acc@1" in same.out and "MRR" in same.out
+    (repo / "again.jsonl").write_bytes((repo / files[0]).read_bytes())
+    runs = call(repo, "test_next_gps.py", "--compare", files[0], f"{files[0]},again.jsonl")
+    assert runs.code == 0 and "(1 of A, 2 of B)" in runs.out
     alone = call(repo, "tools/baselines.py", "-dataset_name", "sample")     # needs no model
     assert alone.code == 0
     for line in result.out.split("by group")[0].splitlines():

@@ -35,8 +35,8 @@ def test_records(tmp_path):
     assert found.ranks.tolist() == [1, np.inf, 7, np.inf] and found.tops.tolist() == [3, 9, 5, -1]
     assert store.finish(PROMPTS, [0.5, np.nan, 1.23456, np.nan], {"n": 4}) == ["metrics.json", "predictions.jsonl"]
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"n": 4}
-    assert written(tmp_path)[0] == {"pair": 0, "user": 7, "time": "2012-04-04 09:00:00", "target": 3, "fits": True,
-                                    "rank": 1, "top": [[3, -0.1235], [4, -2.0]], "km": 0.5}
+    assert written(tmp_path)[0] == {"pair": 0, "user": 7, "time": "2012-04-04 09:00:00", "target": 3, "current": 1,
+                                    "fits": True, "rank": 1, "top": [[3, -0.1235], [4, -2.0]], "km": 0.5}
     assert [r["km"] for r in written(tmp_path)] == [0.5, None, 1.235, None]
     assert {p.name for p in tmp_path.iterdir()} == {"metrics.json", "predictions.jsonl"}
 
