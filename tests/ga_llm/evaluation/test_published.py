@@ -136,8 +136,8 @@ def test_damaged_values_are_refused(ours, theirs, change, message):
     ("theirs.json", b"[1]", "no object"),
     ("theirs.json", b"[" * 100_000, "not one of"), ("theirs.json", b"\xff\xfe", "not one of"),
     ("theirs.json", b"", "empty"), ("theirs.json.gz", b"{}", "not one of"),
-    ("theirs.json.gz", gzip.compress(b'{"predictions": ["1"], "targets": ["1"]}')[:-9], "not one of"),
-    ("theirs.json.gz", gzip.compress(b"{}")[:12] + b"\0" * 20, "not one of"),
+    ("theirs.json.gz", gzip.compress(b'{"predictions": ["1"], "targets": ["1"]}', mtime=0)[:-9], "not one of"),
+    ("theirs.json.gz", gzip.compress(b"{}", mtime=0)[:12] + b"\0" * 20, "not one of"),
 ])
 def test_damaged_files_are_refused(ours, tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
