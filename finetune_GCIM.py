@@ -46,6 +46,7 @@ def main():
     config = dataclasses.replace(config, hidden_size=setup.model.get_input_embeddings().embedding_dim)
     injected = injection.new_gps_injection(config, setup.mapping, setup.token_ids,
                                            (args.lora_r, args.lora_alpha) if args.encoder_training == "lora" else None)
+    injected.each = args.encode_each
     model = common.for_stage_1(setup.model, injected, args.lora_r, args.lora_alpha, args.low_rank_training)
     log.info("training %s parameters on %d pairs", backbone.describe_trainable(model), len(setup.dataset))
 

@@ -37,6 +37,7 @@ def main():
     config = alignment.ProjectorConfig(setup.model.get_input_embeddings().embedding_dim, setup.poi_embeddings.sha256)
     projector = alignment.build_projector(config.hidden_size)
     injected = injection.poi_injection(projector, setup.poi_embeddings, setup.poi_token_ids)
+    injected.each = args.encode_each
     model = common.for_stage_1(setup.model, injected, args.lora_r, args.lora_alpha, args.low_rank_training,
                                artifacts.PAM)
     log.info("training %s parameters on %d pairs", backbone.describe_trainable(model), len(setup.dataset))

@@ -27,11 +27,12 @@ class Injection(nn.Module):
     encoder: (N, features) to (N, hidden size), or None once frozen.
     features: (places, features), what the encoder knows of each place.
     token_ids: (places,), the token that stands for each place.
+    each: every token is encoded by itself while training, with a dropout of its own, as in the released code.
     """
 
     def __init__(self, encoder: nn.Module, features: torch.Tensor, token_ids: np.ndarray):
         super().__init__()
-        self.encoder, self.token_ids = encoder, token_ids
+        self.encoder, self.token_ids, self.each = encoder, token_ids, False
         rows = torch.full((int(max(token_ids)) + 1,), -1)
         rows[torch.as_tensor(token_ids)] = torch.arange(len(token_ids))
         # Not persistent: checkpoints hold what was learned, not what the mapping file already says.
@@ -46,7 +47,11 @@ class Injection(nn.Module):
         if self.table is not None:
             return torch.where(is_place.unsqueeze(-1), self.table[rows.clamp(min=0)], embeddings)
         # Each distinct place of the batch is encoded once, however often it was visited.
-        distinct, where = torch.unique(rows[is_place], return_inverse=True)
+        # Departure from the released code: there each time, so that dropout differs from one visit to another (`each`).
+        if self.each and self.training:
+            distinct, where = rows[is_place], slice(None)
+        else:
+            distinct, where = torch.unique(rows[is_place], return_inverse=True)
         if distinct.numel() == 0:
             # DDP waits for a gradient of every parameter, also from a batch without a place.
             return embeddings + 0 * self.encoder(self.features[:1]).sum().to(embeddings.dtype)
@@ -134,9 +139,13 @@ def attach_encoders(model, loaded: Iterable[Loaded]) -> dict[str, str]:
     return found
 
 
-def attach_trained(model, loaded: Iterable[Loaded]) -> None:
-    """Let them act on `model` as modules that are trained with it. After the LLM's LoRA, as `attach`."""
+def attach_trained(model, loaded: Iterable[Loaded], each: bool = False) -> None:
+    """Let them act on `model` as modules that are trained with it. After the LLM's LoRA, as `attach`.
+
+    each: as of `Injection`.
+    """
     for one in loaded:
+        one.injection.each = each
         keep_rows(model.get_input_embeddings().weight, one.injection.token_ids)
         attach(model, one.injection, INJECTIONS[one.files])
 
