@@ -24,7 +24,7 @@ import torch
 from ga_llm.base import artifacts, writing
 from ga_llm.base.cli import Parser, UserError, boolean, run, share, token_count, whole_number
 from ga_llm.evaluation import (baselines, comparison, decoding, ensemble, history, metrics, pointed, predictions,
-                               protocols, ranking, trained)
+                               protocols, ranking, released, trained)
 from ga_llm.llm import backbone, tree_attention
 from ga_llm.pairs import sft_data, spelling
 from ga_llm.training import run_log
@@ -124,6 +124,7 @@ def main():
     test_prompts = protocols.select(args.protocol, test_prompts, args.folder / artifacts.SAMPLE)
     if not test_prompts:
         raise UserError(f"{args.test_file}: --protocol {args.protocol} has none of its {len(pairs)} pairs")
+    fits = released.fitting(test_prompts, tokenizer, min(args.seq_len, args.context_size), args.folder / artifacts.SAMPLE)
     test_prompts = pointed.prepare(args, model, test_prompts, mapping, tokenizer)
     trie = ranking.Trie(spelled.tokens)
     store, speed = predict(args, model, tokenizer, test_prompts, trie)
@@ -131,7 +132,7 @@ def main():
     found, others = store.ranking(test_prompts), baselines.rankings(train, test_prompts)
     if args.history_weight or args.average_with:
         found, others = mixed(args, store, test_prompts, trie.candidates, others)
-    report = metrics.report(test_prompts, found, others, train, mapping, speed, args.protocol, args.decoding)
+    report = metrics.report(test_prompts, found, others, train, mapping, speed, args.protocol, args.decoding, fits)
     report |= run_log.describe_evaluation()
     report["split"] = args.split
     report["settings"] = {name: str(value) for name, value in vars(args).items()}

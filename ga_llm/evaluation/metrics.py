@@ -144,7 +144,8 @@ def _in_prompt(test_prompts) -> list[bool]:
 
 
 def report(test_prompts, model: Ranking, baselines: dict[str, Ranking], train: pd.DataFrame, mapping,
-           prompts_per_second: float | None, protocol: str, decoding: str) -> dict:
+           prompts_per_second: float | None, protocol: str, decoding: str, fits_released: np.ndarray | None = None
+           ) -> dict:
     """All of metrics.json (the script adds "settings", its flags, and "split", whose questions they are):
 
     - protocol: which pairs are asked (`protocols.PROTOCOLS`); n: how many there are
@@ -155,6 +156,8 @@ def report(test_prompts, model: Ranking, baselines: dict[str, Ranking], train: p
       baselines. A summary is {"n": pairs, metric: {"value", "low", "high"}}, low and high being the 95 % percentile
       bootstrap interval; the metrics are Acc@k, MRR, MRR@k, NDCG@10, and, from the POI ranked first to the true one,
       "mean km", "median km" and "share within 1 km"
+    - fits_released: the same over the pairs that the released code would count, whose prompt fits in its longer wording
+      (`released.fitting`); null if that is not known
     - groups: {grouping: {group: {method: summary}}} (`groups`)
     - target_in_prompt: the share of pairs whose target is among the prompt's check-ins; null if there are no pairs
     - prompts_per_second: of this run; null if an earlier one had predicted all
@@ -179,6 +182,7 @@ def report(test_prompts, model: Ranking, baselines: dict[str, Ranking], train: p
         "target_time_given": sum(prompt.time is not None for prompt in test_prompts),
         "all": over(np.ones(len(test_prompts), dtype=bool)),
         "fits": over(np.array([prompt.fits for prompt in test_prompts], dtype=bool)),
+        "fits_released": None if fits_released is None else over(fits_released),
         "groups": {grouping: {group: over(pairs) for group, pairs in found.items()}
                    for grouping, found in groups(test_prompts, train).items()},
         "target_in_prompt": float(np.mean(in_prompt)) if in_prompt else None,
@@ -200,6 +204,10 @@ def text(report: dict) -> str:
     lines += [_group_table(report["groups"], [name for name in report["all"] if name != "model"]), "",
               f"target among the prompt's check-ins: {'-' if share is None else format(share, '.3f')}; "
               f"{'-' if speed is None else format(speed, '.2f')} prompts per second"]
+    if report["fits_released"] and report["fits_released"]["model"]["n"] < n:
+        counted = report["fits_released"]["model"]["n"]
+        lines += ["", f"the pairs whose prompt would fit --seq_len in the released code's wording: {counted} of {n}",
+                  table(report["fits_released"], BLOCKS[0])]
     return "\n".join(lines)
 
 
