@@ -25,8 +25,8 @@ log = logging.getLogger("stage 1")
 class Stage1Arguments(arguments.SFTArguments):
     lora_r: int = dataclasses.field(default=256, metadata={"help": "rank, of the LLM's LoRA and of the encoder's"})
     lora_alpha: int = 512
-    encoder_training: Literal["lora", "full"] = dataclasses.field(
-        default="lora", metadata={"help": "lora, or full: all of the encoder"})
+    encoder_training: Literal["lora", "released", "full"] = dataclasses.field(
+        default="lora", metadata={"help": "lora; released: LoRA where the released code's is; full: all of the encoder"})
     geo_encoder: Literal[encoder.KINDS] = dataclasses.field(default="hierarchical", metadata={"help": "which one"})
     ngram: int = encoder.NGRAM
     quadkey_level: int = encoder.LEVEL
@@ -44,8 +44,9 @@ def main():
 
     # The encoder, with LoRA of its own, in the place of the <GPS n> embeddings.
     config = dataclasses.replace(config, hidden_size=setup.model.get_input_embeddings().embedding_dim)
-    injected = injection.new_gps_injection(config, setup.mapping, setup.token_ids,
-                                           (args.lora_r, args.lora_alpha) if args.encoder_training == "lora" else None)
+    lora = (args.lora_r, args.lora_alpha) if args.encoder_training != "full" else None
+    targets = encoder.RELEASED_TARGETS if args.encoder_training == "released" else encoder.LORA_TARGETS
+    injected = injection.new_gps_injection(config, setup.mapping, setup.token_ids, lora, targets)
     injected.each = args.encode_each
     model = common.for_stage_1(setup.model, injected, args.lora_r, args.lora_alpha, args.low_rank_training)
     log.info("training %s parameters on %d pairs", backbone.describe_trainable(model), len(setup.dataset))

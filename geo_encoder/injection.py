@@ -18,7 +18,7 @@ from geo_encoder.alignment import POIEmbeddings
 from geo_encoder.encoder import GeoEncoderConfig, build_encoder
 from geo_encoder.gps_tokens import GPSMapping, keep_rows
 from geo_encoder.quadkey import quadkeys
-from geo_encoder.weights import add_lora, digest, load_encoder
+from geo_encoder.weights import LORA_TARGETS, add_lora, digest, encoder_of, load_encoder
 
 
 class Injection(nn.Module):
@@ -72,11 +72,13 @@ def gps_injection(encoder: nn.Module, level: int, mapping: GPSMapping, token_ids
 
 
 def new_gps_injection(config: GeoEncoderConfig, mapping: GPSMapping, token_ids: np.ndarray,
-                      lora: tuple[int, int] | None = None) -> Injection:
-    """The same by an encoder that has learned nothing (torch's random numbers); lora: rank and alpha of its LoRA."""
+                      lora: tuple[int, int] | None = None, targets: str = LORA_TARGETS) -> Injection:
+    """The same by an encoder that has learned nothing (torch's random numbers); lora: rank and alpha of its LoRA, on
+    the `targets`.
+    """
     encoder = build_encoder(config)
     if lora:
-        add_lora(encoder, *lora)
+        add_lora(encoder, *lora, targets)
     return gps_injection(encoder, config.level, mapping, token_ids)
 
 
@@ -120,6 +122,12 @@ def load_encoders(model, mapping: GPSMapping, token_ids: np.ndarray, geoencoder_
         config = alignment.ProjectorConfig(width, embeddings.sha256)
         found.append(Loaded(poi_injection(projector, embeddings, poi_token_ids), config, PAM))
     return found
+
+
+def trained_encoder(model, mapping: GPSMapping, token_ids: np.ndarray, state_dict: dict, path: Path) -> Loaded:
+    """The geo-encoder that the released code's stage 2 trains with the LLM, by the weights in its adapter `path`."""
+    encoder, config = encoder_of(state_dict, path, model.get_input_embeddings().embedding_dim)
+    return Loaded(gps_injection(encoder, config.level, mapping, token_ids), config, GCIM)
 
 
 def new_encoder(model, mapping: GPSMapping, token_ids: np.ndarray, kind: str) -> Loaded:

@@ -14,8 +14,8 @@ from ga_llm.pairs.spelling import TestPrompt
 
 MOST_HISTORY, MOST_TRAJECTORY, MOST_WITH_HISTORY = 600, 500, 200    # check-ins; a trajectory's target is one of them
 ALL_COLUMNS = [*COLUMNS, "LocalTime", "Latitude", "Longitude", "PoiCategoryName", "PoiCategoryId", "Split"]
-CHECK_IN = ("On {0}, user {1} entered POI id {2}, placed at coordinates ({3:.6f}, {4:.6f}) by the coordinates token {5}. "
-            "There is a {6} of category ID {7}.")
+CHECK_IN = ("On {0}, user {1} entered POI id {2}, placed at coordinates ({3:.6f}, {4:.6f}) by the coordinates token "
+            "{5}. There is a {6} of category ID {7}.")
 HISTORY = "Here is now older, past trajectory data of user {}:"
 CURRENT = "Here now is the present trajectory of user {}:"
 ASK = ("From these data, On {0}, Which POI id does user {1} enter? See that POI id is an integer of the range from 0 to "

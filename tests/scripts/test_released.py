@@ -12,6 +12,18 @@ def weights(repo, output, name="geo_encoder_final_merged.pth"):
 
 
 @pytest.mark.slow
+def test_stage_1_trains_what_their_lora_reaches(repo):
+    """From one checkpoint to the next ours moves the n-grams' table and six linear layers; theirs the table alone."""
+    forked.train(repo, 1, "outputs/theirs", "--encoder_training", "released", "--encode_each", "True")
+    moved = {}
+    for output in ("outputs/gcim", "outputs/theirs"):
+        before, after = (weights(repo, f"{output}/{step}", "geo_encoder_merged.pth") for step in (4, 6))
+        moved[output] = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved["outputs/theirs"] == {"gps_embed_model.gps_embedding.weight"}
+    assert len(moved["outputs/gcim"]) == 7 and moved["outputs/theirs"] < moved["outputs/gcim"]
+
+
+@pytest.mark.slow
 def test_stage_2_trains_all_of_the_encoder(repo):
     """As a rule it is frozen, and no file of it is written; theirs moves it, with a dropout for every token."""
     forked.train(repo, 2, "outputs/each", "--train_encoders", "True", "--encode_each", "True")
