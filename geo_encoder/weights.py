@@ -45,11 +45,11 @@ def add_lora(encoder: nn.Module, r: int, alpha: int, targets: str = LORA_TARGETS
 def merged_state_dict(encoder: nn.Module) -> dict[str, torch.Tensor]:
     """The encoder's weights with its LoRA merged in, fp32 on the CPU, named as without LoRA; nothing is changed."""
     with unsharded(encoder):
-        merged = {name.replace(".base_layer", ""): tensor.float().cpu().clone()
+        merged = {name.replace("base_layer.", ""): tensor.float().cpu().clone()
                   for name, tensor in encoder.state_dict().items() if "lora_" not in name}
         for name, module in encoder.named_modules():
             if isinstance(module, LoraLayer):
-                merged[f"{name}.weight"] += module.get_delta_weight("default").float().cpu()
+                merged[f"{name}.weight".removeprefix(".")] += module.get_delta_weight("default").float().cpu()
     return merged
 
 
