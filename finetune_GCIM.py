@@ -27,7 +27,7 @@ class Stage1Arguments(alignment.ProjectorArguments):
     lora_r: int = dataclasses.field(default=256, metadata={"help": "rank, of the LLM's LoRA and of the encoder's"})
     lora_alpha: int = 512
     encoder_training: Literal["lora", "released", "full"] = dataclasses.field(
-        default="lora", metadata={"help": "lora; released: LoRA where the released code's is; full: all of the encoder"})
+        default="lora", metadata={"help": "LoRA; released: where the released code's LoRA is; full: all of it"})
     geo_encoder: Literal[encoder.KINDS] = dataclasses.field(default="hierarchical", metadata={"help": "which one"})
     ngram: int = encoder.NGRAM
     quadkey_level: int = encoder.LEVEL

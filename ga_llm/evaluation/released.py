@@ -1,27 +1,44 @@
-"""Which pairs the released code would count: those whose prompt fits in its own wording, longer than ours.
+"""What the released code's test does otherwise: the pairs that it counts, and what it asks of which model.
 
-A paraphrase measures it, with as many words and marks in the same places: with Llama-2's tokenizer each check-in of NYC
-is as long to the token (82.3 on average, where ours has 68.2), with others about as long.
+It counts those whose prompt fits in its own wording, longer than ours. A paraphrase measures it, with as many words and
+marks in the same places: with Llama-2's tokenizer each check-in of NYC is as long to the token (82.3 on average, where
+ours has 68.2), with others about as long.
 """
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from ga_llm.base import prompts
+from ga_llm.base.cli import boolean
 from ga_llm.base.prompts import ANSWER, QUESTION, gps_token
-from ga_llm.evaluation.baselines import COLUMNS, read_check_ins
+from ga_llm.evaluation.baselines import read_known
 from ga_llm.pairs.spelling import TestPrompt
 
 MOST_HISTORY, MOST_TRAJECTORY, MOST_WITH_HISTORY = 600, 500, 200    # check-ins; a trajectory's target is one of them
-ALL_COLUMNS = [*COLUMNS, "LocalTime", "Latitude", "Longitude", "PoiCategoryName", "PoiCategoryId", "Split"]
+COLUMNS = ("LocalTime", "Latitude", "Longitude", "PoiCategoryName", "PoiCategoryId")
 CHECK_IN = ("On {0}, user {1} entered POI id {2}, placed at coordinates ({3:.6f}, {4:.6f}) by the coordinates token "
             "{5}. There is a {6} of category ID {7}.")
 HISTORY = "Here is now older, past trajectory data of user {}:"
 CURRENT = "Here now is the present trajectory of user {}:"
-ASK = ("From these data, On {0}, Which POI id does user {1} enter? See that POI id is an integer of the range from 0 to "
-       "{2}.")
+ASK = ("From these data, On {0}, Which POI id does user {1} enter? See that POI id is an integer of the range from 0 "
+       "to {2}.")
 ANSWERED = "On {0}, user {1} will enter POI id "
 AT_ONCE = 2000      # check-ins; bounds the memory
+
+
+def add_flags(parser) -> None:
+    """The flags that do as the released test does."""
+    parser.add_argument("--released_prompt", type=boolean, default=False,
+                        help="ask with the released test's spaces, not those of the training: `<answer>:At …,  user`")
+    parser.add_argument("--base_norms", type=boolean, default=False,
+                        help="the base model's norms, not the trained ones, which the released test loses")
+
+
+def asked(pair: str) -> str:
+    """A joined pair with the released test's spaces: none behind `<answer>:`, two in front of the answer's user."""
+    question, answer = prompts.split(pair)
+    return question + answer.lstrip().replace(", user", ",  user", 1)
 
 
 def fitting(test_prompts: Sequence[TestPrompt], tokenizer, length: int, sample_path: Path) -> np.ndarray | None:
@@ -33,7 +50,7 @@ def fitting(test_prompts: Sequence[TestPrompt], tokenizer, length: int, sample_p
     """
     if not sample_path.exists():
         return None
-    rows = read_check_ins(sample_path, ALL_COLUMNS)
+    rows = read_known(sample_path, COLUMNS)
     in_train = (rows["Split"] == "train").to_numpy()
     time, highest = rows["LocalTime"].to_numpy(), rows["PoiId"].max()
     row_of = {key: i for i, key in enumerate(zip(rows["UserId"], time, rows["PoiId"])) if not in_train[i]}

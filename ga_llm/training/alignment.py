@@ -23,8 +23,8 @@ class ProjectorArguments(arguments.SFTArguments):
 def check(args: ProjectorArguments) -> None:
     """Raises UserError for flags that exclude each other."""
     if not (args.llm_lora or args.low_rank_training):
-        raise UserError("--llm_lora False, --low_rank_training False: the LLM is frozen, or all of it is trained; leave "
-                        "one of them out")
+        raise UserError("--llm_lora False, --low_rank_training False: the LLM is frozen, or all of it is trained; "
+                        "leave one of them out")
     if not args.poi_embedding_path and (args.projector, args.projector_training) != ("linear", "full"):
         raise UserError("--projector, --projector_training: there is no projector without --poi_embedding_path; add it")
 
@@ -41,7 +41,7 @@ def new_projector(args: ProjectorArguments, setup) -> tuple[injection.Injection,
 
 
 def freeze_lora(llm) -> None:
-    """Freeze the LoRA of `llm`, which begins at zero and so is none; transformers trains no 4-bit model without PEFT."""
+    """Freeze `llm`'s LoRA, which begins at zero and so is none; transformers trains no 4-bit model without PEFT."""
     for name, parameter in llm.named_parameters():
         if "lora_" in name and not any(f"{module}." in name for module in injection.INJECTIONS.values()):
             parameter.requires_grad_(False)

@@ -57,10 +57,10 @@ def require_checkpoint(folder: Path) -> None:
                             "finetune_LLM_with_GCIM.py wrote")
 
 
-def load_adapter(llm, folder: Path | str, agreement: dict):
+def load_adapter(llm, folder: Path | str, agreement: dict, norms: bool = True):
     """Put on `llm` what stage 2 learned: the adapter and the trainable parameters of `folder` (checkpoint-N).
 
-    agreement: as `read_agreement` finds it there.
+    agreement: as `read_agreement` finds it there. norms: False leaves the base model's, as the released test does.
     If zero_to_fp32.py has been run there, its output is read instead, whether it wrote a file or a folder.
     Raises UserError if something is missing, broken, or belongs to another base model.
     """
@@ -75,6 +75,7 @@ def load_adapter(llm, folder: Path | str, agreement: dict):
         raise _unfit(folder / ADAPTER_CONFIG, reason(error)) from None
     load_weights(model, llms_alone(lora), folder / ADAPTER, [name for name in model.state_dict() if "lora_" in name])
     trained = [in_model(name) for name in agreement.get("trained", []) if is_llms(name)]
+    own_norms = {} if norms else {name: tensor.clone() for name, tensor in model.state_dict().items() if "norm" in name}
     if (folder / CONVERTED).exists():
         log.info("weights from %s", folder / CONVERTED)
         state, needed = read_converted(folder / CONVERTED), [*map(in_model, lora), *trained]
@@ -87,9 +88,11 @@ def load_adapter(llm, folder: Path | str, agreement: dict):
         load_weights(model, {name: tensor for name, tensor in state.items() if "lora_" not in name},
                      folder / RELEASED_PARAMS, [])
     elif of_released:
-        log.info("%s: no %s, as the released README leaves it, so the norms are the base model's", folder, RELEASED_PARAMS)
+        log.info("%s: no %s, as the released README leaves it: norms are the base model's", folder, RELEASED_PARAMS)
     else:
         raise UserError(f"{folder}: neither {TRAINABLE_PARAMS} nor {CONVERTED}; run zero_to_fp32.py there")
+    if own_norms:
+        model.load_state_dict(own_norms, strict=False)
     return model
 
 

@@ -110,8 +110,8 @@ def test_distinct_places_are_encoded_once_with_gradient(setup):
 
 
 def test_encode_each_draws_a_dropout_for_every_token(setup):
-    """TEXT has <GPS 5> twice. As a rule both have one vector; with `each`, as in the released code, two while training, and in
-    evaluation one again, that of the encoder without dropout."""
+    """TEXT has <GPS 5> twice. As a rule both have one vector; with `each`, as in the released code, two while training,
+    and in evaluation one again, that of the encoder without dropout."""
     mapping, tokenizer, model, token_ids, encoder = setup
     ids = torch.tensor([tokenizer(TEXT)["input_ids"]])
     embeddings, place = model.get_input_embeddings()(ids), tokenizer.convert_tokens_to_ids("<GPS 5>")

@@ -3,6 +3,7 @@ import shutil
 import sys
 
 import forked
+import numpy as np
 import pytest
 import torch
 from commands import DATA, EMBEDDINGS, PAIRS, run
@@ -47,6 +48,22 @@ def test_a_frozen_encoder_has_no_dropout(repo, tmp_path):
     refusal(forked.run(repo, command, tmp_path / "log", **forked.ranks()), "--encode_each", "--train_encoders True")
 
 
+@pytest.mark.slow
+def test_their_test(repo):
+    """One sampled answer to a prompt with other spaces, by a model without its trained norms; it lies beside ours."""
+    output = "outputs/llm/checkpoint-6"
+    _, ours = forked.evaluate(repo, output)
+    _, theirs = forked.evaluate(repo, output, "--decoding", "sample", "--released_prompt", "True", "--base_norms",
+                                "True")
+    assert theirs["n"] == ours["n"] and "MRR" not in theirs["all"]["model"]
+    folder = repo / output / "sample_released_prompt_base_norms"
+    assert (folder / "metrics.json").exists() and theirs["settings"]["released_prompt"] == "True"
+    for flags in ([], ["--released_prompt", "True"]):
+        forked.evaluate(repo, output, "--full_table", "True", *flags)
+    tables = [np.load(repo / output / name / "log_probabilities.npy") for name in ("", "released_prompt")]
+    assert tables[0].shape == tables[1].shape and np.abs(tables[0] - tables[1]).max() > 1e-3
+
+
 @pytest.fixture(scope="module")
 def aligned(repo):
     """aligned(name, *flags): `repo`'s questions of PAM behind the history, in a folder of their own."""
@@ -56,14 +73,14 @@ def aligned(repo):
         shutil.copytree(repo / "datasets", repo / name, ignore=shutil.ignore_patterns("tokens-*"))
         run(repo, sys.executable, "data-preprocess/process_pam_stage1.py", "-dataset_name", "sample", "-datasets", name,
             "-history", "True", *flags)
-        return ["--data_path", f"{DATA.replace('datasets', name)}/{alignment_questions('sample')}", "--poi_embedding_path",
-                EMBEDDINGS]
+        return ["--data_path", f"{DATA.replace('datasets', name)}/{alignment_questions('sample')}",
+                "--poi_embedding_path", EMBEDDINGS]
     return asked
 
 
 @pytest.mark.slow
 def test_pam_through_lora_alone_beside_a_frozen_llm(repo, aligned):
-    """The LLM's LoRA stays at zero, which is none; of the two layers that LoRA adapts, the weights move, not the biases."""
+    """The LLM's LoRA stays at zero, which is none; of two layers that LoRA adapts, the weights move, not the biases."""
     flags = ["--projector", "gelu", "--projector_training", "lora", "--llm_lora", "False", "--encode_each", "True"]
     forked.train(repo, "pam", "outputs/pam_theirs", *aligned("asked_pam"), *flags)
     before, after = (weights(repo, f"outputs/pam_theirs/{step}", "poi_projector.pth") for step in (4, 6))
