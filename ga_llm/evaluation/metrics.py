@@ -146,7 +146,8 @@ def _in_prompt(test_prompts) -> list[bool]:
 def report(test_prompts, model: Ranking, baselines: dict[str, Ranking], train: pd.DataFrame, mapping,
            prompts_per_second: float | None, protocol: str, decoding: str, fits_released: np.ndarray | None = None
            ) -> dict:
-    """All of metrics.json (the script adds "settings", its flags, and "split", whose questions they are):
+    """All of metrics.json (the script adds "settings", its flags, "split", whose questions they are, and "published_n",
+    of how many pairs others have published results by this protocol, null if that is not known):
 
     - protocol: which pairs are asked (`protocols.PROTOCOLS`); n: how many there are
     - decoding: how the model answered. "rank": among all POIs; "beam": its 20 best, all others count as unranked;
@@ -193,8 +194,9 @@ def report(test_prompts, model: Ranking, baselines: dict[str, Ranking], train: p
 def text(report: dict) -> str:
     """The report for a person: the tables of all pairs, of those that fit, and of the groups."""
     n, fit = report["n"], report["fits"]["model"]["n"]
-    lines = [f"protocol {report['protocol']}, n = {n}, the target's time is given in {report['target_time_given']} of "
-             f"{n} questions (GA-LLM's and LLM4POI's name it; STHGCN and GETNext never see it)", "",
+    others = f" (published: {report['published_n']})" if report.get("published_n") else ""
+    lines = [f"protocol {report['protocol']}, n = {n}{others}, the target's time is given in "
+             f"{report['target_time_given']} of {n} questions (GA-LLM's and LLM4POI's name it; STHGCN and GETNext never see it)", "",
              "all pairs (value [95 % interval])", *_blocks(report["all"])]
     if fit == n:
         lines += ["every prompt fits --seq_len", ""]

@@ -182,6 +182,11 @@ def test_text(make_prompt):
     assert "every prompt fits --seq_len" in fitting and fitting.count("[0.0000, 1.0000]") < text.count("[")
 
 
+def test_published_number_of_pairs(make_prompt):
+    text = metrics.text(made_report(make_prompt) | {"published_n": 1447})
+    assert text.startswith("protocol ga-llm, n = 2 (published: 1447), the target's time")
+
+
 def test_a_third_denominator(make_prompt):
     """The pairs that the released code would count, whether or not they fit here; null where that is not known."""
     found = made_report(make_prompt, fits=(True, True), released=(False, True))
