@@ -64,7 +64,7 @@ def known_flags():
     return found
 
 
-@pytest.mark.parametrize("scale", ["cpu", "cpu_joined", "cpu_pretrained", "gpu"])
+@pytest.mark.parametrize("scale", ["cpu", "cpu_joined", "cpu_pretrained", "gpu", "gpu_released"])
 def test_every_row_can_be_planned(place, known_flags, scale):
     """All rows at once, by one command; each command names a script and flags that there are."""
     result = call(place, "run_experiment.py", *(f"experiments/{name}" for name in ROWS), "--scale", scale, "--plan",
@@ -78,6 +78,17 @@ def test_every_row_can_be_planned(place, known_flags, scale):
         if script in known_flags:
             assert flags <= known_flags[script] | {"--standalone", "--nproc_per_node"}, command
     assert not (place / "runs").exists()
+
+
+def test_the_released_scale_has_the_flags_of_the_page():
+    """Every flag of docs/differences.md that gives the released code's behaviour; but those of its variants."""
+    scale = yaml.safe_load((ROOT / "experiments/scales/gpu_released.yml").read_text())
+    given = {f"{flag} {value}" for section in scale.values() if isinstance(section, dict)
+             for flag, value in section.items()}
+    rows = [line.split("|")[4] for line in (ROOT / "docs/differences.md").read_text().splitlines()
+            if line.count("|") == 5]
+    named = {flag for cell in rows for flag in re.findall(r"`--?(\w+ [\w-]+)`", cell)}
+    assert named - {"projector gelu", "protocol llm4poi"} == given
 
 
 def test_rows_of_one_table_share_what_they_can(place):
