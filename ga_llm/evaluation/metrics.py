@@ -196,8 +196,8 @@ def text(report: dict) -> str:
     n, fit = report["n"], report["fits"]["model"]["n"]
     others = f" (published: {report['published_n']})" if report.get("published_n") else ""
     lines = [f"protocol {report['protocol']}, n = {n}{others}, the target's time is given in "
-             f"{report['target_time_given']} of {n} questions (GA-LLM's and LLM4POI's name it; STHGCN and GETNext never "
-             "see it)", "",
+             f"{report['target_time_given']} of {n} questions (GA-LLM's and LLM4POI's name it; STHGCN and GETNext "
+             "never see it)", "",
              "all pairs (value [95 % interval])", *_blocks(report["all"])]
     if fit == n:
         lines += ["every prompt fits --seq_len", ""]

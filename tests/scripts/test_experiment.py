@@ -152,6 +152,26 @@ def test_refusals(place, change, flags, names):
 
 
 @pytest.mark.slow
+def test_all_as_the_released_code_does_it(repo):
+    """The flags of the scale gpu_released, all at once, on a tiny model: from raw check-ins to a row of the table."""
+    released = yaml.safe_load((ROOT / "experiments/scales/gpu_released.yml").read_text())
+    del released["like"]
+    tiny = {name: section for name, section in SCALE.items() if name not in ("stage_2", "test")} | {
+        "pam": {"lora_r": 4, "lora_alpha": 8}, "test": {"limit": 8, "seq_len": 2048, "context_size": 2048}}
+    tiny |= {name: {**tiny.get(name, {}), **section} for name, section in released.items()}
+    (repo / "experiments/scales/tiny_released.yml").write_text(yaml.safe_dump(tiny))
+    (repo / "experiments/both.yml").write_text(ROW.format(row="both").replace("pam: false\n", ""))
+    run(repo, sys.executable, "run_experiment.py", "experiments/both.yml", "--scale", "tiny_released")
+    told = json.loads((repo / "runs/experiments/tiny_released/both.json").read_text())
+    metrics = json.loads((repo / "runs/experiments" / told["metrics"]).read_text())
+    assert metrics["decoding"] == "sample" and metrics["n"] == 8 and set(metrics["all"]["model"]) >= {"n", "Acc@1"}
+    assert "released_prompt" in told["metrics"] and "base_norms" in told["metrics"]
+    table = run(repo, sys.executable, "results.py", "--others", "nowhere", "--out", "runs/table")
+    assert "| both | 8 | " in table.stdout
+    subprocess.run(["rm", "-r", str(repo / "runs/experiments")], check=True)
+
+
+@pytest.mark.slow
 def test_from_raw_check_ins_to_the_table(repo):
     """A row by one command, a second that shares all but GCIM, a third that is both of them averaged, and all in the
     table; again, nothing runs."""
