@@ -78,7 +78,8 @@ def load_adapter(llm, folder: Path | str, agreement: dict, norms: bool = True):
     own_norms = {} if norms else {name: tensor.clone() for name, tensor in model.state_dict().items() if "norm" in name}
     if (folder / CONVERTED).exists():
         log.info("weights from %s", folder / CONVERTED)
-        state, needed = read_converted(folder / CONVERTED), [*map(in_model, lora), *trained]
+        needed = [*(in_model(name) for name in lora if "lora_" in name), *trained]
+        state = read_converted(folder / CONVERTED)
         load_weights(model, llms_alone(state), folder / CONVERTED, needed)
     elif (folder / TRAINABLE_PARAMS).exists():
         state = read_tensors(folder / TRAINABLE_PARAMS)

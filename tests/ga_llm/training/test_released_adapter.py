@@ -63,12 +63,13 @@ def test_it_is_evaluated_as_it_was_saved(released, load, caplog):
     assert "norms are the base model's" in caplog.text and "takes the place of any other" in caplog.text
 
 
-def test_its_trained_norms_count_where_they_are_there(released, load):
-    """trainable_params.bin, which its README never makes, holds all that is trained by PEFT's names."""
-    state = {"base_model.model.model.norm.weight": torch.full((32,), 2.0),
-             "base_model.model.model.embed_tokens.geo_encoder.gps_encoder.norm.bias": torch.zeros(32),
-             "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight": torch.zeros(8, 32)}
-    torch.save(state, released[0] / checkpoints.RELEASED_PARAMS)
+@pytest.mark.parametrize("name", [checkpoints.RELEASED_PARAMS, checkpoints.CONVERTED])
+def test_its_trained_norms_count_where_they_are_there(released, load, name):
+    """trainable_params.bin, which its README never makes, and what zero_to_fp32.py makes, hold all that is trained."""
+    adapter = load_file(released[0] / checkpoints.ADAPTER)
+    state = {key: tensor for key, tensor in adapter.items() if "lm_head" not in key}
+    state["base_model.model.model.norm.weight"] = torch.full((32,), 2.0)
+    torch.save(state, released[0] / name)
     model, found = load()
     assert (dict(model.named_parameters())["base_model.model.model.norm.weight"] == 2).all()
     torch.testing.assert_close(found, 2 * released[1], rtol=1e-3, atol=1e-4)       # the last norm's weight was 1
