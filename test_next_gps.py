@@ -118,8 +118,7 @@ def main():
     # Ranking hands the model a mask of the trie, which flash-attn does not take.
     attention = (tree_attention.TREE if args.decoding == "rank" else
                  backbone.training_attention(args.flash_attn, full=True))
-    model, tokenizer = trained.load(args, agreement, mapping, attention, args.test_type,
-                                    args.use_random_projector)
+    model, tokenizer = trained.load(args, agreement, mapping, attention, args.test_type, args.use_random_projector)
     ends = args.always_end or args.decoding == "beam"
     length = min(args.seq_len, args.context_size)
     spelled = spelling.Spelling(tokenizer, sorted(mapping.ids.tolist()), end, ends)
