@@ -44,7 +44,8 @@ def load(released, tiny_llama, mapping_csv):
     def load(**flags):
         args = argparse.Namespace(**{
             "output_dir": str(released[0]), "base_model": tiny_llama(), "cache_dir": None, "context_size": 256,
-            "geoencoder_path": None, "projector_path": None, "poi_embedding_path": None, "load_in_4bit": False,
+            "gps_mapping_path": mapping_csv, "geoencoder_path": None, "projector_path": None,
+            "poi_embedding_path": None, "load_in_4bit": False,
             "dtype": "float32", **flags})
         model, tokenizer = trained.load(args, checkpoints.read_agreement(args.output_dir),
                                         gps_tokens.read_gps_mapping(mapping_csv), "sdpa")
