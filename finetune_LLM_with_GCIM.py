@@ -74,7 +74,7 @@ def main():
 
     # In the place of the <GPS n> and <POI n> embeddings: frozen, the encoders become tables (paper).
     if args.train_encoders:
-        injection.attach_trained(setup.model, loaded)
+        injection.attach_trained(setup.model, loaded, args.encode_each)
         trained = [trainers.Trained(one.injection.encoder, one.config, one.files) for one in loaded]
         trainer_class, encoders = trainers.EncoderTrainer, {"trained": trained, "encoders": {}}
     else:

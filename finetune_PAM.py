@@ -13,37 +13,35 @@ import logging
 from ga_llm.base import artifacts, sharding
 from ga_llm.base.cli import run
 from ga_llm.llm import backbone
-from ga_llm.training import arguments, common, dry_run, resuming, trainers
-from geo_encoder import alignment, injection
+from ga_llm.training import alignment, arguments, common, dry_run, resuming, trainers
 
 log = logging.getLogger("PAM")
 
 
 @dataclasses.dataclass
-class PAMArguments(arguments.SFTArguments):
-    poi_embedding_path: str = dataclasses.field(
-        default=None, metadata={"help": "<ds>_poi_embeddings.npy: row n is POI n's"})
-    lora_r: int = dataclasses.field(default=256, metadata={"help": "rank of the LLM's LoRA; the projector has none"})
+class PAMArguments(alignment.ProjectorArguments):
+    lora_r: int = dataclasses.field(default=256, metadata={"help": "rank of the LLM's LoRA, and of the projector's"})
     lora_alpha: int = 512
 
 
 def main():
     args = arguments.parse(PAMArguments, required=("poi_embedding_path",))
+    alignment.check(args)
 
     # The questions, one <POI n> token per place, the LLM.
     setup = common.set_up(args)
 
     # The projector, in the place of the <POI n> embeddings.
-    config = alignment.ProjectorConfig(setup.model.get_input_embeddings().embedding_dim, setup.poi_embeddings.sha256)
-    projector = alignment.build_projector(config.hidden_size)
-    injected = injection.poi_injection(projector, setup.poi_embeddings, setup.poi_token_ids)
+    injected, projector = alignment.new_projector(args, setup)
     model = common.for_stage_1(setup.model, injected, args.lora_r, args.lora_alpha, args.low_rank_training,
                                artifacts.PAM)
+    if not args.llm_lora:
+        alignment.freeze_lora(model)
     log.info("training %s parameters on %d pairs", backbone.describe_trainable(model), len(setup.dataset))
 
     trainer = trainers.EncoderTrainer(model=model, args=args, train_dataset=setup.train_dataset,
                                       data_collator=setup.collator, processing_class=setup.tokenizer,
-                                      trained=[trainers.Trained(projector, config, artifacts.PAM)])
+                                      trained=[projector])
     if args.dry_run:
         dry_run.run(trainer, setup)
     else:

@@ -24,7 +24,7 @@ import torch
 from ga_llm.base import artifacts, writing
 from ga_llm.base.cli import Parser, UserError, boolean, run, share, token_count, whole_number
 from ga_llm.evaluation import (baselines, comparison, decoding, ensemble, history, metrics, pointed, predictions,
-                               protocols, ranking, trained)
+                               protocols, ranking, released, trained)
 from ga_llm.llm import backbone, tree_attention
 from ga_llm.pairs import sft_data, spelling
 from ga_llm.training import run_log
@@ -48,6 +48,7 @@ def arguments() -> tuple[argparse.Namespace, dict]:
                         help="mix W of the user's history by hour and recency with 1-W of the model (rank only)")
     parser.add_argument("--average_with", nargs="+", default=[], metavar="FILE.npy",
                         help="log_probabilities.npy of other runs: average their probabilities with this one's")
+    released.add_flags(parser)
     parser.add_argument("--batch_size", type=whole_number(1), default=8)
     parser.add_argument("--seq_len", type=token_count, help="longer prompts are cut from the left (default: as above)")
     parser.add_argument("--flash_attn", type=boolean, default=True)
@@ -108,6 +109,7 @@ def main():
     mapping = gps_tokens.read_gps_mapping(args.gps_mapping_path)
     made_by = artifacts.questions_command(args.dataset_name, *trained.question_kind(agreement))
     pairs = sft_data.read_test_pairs(args.test_file, made_by)[:args.limit]
+    pairs = list(map(released.asked, pairs)) if args.released_prompt else pairs
     sft_data.check_places(pairs, trained.known_places(args, agreement, mapping), args.test_file, args.gps_mapping_path)
     end = spelling.read_answers(pairs, args.test_file)
     train = baselines.read_train(args.folder / artifacts.split_sample("train"))
@@ -116,14 +118,15 @@ def main():
     # Ranking hands the model a mask of the trie, which flash-attn does not take.
     attention = (tree_attention.TREE if args.decoding == "rank" else
                  backbone.training_attention(args.flash_attn, full=True))
-    model, tokenizer = trained.load(args, agreement, mapping, attention, args.test_type,
-                                    args.use_random_projector)
+    model, tokenizer = trained.load(args, agreement, mapping, attention, args.test_type, args.use_random_projector)
     ends = args.always_end or args.decoding == "beam"
+    length = min(args.seq_len, args.context_size)
     spelled = spelling.Spelling(tokenizer, sorted(mapping.ids.tolist()), end, ends)
-    test_prompts = spelled.prompts(pairs, min(args.seq_len, args.context_size), args.test_file)
+    test_prompts = spelled.prompts(pairs, length, args.test_file)
     test_prompts = protocols.select(args.protocol, test_prompts, args.folder / artifacts.SAMPLE)
     if not test_prompts:
         raise UserError(f"{args.test_file}: --protocol {args.protocol} has none of its {len(pairs)} pairs")
+    fits = released.fitting(test_prompts, tokenizer, length, args.folder / artifacts.SAMPLE)
     test_prompts = pointed.prepare(args, model, test_prompts, mapping, tokenizer)
     trie = ranking.Trie(spelled.tokens)
     store, speed = predict(args, model, tokenizer, test_prompts, trie)
@@ -131,9 +134,10 @@ def main():
     found, others = store.ranking(test_prompts), baselines.rankings(train, test_prompts)
     if args.history_weight or args.average_with:
         found, others = mixed(args, store, test_prompts, trie.candidates, others)
-    report = metrics.report(test_prompts, found, others, train, mapping, speed, args.protocol, args.decoding)
+    report = metrics.report(test_prompts, found, others, train, mapping, speed, args.protocol, args.decoding, fits)
     report |= run_log.describe_evaluation()
-    report["split"] = args.split
+    published = protocols.published(args.folder / artifacts.STATS, args.protocol, args.split)
+    report |= {"split": args.split, "published_n": published}
     report["settings"] = {name: str(value) for name, value in vars(args).items()}
     km = metrics.distances(found.tops, [prompt.target for prompt in test_prompts], mapping)
     written = store.finish(test_prompts, km, report)

@@ -1,13 +1,14 @@
 """PAM, the POI Alignment Module: embeddings of POI-to-POI transitions, and the projector that aligns them with the LLM.
 
 The embeddings are given (paper, Section 3.3; data-preprocess/poi_embeddings.py, or an external model's); the projector,
-one linear layer to the LLM's width, is what PAM's stage 1 trains.
+one linear layer to the LLM's width (in a variant of the released code two), is what PAM's stage 1 trains.
 """
 import dataclasses
 import hashlib
 from pathlib import Path
 
 import numpy as np
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from ga_llm.base.artifacts import PAM, POI_WIDTH, require
@@ -16,6 +17,7 @@ from ga_llm.base.reading import read_json, read_tensors
 from geo_encoder.gps_tokens import GPSMapping
 from geo_encoder.weights import first_mismatch
 
+KINDS = ("linear", "gelu")
 MADE_BY = "python data-preprocess/poi_embeddings.py -dataset_name <name>"
 
 
@@ -50,12 +52,27 @@ def read_poi_embeddings(path: Path | str, mapping: GPSMapping) -> POIEmbeddings:
     return POIEmbeddings(vectors, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
-def build_projector(hidden_size: int) -> nn.Linear:
-    """A freshly initialised projector: (N, 128) to (N, hidden size)."""
-    return nn.Linear(POI_WIDTH, hidden_size)
+def build_projector(hidden_size: int, kind: str = KINDS[0]) -> nn.Module:
+    """A freshly initialised projector of one of `KINDS`: (N, 128) to (N, hidden size)."""
+    first = nn.Linear(POI_WIDTH, hidden_size)
+    return first if kind == KINDS[0] else nn.Sequential(first, nn.GELU(), nn.Linear(hidden_size, hidden_size))
 
 
-def load_projector(path: Path | str, embeddings: POIEmbeddings, hidden_size: int) -> nn.Linear:
+def add_lora(projector: nn.Module, r: int, alpha: int) -> nn.Module:
+    """The projector with LoRA, dropout 0.1, on each of its layers, which stay as they began (the released code's PAM).
+
+    Departure from the paper, where the projector itself is trained.
+    """
+    holder = nn.Sequential(projector)       # LoRA takes the place of a layer within a module
+    layers = [name for name, layer in holder.named_modules() if isinstance(layer, nn.Linear)]
+    inject_adapter_in_model(LoraConfig(r=r, lora_alpha=alpha, lora_dropout=0.1, target_modules=layers, bias="none"),
+                            holder)
+    for name, parameter in holder.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return holder[0]
+
+
+def load_projector(path: Path | str, embeddings: POIEmbeddings, hidden_size: int) -> nn.Module:
     """Load PAM's projector for an LLM of width `hidden_size`.
 
     Raises UserError if the file is missing, damaged, of another width, or trained on other embeddings.
@@ -72,7 +89,7 @@ def load_projector(path: Path | str, embeddings: POIEmbeddings, hidden_size: int
                         "projector that finetune_PAM.py trained with the same --model_name_or_path")
     if config.embeddings != embeddings.sha256:
         raise UserError(f"{path}: trained on other POI embeddings; give the --poi_embedding_path of its training")
-    projector = build_projector(hidden_size)
+    projector = build_projector(hidden_size, KINDS["0.weight" in state_dict])
     mismatch = first_mismatch(projector.state_dict(), state_dict)
     if mismatch:
         raise UserError(f"{path}: not a projector's weights ({mismatch}); give a {PAM.merged}")

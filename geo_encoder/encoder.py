@@ -1,7 +1,7 @@
 """The paper's three geo-encoders: hierarchical (the default), Fourier, and their fusion (its full GCIM); and cells.
 
 All take quadkey digits, (N, level) integers 0-3, and return (N, hidden size) vectors that stand for `<GPS n>` in the
-LLM. Parameter names are those of the released code's files, which load strictly.
+LLM. Parameter names of the hierarchical one are those of the released code's files; `weights` maps those of the others.
 """
 import dataclasses
 import math
@@ -18,6 +18,8 @@ KINDS = ("hierarchical", "fourier", "fusion", "cells")
 # Where stage 1 puts LoRA. One regular expression, since PEFT reads a *list* as suffixes.
 # Departure from the released code: its list of patterns, read as suffixes, adapts `gps_embedding` alone.
 LORA_TARGETS = r"(.*\.)?(gps_embedding|self_attn\.out_proj|linear1|linear2|projection)"
+RELEASED_TARGETS = r"(.*\.)?(gps_embedding|frequencies|projection)"     # what that comes to, in its fusion encoder too
+FUSED = 128     # width of each of the two that are fused
 
 
 @dataclasses.dataclass
@@ -27,13 +29,17 @@ class GeoEncoderConfig:
     kind: str = "hierarchical"
     ngram: int = NGRAM
     level: int = LEVEL
+    width: int = FUSED          # of the hierarchical part of a fusion, of which the released code has two variants
+    fourier_width: int = FUSED
 
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f"geo encoder {self.kind!r} is none of {', '.join(KINDS)}")
-        for name in ("hidden_size", "ngram", "level"):
+        for name in ("hidden_size", "ngram", "level", "width", "fourier_width"):
             if type(getattr(self, name)) is not int:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not a whole number")
+        if min(self.width, self.fourier_width) < 1:
+            raise ValueError(f"width {self.width} or fourier_width {self.fourier_width} is impossible")
         if self.hidden_size < 1 or not 1 <= self.level <= MAX_LEVEL:
             raise ValueError(f"hidden_size {self.hidden_size} or level {self.level} (1 to {MAX_LEVEL}) is impossible")
         if not 1 <= self.ngram <= min(self.level, MAX_NGRAM):
@@ -157,15 +163,14 @@ class FourierEncoder(nn.Module):
 
 
 class FusionEncoder(nn.Module):
-    """Hierarchical and Fourier at width 128 side by side, then a linear layer to the LLM's width."""
+    """Hierarchical and Fourier side by side, then a linear layer to the LLM's width."""
 
-    WIDTH = 128
-
-    def __init__(self, hidden_size: int, ngram: int = NGRAM, level: int = LEVEL):
+    def __init__(self, hidden_size: int, ngram: int = NGRAM, level: int = LEVEL, width: int = FUSED,
+                 fourier_width: int = FUSED):
         super().__init__()
-        self.hierarchical = HierarchicalEncoder(self.WIDTH, ngram, dropout=0.1)
-        self.fourier = FourierEncoder(self.WIDTH, level)
-        self.projection = nn.Linear(2 * self.WIDTH, hidden_size)
+        self.hierarchical = HierarchicalEncoder(width, ngram, dropout=0.1)
+        self.fourier = FourierEncoder(fourier_width, level)
+        self.projection = nn.Linear(width + fourier_width, hidden_size)
 
     def forward(self, digits: torch.Tensor) -> torch.Tensor:
         return self.projection(torch.cat([self.hierarchical(digits), self.fourier(digits)], dim=-1))
@@ -205,4 +210,4 @@ def build_encoder(config: GeoEncoderConfig) -> nn.Module:
         return FourierEncoder(config.hidden_size, config.level)
     if config.kind == "cells":
         return CellsEncoder(config.hidden_size, config.level)
-    return FusionEncoder(config.hidden_size, config.ngram, config.level)
+    return FusionEncoder(config.hidden_size, config.ngram, config.level, config.width, config.fourier_width)

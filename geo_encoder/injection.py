@@ -18,7 +18,7 @@ from geo_encoder.alignment import POIEmbeddings
 from geo_encoder.encoder import GeoEncoderConfig, build_encoder
 from geo_encoder.gps_tokens import GPSMapping, keep_rows
 from geo_encoder.quadkey import quadkeys
-from geo_encoder.weights import add_lora, digest, load_encoder
+from geo_encoder.weights import LORA_TARGETS, add_lora, digest, encoder_of, load_encoder
 
 
 class Injection(nn.Module):
@@ -27,11 +27,12 @@ class Injection(nn.Module):
     encoder: (N, features) to (N, hidden size), or None once frozen.
     features: (places, features), what the encoder knows of each place.
     token_ids: (places,), the token that stands for each place.
+    each: every token is encoded by itself while training, with a dropout of its own, as in the released code.
     """
 
     def __init__(self, encoder: nn.Module, features: torch.Tensor, token_ids: np.ndarray):
         super().__init__()
-        self.encoder, self.token_ids = encoder, token_ids
+        self.encoder, self.token_ids, self.each = encoder, token_ids, False
         rows = torch.full((int(max(token_ids)) + 1,), -1)
         rows[torch.as_tensor(token_ids)] = torch.arange(len(token_ids))
         # Not persistent: checkpoints hold what was learned, not what the mapping file already says.
@@ -46,7 +47,11 @@ class Injection(nn.Module):
         if self.table is not None:
             return torch.where(is_place.unsqueeze(-1), self.table[rows.clamp(min=0)], embeddings)
         # Each distinct place of the batch is encoded once, however often it was visited.
-        distinct, where = torch.unique(rows[is_place], return_inverse=True)
+        # Departure from the released code: there each time, so that dropout differs from one visit to another (`each`).
+        if self.each and self.training:
+            distinct, where = rows[is_place], slice(None)
+        else:
+            distinct, where = torch.unique(rows[is_place], return_inverse=True)
         if distinct.numel() == 0:
             # DDP waits for a gradient of every parameter, also from a batch without a place.
             return embeddings + 0 * self.encoder(self.features[:1]).sum().to(embeddings.dtype)
@@ -67,11 +72,13 @@ def gps_injection(encoder: nn.Module, level: int, mapping: GPSMapping, token_ids
 
 
 def new_gps_injection(config: GeoEncoderConfig, mapping: GPSMapping, token_ids: np.ndarray,
-                      lora: tuple[int, int] | None = None) -> Injection:
-    """The same by an encoder that has learned nothing (torch's random numbers); lora: rank and alpha of its LoRA."""
+                      lora: tuple[int, int] | None = None, targets: str = LORA_TARGETS) -> Injection:
+    """The same by an encoder that has learned nothing (torch's random numbers); lora: rank and alpha of its LoRA, on
+    the `targets`.
+    """
     encoder = build_encoder(config)
     if lora:
-        add_lora(encoder, *lora)
+        add_lora(encoder, *lora, targets)
     return gps_injection(encoder, config.level, mapping, token_ids)
 
 
@@ -117,6 +124,12 @@ def load_encoders(model, mapping: GPSMapping, token_ids: np.ndarray, geoencoder_
     return found
 
 
+def trained_encoder(model, mapping: GPSMapping, token_ids: np.ndarray, state_dict: dict, path: Path) -> Loaded:
+    """The geo-encoder that the released code's stage 2 trains with the LLM, by the weights in its adapter `path`."""
+    encoder, config = encoder_of(state_dict, path, model.get_input_embeddings().embedding_dim)
+    return Loaded(gps_injection(encoder, config.level, mapping, token_ids), config, GCIM)
+
+
 def new_encoder(model, mapping: GPSMapping, token_ids: np.ndarray, kind: str) -> Loaded:
     """A geo-encoder that has learned nothing, as if it were loaded, to be trained with the LLM."""
     config = GeoEncoderConfig(model.get_input_embeddings().embedding_dim, kind)
@@ -134,9 +147,13 @@ def attach_encoders(model, loaded: Iterable[Loaded]) -> dict[str, str]:
     return found
 
 
-def attach_trained(model, loaded: Iterable[Loaded]) -> None:
-    """Let them act on `model` as modules that are trained with it. After the LLM's LoRA, as `attach`."""
+def attach_trained(model, loaded: Iterable[Loaded], each: bool = False) -> None:
+    """Let them act on `model` as modules that are trained with it. After the LLM's LoRA, as `attach`.
+
+    each: as of `Injection`.
+    """
     for one in loaded:
+        one.injection.each = each
         keep_rows(model.get_input_embeddings().weight, one.injection.token_ids)
         attach(model, one.injection, INJECTIONS[one.files])
 

@@ -17,13 +17,20 @@ from ga_llm.base.sharding import unsharded
 from ga_llm.base.writing import atomic_write
 from geo_encoder.encoder import LEVEL, LORA_TARGETS, GeoEncoderConfig, build_encoder
 
+# What parameters of the released code's files are called here: of Fourier encoders, and of fusions, which have the
+# first's behind `fourier_encoder.`, and a hierarchical encoder's beside them.
+FOURIER_NAMES = {"pos_encoder.Wr.": "frequencies.", "pos_encoder.mlp.0.": "linear1.", "pos_encoder.mlp.2.": "linear2."}
+FUSION_NAMES = {"gps_embed_model.": "hierarchical.gps_embed_model.", "gps_encoder.": "hierarchical.gps_encoder.",
+                "final_linear.": "projection.",
+                **{f"fourier_encoder.{theirs}": f"fourier.{ours}" for theirs, ours in FOURIER_NAMES.items()}}
 
-def add_lora(encoder: nn.Module, r: int, alpha: int) -> nn.Module:
+
+def add_lora(encoder: nn.Module, r: int, alpha: int, targets: str = LORA_TARGETS) -> nn.Module:
     """Put LoRA on the encoder's embedding, attention output and feed-forward layers, dropout 0.1 (paper, stage 1).
 
-    Raises UserError where the encoder has none of these.
+    targets: a regular expression of the layers' names. Raises UserError where the encoder has none of these.
     """
-    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=0.1, target_modules=LORA_TARGETS, bias="none")
+    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=0.1, target_modules=targets, bias="none")
     try:
         inject_adapter_in_model(config, encoder)
     except ValueError as error:
@@ -38,11 +45,11 @@ def add_lora(encoder: nn.Module, r: int, alpha: int) -> nn.Module:
 def merged_state_dict(encoder: nn.Module) -> dict[str, torch.Tensor]:
     """The encoder's weights with its LoRA merged in, fp32 on the CPU, named as without LoRA; nothing is changed."""
     with unsharded(encoder):
-        merged = {name.replace(".base_layer", ""): tensor.float().cpu().clone()
+        merged = {name.replace("base_layer.", ""): tensor.float().cpu().clone()
                   for name, tensor in encoder.state_dict().items() if "lora_" not in name}
         for name, module in encoder.named_modules():
             if isinstance(module, LoraLayer):
-                merged[f"{name}.weight"] += module.get_delta_weight("default").float().cpu()
+                merged[f"{name}.weight".removeprefix(".")] += module.get_delta_weight("default").float().cpu()
     return merged
 
 
@@ -69,7 +76,13 @@ def load_encoder(path: Path | str, hidden_size: int | None = None) -> tuple[nn.M
     Raises UserError if the file is missing, damaged, or of another width.
     """
     path = require(path, GCIM.made_by)
-    state_dict = read_tensors(path)
+    return encoder_of(read_tensors(path), path, hidden_size)
+
+
+def encoder_of(state_dict: dict[str, torch.Tensor], path: Path, hidden_size: int | None = None
+               ) -> tuple[nn.Module, GeoEncoderConfig]:
+    """The encoder of these weights, which the file `path` holds, as `load_encoder` gives it."""
+    state_dict = in_our_names(state_dict)
     config = read_config(path, state_dict)
     if hidden_size is not None and config.hidden_size != hidden_size:
         raise UserError(f"{path}: made for an LLM of width {config.hidden_size}, this one has {hidden_size}; give the "
@@ -86,6 +99,16 @@ def load_encoder(path: Path | str, hidden_size: int | None = None) -> tuple[nn.M
     return encoder, config
 
 
+def in_our_names(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of a file, of the released code's too, under the names that they have here."""
+    names = FUSION_NAMES if "final_linear.weight" in state_dict else FOURIER_NAMES
+
+    def ours(name):
+        return next((names[start] + name.removeprefix(start) for start in names if name.startswith(start)), name)
+
+    return {ours(name): tensor for name, tensor in state_dict.items()}
+
+
 def read_config(path: Path, state_dict: dict[str, torch.Tensor]) -> GeoEncoderConfig:
     """From the JSON beside the weights, else (the released code's files) from the weights' shapes."""
     beside = path.with_name(GCIM.config)
@@ -100,9 +123,9 @@ def read_config(path: Path, state_dict: dict[str, torch.Tensor]) -> GeoEncoderCo
 
     try:
         if "projection.weight" in state_dict:
-            ngrams, _ = shape("hierarchical.gps_embed_model.gps_embedding.weight")
+            ngrams, width = shape("hierarchical.gps_embed_model.gps_embedding.weight")
             return GeoEncoderConfig(shape("projection.weight")[0], "fusion", _base4(ngrams),
-                                    shape("fourier.frequencies.weight")[1])
+                                    shape("fourier.frequencies.weight")[1], width, shape("fourier.linear2.weight")[0])
         if "frequencies.weight" in state_dict:
             return GeoEncoderConfig(shape("linear2.weight")[0], "fourier", level=shape("frequencies.weight")[1])
         if "gps_embedding.weight" in state_dict:

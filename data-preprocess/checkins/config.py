@@ -26,6 +26,7 @@ CSV_COLUMNS = ("user", "poi", "lat", "lon", "time")
 CSV_OPTIONAL = ("category", "offset", "split", "trajectory")
 # What stats.json counts by split, and what `published` may hold.
 COUNTS = ("users", "pois", "categories", "trajectories", "check_ins")
+PROTOCOLS = ("llm4poi", "sthgcn")       # `published` may also hold how many pairs these have
 # How check-ins without a split of their own are filtered and split, and how those without trajectories are cut.
 SPLITTING = ("min_poi_freq", "min_user_freq", "split_at", "isolation_hours", "passes")
 CUTTING = ("session_time_interval",)
@@ -192,9 +193,11 @@ def load(path: Path | str, datasets: Path | str = artifacts.DATASETS) -> Config:
     check(_is_line(values["raw_from"]), "raw_from", "a line of text")
     figures = values["published"]
     check(isinstance(figures, dict) and all(split in artifacts.SPLITS and isinstance(counts, dict)
-                                            and not counts.keys() - set(COUNTS) and all(map(_is_whole, counts.values()))
+                                            and not counts.keys() - {*COUNTS, *PROTOCOLS}
+                                            and all(map(_is_whole, counts.values()))
                                             for split, counts in figures.items()),
-          "published", f"{{}}, or a map of {', '.join(artifacts.SPLITS)} to maps of {', '.join(COUNTS)} to numbers")
+          "published", f"{{}}, or a map of {', '.join(artifacts.SPLITS)} to maps of "
+          f"{', '.join((*COUNTS, *PROTOCOLS))} to numbers")
     if "bounding_box" in needed:
         box = values["bounding_box"]
         check(isinstance(box, dict), "bounding_box", "a map of " + ", ".join(BOX))

@@ -25,6 +25,7 @@ VALIDATE = "validate"       # asked like test, where somebody must choose
 KEY_FIELDS = tuple(field for field in prompts.FIELDS if field != "gps")
 MISSING = 0.9       # of a history's trajectories at most, where it is thinned
 ANSWERS = ("id", "token")
+PAM = "pam"         # the stage whose questions ask what `<POI n>` is
 
 logger = logging.getLogger(__name__)
 
@@ -117,10 +118,11 @@ def thinned(pairs_: Iterable[Pair], train: pd.DataFrame, copies: int, seed: int 
             yield dataclasses.replace(pair, history=pair.history[stays[which]])
 
 
-def records(config: Config, stage: int, split: pd.DataFrame, split_texts: list[str], train: pd.DataFrame,
+def records(config: Config, stage: int | str, split: pd.DataFrame, split_texts: list[str], train: pd.DataFrame,
             train_texts: list[str], pairs_: Iterable[Pair], places: pd.DataFrame, fields: tuple[str, ...] = (),
             as_token: bool = False) -> Iterator[dict]:
-    """Each pair as {"question", "answer"}. Stage 1 asks for the coordinates of the target's POI, stage 2 for its id.
+    """Each pair as {"question", "answer"}. Stage 1 asks for the coordinates of the target's POI, stage 2 for its id,
+    PAM for the id of its `<POI n>`, and with the field `gps` for the coordinates of its `<GPS n>`, too.
 
     split, train: samples, and the texts of their check-ins. places: the GPS mapping by id; its coordinates are stage
     1's answer, for they are what the encoder sees. as_token: the answer is `<GPS n>`, not `POI id n`.
@@ -143,6 +145,11 @@ def records(config: Config, stage: int, split: pd.DataFrame, split_texts: list[s
             similar, history, current = (["".join(part)] if part else [] for part in (similar, history, current))
         if stage == 1:
             ask, answer = prompts.ask_coordinates(poi[t]), prompts.answer_coordinates(*coordinates[poi[t]])
+        elif stage == PAM and "gps" in fields:
+            ask = f"{prompts.ask_id(poi[t])} {prompts.ask_coordinates(poi[t])}"
+            answer = prompts.answer_id_and_coordinates(poi[t], *coordinates[poi[t]])
+        elif stage == PAM:
+            ask, answer = prompts.ask_id(poi[t]), prompts.answer_id(poi[t])
         else:
             ask = prompts.ask_poi(time[t], user[t], first_id, last_id)
             answer = prompts.answer_poi(time[t], user[t], poi[t], fields, after, as_token)

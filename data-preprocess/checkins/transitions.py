@@ -178,15 +178,20 @@ def write_embeddings(config: Config, geo: int, category: int, source: Path | Non
         logger.info("%d × %d, %d POIs have a row of zeros: %s", *vectors.shape, made_of["pois_without_vector"], path)
 
 
-def write_questions(config: Config) -> None:
-    """Write the questions of PAM's stage 1, and beside them their settings."""
+def write_questions(config: Config, fields: tuple[str, ...] = ()) -> None:
+    """Write the questions of PAM's stage 1, and beside them their settings.
+
+    fields: show these of the user's history, and ask about the target, as the released code does (`history_records`).
+    """
     with writing.alone(config.folder), writing.together() as new_file:
-        train, _ = _load(config)
+        train, places = _load(config)
         path = config.folder / artifacts.alignment_questions(config.dataset_name)
         with new_file(artifacts.question_settings(path), "wb") as file:
-            file.write(json_text.dumps({"dataset": config.dataset_name, "stage": "pam"}) + b"\n")
+            settings = {"dataset": config.dataset_name, "stage": "pam"} | ({"fields": fields} if fields else {})
+            file.write(json_text.dumps(settings) + b"\n")
         with new_file(path, "wb") as file:
-            asked = questions.write_json_array(file, records(train))
+            found = history_records(config, train, places, fields) if fields else records(train)
+            asked = questions.write_json_array(file, found)
         logger.info("%d questions about %d POIs: %s", asked, train["PoiId"].nunique(), path)
 
 
@@ -201,6 +206,16 @@ def records(train: pd.DataFrame) -> Iterator[dict]:
             pairs.append((prompts.ask_successors(poi), prompts.answer_successors(following[poi])))
         for ask, answer in pairs:
             yield {"question": f"{prompts.QUESTION} {ask}", "answer": answer}
+
+
+def history_records(config: Config, train: pd.DataFrame, places: pd.DataFrame, fields: tuple[str, ...]
+                    ) -> Iterator[dict]:
+    """{"question", "answer"} of each trajectory of train: behind all that stage 2 would show, which POI is the target's
+    `<POI n>`?
+    """
+    texts = questions.texts(train, fields)
+    yield from questions.records(config, questions.PAM, train, texts, train, texts,
+                                 questions.pairs(config, train, train), places, fields)
 
 
 def successors(transitions: pd.DataFrame, most: int = SUCCESSORS) -> dict[int, list[int]]:

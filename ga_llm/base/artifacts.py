@@ -164,7 +164,7 @@ def results(test: dict) -> str:
                                               ("protocol", "ga-llm")) if test.get(flag, default) != default]
     weight, others, limit = (test.get(flag) for flag in ("history_weight", "average_with", "limit"))
     return "_".join([*named, *[LLM_ALONE] * (not test.get("pointer", True)),
-                     *["always_end"] * bool(test.get("always_end")),
+                     *(flag for flag in ("always_end", "released_prompt", "base_norms") if test.get(flag)),
                      *[f"average{1 + len(others or ())}"] * bool(others),
                      *[f"history{weight or 0:g}"] * bool(weight), *[f"limit{limit}"] * bool(limit)])
 

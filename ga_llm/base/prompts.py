@@ -180,6 +180,11 @@ def answer_id(poi: int) -> str:
     return f"{ANSWER} POI id {poi}."
 
 
+def answer_id_and_coordinates(poi: int, latitude: float, longitude: float) -> str:
+    """To both questions at once, for training GCIM and PAM together."""
+    return f"{ANSWER} POI id {poi}. Latitude {latitude:.6f}, longitude {longitude:.6f}."
+
+
 def ask_category(poi: int) -> str:
     return f"Of which category is {poi_token(poi)}?"
 

@@ -29,6 +29,15 @@ def read_check_ins(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     return rows
 
 
+def read_known(sample_path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """Those columns, COLUMNS and Split of sample.csv, but for check-ins of users and POIs that train does not have,
+    which no question shows.
+    """
+    rows = read_check_ins(sample_path, [*COLUMNS, "Split", *columns])
+    train = rows[rows["Split"] == "train"]
+    return rows[rows["UserId"].isin(train["UserId"]) & rows["PoiId"].isin(train["PoiId"])].reset_index(drop=True)
+
+
 def read_train(path: Path) -> pd.DataFrame:
     """UserId, PoiId (encoded) and TrajectoryId of the train split's check-ins, in order of time."""
     return read_check_ins(path, COLUMNS)

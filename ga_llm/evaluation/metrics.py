@@ -144,8 +144,10 @@ def _in_prompt(test_prompts) -> list[bool]:
 
 
 def report(test_prompts, model: Ranking, baselines: dict[str, Ranking], train: pd.DataFrame, mapping,
-           prompts_per_second: float | None, protocol: str, decoding: str) -> dict:
-    """All of metrics.json (the script adds "settings", its flags, and "split", whose questions they are):
+           prompts_per_second: float | None, protocol: str, decoding: str, fits_released: np.ndarray | None = None
+           ) -> dict:
+    """All of metrics.json (the script adds "settings", its flags, "split", whose questions they are, and "published_n",
+    of how many pairs others have published results by this protocol, null if that is not known):
 
     - protocol: which pairs are asked (`protocols.PROTOCOLS`); n: how many there are
     - decoding: how the model answered. "rank": among all POIs; "beam": its 20 best, all others count as unranked;
@@ -155,6 +157,8 @@ def report(test_prompts, model: Ranking, baselines: dict[str, Ranking], train: p
       baselines. A summary is {"n": pairs, metric: {"value", "low", "high"}}, low and high being the 95 % percentile
       bootstrap interval; the metrics are Acc@k, MRR, MRR@k, NDCG@10, and, from the POI ranked first to the true one,
       "mean km", "median km" and "share within 1 km"
+    - fits_released: the same over the pairs that the released code would count, whose prompt fits in its longer wording
+      (`released.fitting`); null if that is not known
     - groups: {grouping: {group: {method: summary}}} (`groups`)
     - target_in_prompt: the share of pairs whose target is among the prompt's check-ins; null if there are no pairs
     - prompts_per_second: of this run; null if an earlier one had predicted all
@@ -179,6 +183,7 @@ def report(test_prompts, model: Ranking, baselines: dict[str, Ranking], train: p
         "target_time_given": sum(prompt.time is not None for prompt in test_prompts),
         "all": over(np.ones(len(test_prompts), dtype=bool)),
         "fits": over(np.array([prompt.fits for prompt in test_prompts], dtype=bool)),
+        "fits_released": None if fits_released is None else over(fits_released),
         "groups": {grouping: {group: over(pairs) for group, pairs in found.items()}
                    for grouping, found in groups(test_prompts, train).items()},
         "target_in_prompt": float(np.mean(in_prompt)) if in_prompt else None,
@@ -189,8 +194,10 @@ def report(test_prompts, model: Ranking, baselines: dict[str, Ranking], train: p
 def text(report: dict) -> str:
     """The report for a person: the tables of all pairs, of those that fit, and of the groups."""
     n, fit = report["n"], report["fits"]["model"]["n"]
-    lines = [f"protocol {report['protocol']}, n = {n}, the target's time is given in {report['target_time_given']} of "
-             f"{n} questions (GA-LLM's and LLM4POI's name it; STHGCN and GETNext never see it)", "",
+    others = f" (published: {report['published_n']})" if report.get("published_n") else ""
+    lines = [f"protocol {report['protocol']}, n = {n}{others}, the target's time is given in "
+             f"{report['target_time_given']} of {n} questions (GA-LLM's and LLM4POI's name it; STHGCN and GETNext "
+             "never see it)", "",
              "all pairs (value [95 % interval])", *_blocks(report["all"])]
     if fit == n:
         lines += ["every prompt fits --seq_len", ""]
@@ -200,6 +207,10 @@ def text(report: dict) -> str:
     lines += [_group_table(report["groups"], [name for name in report["all"] if name != "model"]), "",
               f"target among the prompt's check-ins: {'-' if share is None else format(share, '.3f')}; "
               f"{'-' if speed is None else format(speed, '.2f')} prompts per second"]
+    if report["fits_released"] and report["fits_released"]["model"]["n"] < n:
+        counted = report["fits_released"]["model"]["n"]
+        lines += ["", f"the pairs whose prompt would fit --seq_len in the released code's wording: {counted} of {n}",
+                  table(report["fits_released"], BLOCKS[0])]
     return "\n".join(lines)
 
 

@@ -151,16 +151,25 @@ def load(args: argparse.Namespace, agreement: dict, mapping: GPSMapping, attenti
             injection.attach_untrained(model, mapping, token_ids)
         elif test_type == "projector" and not args.geoencoder_path:
             raise UserError("--test_type projector: no encoder; give --geoencoder_path or --use_random_projector True")
-        path = None if random_encoder else args.geoencoder_path
-        encoders = injection.attach_encoders(model, injection.load_encoders(
-            model, mapping, token_ids, path, poi_token_ids, embeddings, args.projector_path))
+        own = {} if random_encoder or test_type != "llm" else checkpoints.released_encoder(args.output_dir)
+        path = None if random_encoder or own else args.geoencoder_path
+        loaded = injection.load_encoders(model, mapping, token_ids, path, poi_token_ids, embeddings,
+                                         args.projector_path)
+        if own:
+            path = Path(args.output_dir) / checkpoints.ADAPTER
+            log.info("%s: holds the geo-encoder trained with the LLM, which takes the place of any other", path)
+            loaded.append(injection.trained_encoder(model, mapping, token_ids, own, path))
+        encoders = injection.attach_encoders(model, loaded)
     if test_type == "llm":
         checkpoints.check_places(args.output_dir, agreement, mapping, args.gps_mapping_path)
         checkpoints.check_agreement(args.output_dir, agreement, args.context_size,
                                     model.config.max_position_embeddings, None if full else base,
                                     None if random_encoder else encoders)
         llm = model
-        model = model if full else checkpoints.load_adapter(model, args.output_dir, agreement)
+        norms = not getattr(args, "base_norms", False)
+        if full and not norms:
+            raise UserError(f"--base_norms True: {args.output_dir} is a whole model, without a base; leave it out")
+        model = model if full else checkpoints.load_adapter(model, args.output_dir, agreement, norms)
         width = llm.get_input_embeddings().embedding_dim
         checkpoints.load_beside(args.output_dir, agreement, mapping, width, token_ids, time_token_ids).settle(llm)
     return model.eval(), tokenizer

@@ -23,9 +23,9 @@ FOLDER = Path("experiments")
 SCALES = FOLDER / "scales"
 EXPLAINED = {True: f"see {FOLDER}/main_nyc.yml", False: f"see {SCALES}/cpu.yml"}
 
-# What makes the questions (of GCIM's stage 1, of stage 2), the vectors and the lists, and what trains and tests.
-SECTIONS = ("stage_1_questions", "questions", "similar", "embeddings", "training", "gcim", "pam", "stage_2",
-            "test")
+# What makes the questions (of GCIM's and PAM's stage 1, of stage 2), the vectors and the lists; what trains and tests.
+SECTIONS = ("stage_1_questions", "pam_questions", "questions", "similar", "embeddings", "training", "gcim", "pam",
+            "stage_2", "test")
 LEFT_OUT = ("gcim", "pam")      # by `false`; `similar` is there only where the row has it
 ROW = ("table", "row", "dataset")
 ROW_OPTIONAL = ("reference", "group", "members", "backbone", "published", "source", "note")
@@ -194,12 +194,14 @@ def chain_of(experiment: Experiment, scale: Scale, raw: Callable, work_dir: Path
     if pam:
         vectors = _embeddings(preprocess, sections["embeddings"], samples, experiment)
         embedding = Made(vectors, f"{data}/{artifacts.poi_embeddings(name)}")
-        asked = preprocess("pam_questions", "process_pam_stage1.py", after=[samples])
+        asked = preprocess("pam_questions", "process_pam_stage1.py", *_flags("-", sections["pam_questions"]),
+                           after=[samples])
         trained = train("pam", "finetune_PAM.py", "pam", Made(asked, f"{data}/{artifacts.alignment_questions(name)}"),
                         "--poi_embedding_path", embedding)
         modules += ["--projector_path", Made(trained, artifacts.FINAL_PROJECTOR), "--poi_embedding_path", embedding]
     if not modules:
-        sections["stage_2"].pop("train_encoders", None)
+        for section, flag in (("stage_2", "train_encoders"), ("stage_2", "encode_each"), ("training", "encode_each")):
+            sections[section].pop(flag, None)
     tuned = train("stage2", "finetune_LLM_with_GCIM.py", "stage_2", asked_in_training, *modules)
     if sections["stage_2"].get("train_encoders"):       # they have changed since stage 1
         own = {"--geoencoder_path": artifacts.FINAL_ENCODER, "--projector_path": artifacts.FINAL_PROJECTOR}

@@ -22,6 +22,8 @@ def check(args) -> None:
     if args.geo_encoder and not (args.geo_output or args.train_encoders):
         raise UserError("--geo_encoder: an encoder that has learned nothing must be trained; add --train_encoders True "
                         "or --geo_output True")
+    if args.encode_each and not args.train_encoders:
+        raise UserError("--encode_each True: frozen encoders are tables, without dropout; add --train_encoders True")
     if args.pointer_without and not args.pointer:
         raise UserError("--pointer_without: goes with --pointer True")
 

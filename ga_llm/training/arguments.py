@@ -74,6 +74,8 @@ class SFTArguments(TrainingArguments):
         default=0, metadata={"help": "tokens of a batch at most, instead of --per_device_train_batch_size pairs"})
     loss_on: Literal["answer", "poi_ids"] = dataclasses.field(
         default="answer", metadata={"help": "the answer (paper), or every POI id of a pair, in its prompt, too"})
+    encode_each: bool = dataclasses.field(
+        default=False, metadata={"help": "encode every <GPS n> by itself, not each place of a batch once: own dropout"})
     load_in_4bit: bool = dataclasses.field(default=True, metadata={"help": "base in NF4 where bitsandbytes runs"})
     low_rank_training: bool = dataclasses.field(default=True, metadata={"help": "False trains all of the LLM"})
     init_from: str | None = dataclasses.field(

@@ -22,7 +22,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from ga_llm.base.artifacts import TRAINABLE_PARAMS
 from ga_llm.base.cli import LEAST_TOKENS, MOST_TOKENS, UserError
-from ga_llm.base.reading import WAY_OUT, fingerprint, listed, read_json, read_tensors, reason
+from ga_llm.base.reading import WAY_OUT, fingerprint, listed, read_json, read_shapes, read_tensors, reason
 from ga_llm.llm import beside, four_bits
 from ga_llm.llm.backbone import rope_factor
 from geo_encoder.injection import INJECTIONS
@@ -39,6 +39,8 @@ PATHS = ("model_name_or_path", "data_path", "gps_mapping_path", "geoencoder_path
          "poi_embedding_path")
 PEFT_PREFIX = "base_model.model."
 LORA_FIELDS = ("r", "lora_alpha", "lora_dropout", "target_modules")
+# The released code's: its stage 2 trains the geo-encoder, too, as a part of the embeddings, and its adapter holds it.
+RELEASED_ENCODER, RELEASED_PARAMS = "embed_tokens.geo_encoder.", "trainable_params.bin"
 NOTES = ("peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode")
 
 
@@ -55,38 +57,58 @@ def require_checkpoint(folder: Path) -> None:
                             "finetune_LLM_with_GCIM.py wrote")
 
 
-def load_adapter(llm, folder: Path | str, agreement: dict):
+def load_adapter(llm, folder: Path | str, agreement: dict, norms: bool = True):
     """Put on `llm` what stage 2 learned: the adapter and the trainable parameters of `folder` (checkpoint-N).
 
-    agreement: as `read_agreement` finds it there.
+    agreement: as `read_agreement` finds it there. norms: False leaves the base model's, as the released test does.
     If zero_to_fp32.py has been run there, its output is read instead, whether it wrote a file or a folder.
     Raises UserError if something is missing, broken, or belongs to another base model.
     """
     folder = Path(folder)
     require_checkpoint(folder)
     lora = read_tensors(folder / ADAPTER)
+    of_released = any(RELEASED_ENCODER in name or name.endswith("embed_tokens.weight") for name in lora)
     config = adapter_config(folder, {name: tuple(tensor.shape) for name, tensor in lora.items()})
     try:
         model = get_peft_model(llm, config)
     except ValueError as error:
         raise _unfit(folder / ADAPTER_CONFIG, reason(error)) from None
-    load_weights(model, lora, folder / ADAPTER, [name for name in model.state_dict() if "lora_" in name])
+    load_weights(model, llms_alone(lora), folder / ADAPTER, [name for name in model.state_dict() if "lora_" in name])
     trained = [in_model(name) for name in agreement.get("trained", []) if is_llms(name)]
+    own_norms = {} if norms else {name: tensor.clone() for name, tensor in model.state_dict().items() if "norm" in name}
     if (folder / CONVERTED).exists():
         log.info("weights from %s", folder / CONVERTED)
-        state, needed = read_converted(folder / CONVERTED), [*map(in_model, lora), *trained]
+        needed = [*(in_model(name) for name in lora if "lora_" in name), *trained]
+        state = read_converted(folder / CONVERTED)
         load_weights(model, llms_alone(state), folder / CONVERTED, needed)
     elif (folder / TRAINABLE_PARAMS).exists():
         state = read_tensors(folder / TRAINABLE_PARAMS)
         load_weights(model, llms_alone(state), folder / TRAINABLE_PARAMS, trained)
+    elif (folder / RELEASED_PARAMS).exists():
+        state = llms_alone(read_tensors(folder / RELEASED_PARAMS))
+        load_weights(model, {name: tensor for name, tensor in state.items() if "lora_" not in name},
+                     folder / RELEASED_PARAMS, [])
+    elif of_released:
+        log.info("%s: no %s, as the released README leaves it: norms are the base model's", folder, RELEASED_PARAMS)
     else:
         raise UserError(f"{folder}: neither {TRAINABLE_PARAMS} nor {CONVERTED}; run zero_to_fp32.py there")
+    if own_norms:
+        model.load_state_dict(own_norms, strict=False)
     return model
 
 
 def of_encoder(name: str) -> bool:
     """Whether a parameter is an encoder's that was trained with the LLM, and is read from N/ beside the checkpoint."""
-    return any(f"{module}." in name for module in INJECTIONS.values())
+    return RELEASED_ENCODER in name or any(f"{module}." in name for module in INJECTIONS.values())
+
+
+def released_encoder(folder: Path | str) -> dict[str, torch.Tensor]:
+    """The weights of the geo-encoder in the adapter of a checkpoint of the released code; none in ours."""
+    path = Path(folder) / ADAPTER
+    if holds_full_model(folder) or not path.exists() or not any(RELEASED_ENCODER in name for name in read_shapes(path)):
+        return {}
+    return {name.partition(RELEASED_ENCODER)[2]: tensor for name, tensor in read_tensors(path).items()
+            if RELEASED_ENCODER in name}
 
 
 def is_llms(name: str) -> bool:

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from checkins import config, samples, transitions
+from checkins import config, questions, samples, transitions
 from ga_llm.base import artifacts, prompts
 
 FOLDER = Path("datasets/city/preprocessed")
@@ -122,6 +122,31 @@ def test_the_question_file(small_city, script):
     assert [pair["answer"] for pair in found if "category" in pair["question"]] == [
         f"<answer>: {name}, category id {number}." for name, number in (("shop", 2), ("food", 1)) * 2]
     assert json.loads(artifacts.question_settings(path).read_text()) == {"dataset": "city", "stage": "pam"}
+
+
+@pytest.mark.parametrize("fields, shown, last", [
+    ([], "time user poi poi_token category", ("Which POI is <POI {0}>?", "<answer>: POI id {0}.")),
+    (["-fields", "poi,gps"], "poi poi_token gps", (
+        "Which POI is <POI {0}>? What are the coordinates of <GPS {0}>?",
+        "<answer>: POI id {0}. Latitude {1:.6f}, longitude {2:.6f}."))], ids=["PAM", "GCIM and PAM"])
+def test_questions_behind_the_history(small_city, script, fields, shown, last):
+    """As the released code asks: one pair for each trajectory, the check-ins those of stage 2's questions."""
+    script("run.py", "-f", str(small_city))
+    script("process_pam_stage1.py", "-dataset_name", "city", "-history", "True", *fields)
+    path = FOLDER / artifacts.alignment_questions("city")
+    found, conf = json.loads(path.read_text()), config.load(small_city)
+    train, places = samples.load(conf, "train"), samples.load_places(conf)
+    pairs = list(questions.pairs(conf, train, train))
+    assert len(found) == len(pairs) == train["TrajectoryId"].nunique()
+    texts = questions.texts(train, shown.split())
+    for record, pair in zip(found, pairs):
+        assert all(texts[row] in record["question"] for row in (*pair.history, *pair.current))
+        assert record["question"].count("<POI ") == len(pair.history) + len(pair.current) + 1
+        poi = train["PoiId"].iloc[pair.target]
+        about = (poi, places.loc[poi, "Latitude"], places.loc[poi, "Longitude"])
+        assert record["question"].endswith(" " + last[0].format(*about)) and record["answer"] == last[1].format(*about)
+    assert json.loads(artifacts.question_settings(path).read_text()) == {
+        "dataset": "city", "stage": "pam", "fields": shown.split()}
 
 
 def test_elsewhere(small_city, script):

@@ -11,7 +11,7 @@ from ga_llm.base.cli import UserError
 from ga_llm.llm.backbone import load_llm, load_tokenizer
 from geo_encoder import alignment, gps_tokens, injection
 from geo_encoder.encoder import GeoEncoderConfig, build_encoder
-from geo_encoder.weights import digest, save_encoder
+from geo_encoder.weights import digest, merged_state_dict, save_encoder
 
 IDS = [i for i in range(1, 14) if i != 4]       # those of the mapping, which stand there in another order
 TEXT = "POI id 12 <POI 12> <GPS 5>, then POI id 5 <POI 5> <GPS 12>."
@@ -110,6 +110,34 @@ def test_projector_learns_and_the_tokens_rows_do_not(mapping, file, model, tiny_
     assert {name for name, _ in model.named_parameters() if "poi_injection" in name} == {
         "poi_injection.encoder.weight", "poi_injection.encoder.bias"}
     assert model.get_input_embeddings().weight.grad[tokens].abs().sum() == 0
+
+
+@pytest.mark.parametrize("kind, layers", [("linear", [""]), ("gelu", ["0.", "2."])])
+def test_projectors_of_the_released_code(tmp_path, mapping, file, kind, layers):
+    """One layer or two with GELU; through LoRA alone the layers stay, and what is merged says what was trained."""
+    torch.manual_seed(0)
+    projector = alignment.build_projector(32, kind)
+    before = {name: tensor.clone() for name, tensor in projector.state_dict().items()}
+    assert list(before) == [f"{layer}{part}" for layer in layers for part in ("weight", "bias")]
+    vectors = torch.randn(5, 128)
+    by_hand = vectors @ before[f"{layers[0]}weight"].T + before[f"{layers[0]}bias"]
+    if kind == "gelu":
+        by_hand = torch.nn.functional.gelu(by_hand) @ before["2.weight"].T + before["2.bias"]
+    torch.testing.assert_close(projector(vectors), by_hand)
+    adapted = alignment.add_lora(projector, 4, 8).train()
+    adapted(vectors).square().sum().backward()
+    trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert len(trained) == 2 * len(layers) and all("lora_" in name for name in trained)
+    assert all(parameter.grad.abs().sum() > 0 for name, parameter in trained.items() if "lora_B" in name)
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    merged = merged_state_dict(adapted.eval())
+    assert [name for name in before if not torch.equal(merged[name], before[name])] == [f"{n}weight" for n in layers]
+    embeddings = alignment.read_poi_embeddings(file, mapping)
+    save_encoder(merged, alignment.ProjectorConfig(32, embeddings.sha256), tmp_path / PAM.merged, PAM)
+    loaded = alignment.load_projector(tmp_path / PAM.merged, embeddings, 32)
+    torch.testing.assert_close(loaded(vectors), adapted(vectors), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("change, names", [

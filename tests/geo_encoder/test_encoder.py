@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ga_llm.base.cli import UserError
-from geo_encoder.encoder import Dropout, GeoEncoderConfig, HierarchicalEncoder, build_encoder
+from geo_encoder.encoder import RELEASED_TARGETS, Dropout, GeoEncoderConfig, HierarchicalEncoder, build_encoder
 from geo_encoder.quadkey import quadkeys
 from geo_encoder.weights import add_lora, load_encoder, merged_state_dict, save_encoder
 
@@ -184,6 +184,68 @@ def test_files_of_the_released_code_load(tmp_path):
     loaded, config = load_encoder(tmp_path / "geo_encoder_merged.pth", 8)
     assert (config.ngram, config.level, config.hidden_size) == (5, 25, 8)
     torch.testing.assert_close(loaded.eval()(DIGITS), reference.eval()(DIGITS))
+
+
+class Released(nn.Module):
+    """The released code's Fourier encoder of 25 digits and, with a width, its fusion encoder, by torch's own modules
+    under its names; forward: (N, 25) digits, (N, 20) n-grams to (N, out)."""
+
+    def __init__(self, out, width=None, fourier_width=None):
+        super().__init__()
+        self.width, fourier = width, nn.Module()
+        fourier.Wr = nn.Linear(25, 128, bias=False)
+        fourier.mlp = nn.Sequential(nn.Linear(256, 128), nn.GELU(), nn.Linear(128, fourier_width or out))
+        if width is None:
+            self.pos_encoder = fourier
+            return
+        layer = nn.TransformerEncoderLayer(width, nhead=1, dim_feedforward=2 * width, dropout=0.1, batch_first=True)
+        self.fourier_encoder, self.gps_embed_model, self.gps_encoder = nn.Module(), nn.Module(), nn.Module()
+        self.fourier_encoder.pos_encoder = fourier
+        self.gps_embed_model.gps_embedding = nn.Embedding(4096, width)
+        self.gps_encoder.transformer_encoder = nn.TransformerEncoder(layer, 2)
+        self.gps_encoder.norm = nn.LayerNorm(width)
+        self.final_linear = nn.Linear(width + fourier_width, out)
+
+    def forward(self, digits, ngrams):
+        fourier = self.pos_encoder if self.width is None else self.fourier_encoder.pos_encoder
+        phase = fourier.Wr(digits.float())
+        of_digits = fourier.mlp(torch.cat([phase.cos(), phase.sin()], -1) / math.sqrt(256))
+        if self.width is None:
+            return of_digits
+        embedded = self.gps_embed_model.gps_embedding(ngrams) * math.sqrt(self.width)
+        of_ngrams = self.gps_encoder.norm(self.gps_encoder.transformer_encoder(embedded).mean(1))
+        return self.final_linear(torch.cat([of_ngrams, of_digits], -1))
+
+
+@pytest.mark.parametrize("sizes", [(16,), (16, 128, 128), (16, 40, 24)], ids=["Fourier", "fusion", "other widths"])
+def test_released_fourier_and_fusion_files_load(tmp_path, sizes):
+    """Names are mapped, sizes come from the file, and what it says is the same; a name more or less is refused."""
+    torch.manual_seed(0)
+    reference, path = Released(*sizes).eval(), tmp_path / "geo_encoder_merged.pth"
+    torch.save(reference.state_dict(), path)
+    loaded, config = load_encoder(path, 16)
+    assert (config.kind, config.hidden_size, config.level) == ("fusion" if sizes[1:] else "fourier", 16, 25)
+    assert not sizes[1:] or (config.width, config.fourier_width) == sizes[1:]
+    ngrams = (DIGITS.long().unfold(1, 6, 1) * 4 ** torch.arange(5, -1, -1)).sum(-1)
+    torch.testing.assert_close(loaded.eval()(DIGITS), reference(DIGITS, ngrams))
+    save_encoder(loaded.state_dict(), config, tmp_path / "ours" / "geo_encoder_merged.pth")     # and again, as ours
+    assert load_encoder(tmp_path / "ours" / "geo_encoder_merged.pth", 16)[1] == config
+    prefix = "fourier_encoder." * bool(sizes[1:])
+    for change in ({"pos_encoder.Wr.bias": torch.zeros(128)}, {f"{prefix}pos_encoder.mlp.2.bias": None}):
+        state = {name: tensor for name, tensor in (reference.state_dict() | change).items() if tensor is not None}
+        torch.save(state, path)
+        with pytest.raises(UserError, match="do not match"):
+            load_encoder(path, 16)
+
+
+@pytest.mark.parametrize("kind, layers", [("hierarchical", ["gps_embedding"]), ("fourier", ["frequencies"]), (
+    "fusion", ["frequencies", "gps_embedding", "projection"])])
+def test_where_the_released_codes_lora_is(kind, layers):
+    model = add_lora(encoder(kind), r=4, alpha=8, targets=RELEASED_TARGETS)
+    assert sorted(name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "lora_dropout")
+                  ) == layers
+    merged = merged_state_dict(model)
+    assert set(merged) == set(encoder(kind).state_dict())
 
 
 @pytest.mark.parametrize("kind, level", [("fourier", 24), ("fusion", 25)])

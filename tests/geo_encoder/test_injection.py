@@ -109,6 +109,24 @@ def test_distinct_places_are_encoded_once_with_gradient(setup):
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
+def test_encode_each_draws_a_dropout_for_every_token(setup):
+    """TEXT has <GPS 5> twice. As a rule both have one vector; with `each`, as in the released code, two while training,
+    and in evaluation one again, that of the encoder without dropout."""
+    mapping, tokenizer, model, token_ids, encoder = setup
+    ids = torch.tensor([tokenizer(TEXT)["input_ids"]])
+    embeddings, place = model.get_input_embeddings()(ids), tokenizer.convert_tokens_to_ids("<GPS 5>")
+    layer = injection.gps_injection(encoder, 25, mapping, token_ids)
+
+    def both(each, training):
+        layer.each = each
+        return layer.train(training)(ids, embeddings)[0, ids[0] == place]
+
+    for each, training, alike in ((False, True, True), (True, True, False), (True, False, True)):
+        first, second = both(each, training)
+        assert torch.equal(first, second) == alike, (each, training)
+    torch.testing.assert_close(both(True, False), both(False, False))
+
+
 def test_batch_without_a_place_still_gives_gradients(setup):
     mapping, tokenizer, model, token_ids, encoder = setup
     injection.attach(model, injection.gps_injection(encoder, 25, mapping, token_ids))

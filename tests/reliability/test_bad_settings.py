@@ -186,6 +186,7 @@ FLAGS = [
     ("process_projector_gps_stage1.py", ["-dataset_name", "city", "-fields", "poi,time"], ["-fields", "gps"]),
     ("process_pam_stage1.py", [], ["-dataset_name"]),
     ("process_pam_stage1.py", ["-dataset_name", "city", "-use_sim", "True"], ["-use_sim"]),
+    ("process_pam_stage1.py", ["-dataset_name", "city", "-fields", "poi"], ["-fields", "-history True"]),
     *(("poi_embeddings.py", ["-dataset_name", "city", *rest], words) for rest, words in (
         (["-geo_neighbours", "-1"], ["-geo_neighbours", "'-1'"]), (["-geo_neighbours", "1.5"], ["-geo_neighbours"]),
         (["-geo_neighbours", ""], ["-geo_neighbours"]), (["-geo", "5"], ["-geo"]),

@@ -64,7 +64,7 @@ def known_flags():
     return found
 
 
-@pytest.mark.parametrize("scale", ["cpu", "cpu_joined", "cpu_pretrained", "gpu"])
+@pytest.mark.parametrize("scale", ["cpu", "cpu_joined", "cpu_pretrained", "gpu", "gpu_released"])
 def test_every_row_can_be_planned(place, known_flags, scale):
     """All rows at once, by one command; each command names a script and flags that there are."""
     result = call(place, "run_experiment.py", *(f"experiments/{name}" for name in ROWS), "--scale", scale, "--plan",
@@ -78,6 +78,17 @@ def test_every_row_can_be_planned(place, known_flags, scale):
         if script in known_flags:
             assert flags <= known_flags[script] | {"--standalone", "--nproc_per_node"}, command
     assert not (place / "runs").exists()
+
+
+def test_the_released_scale_has_the_flags_of_the_page():
+    """Every flag of docs/differences.md that gives the released code's behaviour; but those of its variants."""
+    scale = yaml.safe_load((ROOT / "experiments/scales/gpu_released.yml").read_text())
+    given = {f"{flag} {value}" for section in scale.values() if isinstance(section, dict)
+             for flag, value in section.items()}
+    rows = [line.split("|")[4] for line in (ROOT / "docs/differences.md").read_text().splitlines()
+            if line.count("|") == 5]
+    named = {flag for cell in rows for flag in re.findall(r"`--?(\w+ [\w-]+)`", cell)}
+    assert named - {"projector gelu", "protocol llm4poi"} == given
 
 
 def test_rows_of_one_table_share_what_they_can(place):
@@ -138,6 +149,26 @@ def test_refusals(place, change, flags, names):
     (place / "experiments/bad.yml").write_text(change or "table: t\nrow: x\ndataset: nyc\n")
     refusal(call(place, "run_experiment.py", "experiments/bad.yml", "--plan", *(flags if "--scale" in flags else
                                                                               ["--scale", "cpu", *flags])), *names)
+
+
+@pytest.mark.slow
+def test_all_as_the_released_code_does_it(repo):
+    """The flags of the scale gpu_released, all at once, on a tiny model: from raw check-ins to a row of the table."""
+    released = yaml.safe_load((ROOT / "experiments/scales/gpu_released.yml").read_text())
+    del released["like"]
+    tiny = {name: section for name, section in SCALE.items() if name not in ("stage_2", "test")} | {
+        "pam": {"lora_r": 4, "lora_alpha": 8}, "test": {"limit": 8, "seq_len": 2048, "context_size": 2048}}
+    tiny |= {name: {**tiny.get(name, {}), **section} for name, section in released.items()}
+    (repo / "experiments/scales/tiny_released.yml").write_text(yaml.safe_dump(tiny))
+    (repo / "experiments/both.yml").write_text(ROW.format(row="both").replace("pam: false\n", ""))
+    run(repo, sys.executable, "run_experiment.py", "experiments/both.yml", "--scale", "tiny_released")
+    told = json.loads((repo / "runs/experiments/tiny_released/both.json").read_text())
+    metrics = json.loads((repo / "runs/experiments" / told["metrics"]).read_text())
+    assert metrics["decoding"] == "sample" and metrics["n"] == 8 and set(metrics["all"]["model"]) >= {"n", "Acc@1"}
+    assert "released_prompt" in told["metrics"] and "base_norms" in told["metrics"]
+    table = run(repo, sys.executable, "results.py", "--others", "nowhere", "--out", "runs/table")
+    assert "| both | 8 | " in table.stdout
+    subprocess.run(["rm", "-r", str(repo / "runs/experiments")], check=True)
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ def test_golden_run(repo):
     assert f"protocol ga-llm, n = {len(lines)}" in result.stdout and "Failed to load" not in result.stderr
     for name in ("model", "user-history frequency", "popularity", "Markov chain"):
         assert metrics["all"][name]["n"] == metrics["fits"][name]["n"] == len(lines) > 20
+        assert 0 < metrics["fits_released"][name]["n"] < len(lines)      # whose history is not cut to 10 check-ins
         assert f"{name:22}  {len(lines):>6}  {metrics['all'][name]['Acc@1']['value']:.4f}" in result.stdout
     predictions = [json.loads(line) for line in (repo / "outputs/llm/checkpoint-6/predictions.jsonl").open()]
     assert [p["pair"] for p in predictions] == list(range(len(lines)))

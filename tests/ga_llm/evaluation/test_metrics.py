@@ -143,12 +143,13 @@ PLACES = GPSMapping(np.array([7, 8]), np.array([40.0, 40.0]), np.array([-74.0, -
 APART = math.radians(0.1) * math.cos(math.radians(40)) * 6371.0088     # along the parallel: here a fair 8.5 km
 
 
-def made_report(make_prompt, decoding="rank", fits=(True, False), pairs=2):
+def made_report(make_prompt, decoding="rank", fits=(True, False), pairs=2, released=None):
     test_prompts = [make_prompt(0, 1, [7], 7, fits=fits[0]), make_prompt(1, 1, [7], 8, fits=fits[1])][:pairs]
     model = metrics.Ranking(np.array([1, math.inf])[:pairs], np.array([7, 7])[:pairs])
     baseline = metrics.Ranking(np.array([2.0, 1.0])[:pairs], np.array([8, 8])[:pairs])
     train = pd.DataFrame({"UserId": [1, 1], "PoiId": [7, 7], "TrajectoryId": [0, 0]})
-    return metrics.report(test_prompts, model, {"popularity": baseline}, train, PLACES, 0.5, "ga-llm", decoding)
+    return metrics.report(test_prompts, model, {"popularity": baseline}, train, PLACES, 0.5, "ga-llm", decoding,
+                          released if released is None else np.array(released))
 
 
 def test_report(make_prompt):
@@ -179,6 +180,21 @@ def test_text(make_prompt):
     assert max(map(len, text.splitlines()[1:])) <= 130
     fitting = metrics.text(made_report(make_prompt, fits=(True, True)))
     assert "every prompt fits --seq_len" in fitting and fitting.count("[0.0000, 1.0000]") < text.count("[")
+
+
+def test_published_number_of_pairs(make_prompt):
+    text = metrics.text(made_report(make_prompt) | {"published_n": 1447})
+    assert text.startswith("protocol ga-llm, n = 2 (published: 1447), the target's time")
+
+
+def test_a_third_denominator(make_prompt):
+    """The pairs that the released code would count, whether or not they fit here; null where that is not known."""
+    found = made_report(make_prompt, fits=(True, True), released=(False, True))
+    assert found["fits_released"]["model"]["n"] == 1 and found["fits"]["model"]["n"] == 2
+    assert found["fits_released"]["popularity"]["Acc@1"]["value"] == 1
+    told = "in the released code's wording: 1 of 2"
+    assert told in metrics.text(found) and made_report(make_prompt)["fits_released"] is None
+    assert "released" not in metrics.text(made_report(make_prompt, released=(True, True)))
 
 
 def test_a_sampled_answer_has_no_second_best(make_prompt):

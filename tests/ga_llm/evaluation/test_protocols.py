@@ -50,6 +50,28 @@ def test_train_counts_from_its_second_check_in(sample):
     assert protocols.sthgcn_sample(sample(rows)) == set()
 
 
+@pytest.mark.parametrize("test_rows, asked", [
+    ([(1, 10, 5, "test"), (1, 11, 5, "test")], [6]),
+    ([(1, 10, 5, "test"), (1, 11, 5, "test"), (1, 12, 5, "test")], [7]),
+    ([(1, 11, 5, "test")], []),                                                 # the target alone
+    ([(1, 13, 5, "test"), (1, 11, 5, "test")], []),                             # the other one is at an unseen POI
+    ([(1, 11, 5, "test"), (1, 12, 5, "test"), (1, 13, 5, "test")], [6]),        # the last that can be asked for
+    ([(3, 11, 5, "test"), (3, 12, 5, "test")], []),                             # an unseen user
+    ([(1, 11, 5, "validate"), (1, 12, 5, "test")], []),                         # a part of one split alone
+    ([(1, 11, 5, "validate"), (1, 12, 5, "validate")], [6])])
+def test_llm4poi_by_hand(sample, test_rows, asked):
+    rows = TRAIN + test_rows
+    assert protocols.llm4poi_sample(sample(rows)) == {(rows[i][0], minute(i), rows[i][1]) for i in asked}
+
+
+def test_published_pairs(tmp_path):
+    path = tmp_path / artifacts.STATS
+    assert protocols.published(path, "ga-llm", "test") is None
+    path.write_text('{"published": {"test": {"trajectories": 9, "llm4poi": 8}}}')
+    found = [protocols.published(path, protocol, "test") for protocol in protocols.PROTOCOLS]
+    assert found == [9, 8, None] and protocols.published(path, "ga-llm", "validate") is None
+
+
 def test_select_matches_user_time_and_target(sample, make_prompt, tmp_path):
     path = sample(TRAIN + [(1, 10, 5, "test"), (1, 11, 5, "test")])
     right = make_prompt(0, 1, [10], 11, time=minute(6))
@@ -73,3 +95,13 @@ def test_sthgcn_on_real_nyc(nyc):
     folder, test_prompts = nyc
     assert len(protocols.select("sthgcn", test_prompts, folder / artifacts.SAMPLE)) == 1348
     assert len(protocols.sthgcn_sample(folder / artifacts.SAMPLE)) == 1348
+
+
+@pytest.mark.slow
+def test_llm4poi_on_real_nyc(nyc):
+    """As many as LLM4POI's and GenUP's files have, and the published numbers of pairs beside ours."""
+    folder, test_prompts = nyc
+    asked = protocols.select("llm4poi", test_prompts, folder / artifacts.SAMPLE)
+    assert asked == [prompt for prompt in test_prompts if prompt.current]
+    others = [protocols.published(folder / artifacts.STATS, protocol, "test") for protocol in protocols.PROTOCOLS]
+    assert others == [1447, 1429, 1347] and (len(test_prompts), len(asked)) == tuple(others[:2])
