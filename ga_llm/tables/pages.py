@@ -10,7 +10,8 @@ BASELINES = ("user-history frequency", "history by hour and recency", "Markov ch
 APART = ("target's check-ins in train", "target in the user's history")     # of metrics.groups
 # The rows of the short table, where they are kept; experiments of any scale.
 SHORT = tuple(f"{name}_{dataset}" for dataset in ("nyc", "tky", "ca")
-              for name in ("main", "without_gcim", "without_pam", "without_both", "mean", "mean_history"))
+              for name in ("main", "without_gcim", "without_pam", "without_both", "mean", "mean_history", "pointer",
+                           "pointer_mean"))
 COMMAND = "python results.py --readme README.md --tables docs/tables.md"
 BEGIN, END = f"<!-- results: made by {COMMAND} -->", "<!-- /results -->"
 NO_RESULT = "No result is kept yet."

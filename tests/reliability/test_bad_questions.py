@@ -767,7 +767,8 @@ def test_ranking_is_exact_or_refused_whatever_the_tokenizer(place, make):
     name, lines = model_of(place, make()), (place / TEST).read_text().splitlines()
     lines = [f"<question>:{line[-500:]}" for line in lines]
     (place / TEST).write_text("\n".join(lines))
-    result = evaluate_here(place, "--test_type", "base", "--base_model", name, "--always_end", "True")
+    result = evaluate_here(place, "--test_type", "base", "--base_model", name, "--always_end", "True",
+                           "--load_in_4bit", "False")
     if make in (merging_digits_and_ends, merging_all) and result.code:
         refusal(result, TEST)
         return

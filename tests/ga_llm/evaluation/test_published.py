@@ -41,7 +41,8 @@ def theirs(tmp_path):
         content = {"model_id": "M", "dataset_id": "D", "accuracy": len(right) / len(targets),
                    "predictions": [str(target) if i in right else "" for i, target in enumerate(targets)],
                    "targets": list(map(str, targets))} | change
-        (gzip.open if name.endswith(".gz") else open)(path, "wb").write(json.dumps(content, indent=4).encode())
+        with (gzip.open if name.endswith(".gz") else open)(path, "wb") as file:
+            file.write(json.dumps(content, indent=4).encode())
         return path
     return write
 
