@@ -104,7 +104,7 @@ def in_our_names(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     names = FUSION_NAMES if "final_linear.weight" in state_dict else FOURIER_NAMES
 
     def ours(name):
-        return next((names[start] + name.removeprefix(start) for start in names if name.startswith(start)), name)
+        return next((names[start] + name.removeprefix(start) for start in names if str(name).startswith(start)), name)
 
     return {ours(name): tensor for name, tensor in state_dict.items()}
 

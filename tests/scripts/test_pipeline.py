@@ -65,6 +65,20 @@ def test_other_decodings(repo, how):
     assert ("Acc@5" in metrics["all"]["model"]) == (how == "beam") and "Acc@1" in metrics["all"]["model"]
 
 
+def test_another_file_does_not_replace_the_tests_figures(repo):
+    """Its results lie in a folder that is named by it, and tell whose questions they are."""
+    output, folder = "outputs/llm/checkpoint-6", repo / "outputs/llm/checkpoint-6"
+    _, whole = evaluate(repo, output)
+    before = (folder / "metrics.json").read_bytes()
+    name = "test_qa_pairs_kqt_200items_sample_llm_without_sim_gps.txt"
+    lines = (repo / DATA / name).read_text().splitlines()[:3]
+    for other, named in ((name.replace("test", "validate"), "validate"), ("mine.txt", "mine")):
+        (repo / DATA / other).write_text("\n".join(lines) + "\n")
+        result, metrics = evaluate(repo, output, "--test_file", other)
+        assert f"{output}/{named}/metrics.json" in result.out and metrics["split"] == named and metrics["n"] == 3
+    assert (folder / "metrics.json").read_bytes() == before and whole["split"] == "test" and whole["n"] > 3
+
+
 def test_protocol_and_comparison(repo):
     output = "outputs/llm/checkpoint-6"
     _, whole = evaluate(repo, output)
