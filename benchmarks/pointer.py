@@ -23,7 +23,7 @@ from ga_llm.llm import pointing  # noqa: E402
 from ga_llm.llm.pointer import Pointer, PointerConfig  # noqa: E402
 from ga_llm.pairs.check_ins import Shown  # noqa: E402
 from ga_llm.pairs.sft_data import AnswerCollator  # noqa: E402
-from ga_llm.training.arguments import _cpu_has_bf16  # noqa: E402
+from ga_llm.training.arguments import cpu_has_bf16  # noqa: E402
 from geo_encoder.gps_tokens import GPSMapping  # noqa: E402
 
 LIMIT = 1.1
@@ -68,7 +68,7 @@ def main():
         for name, inputs in sides.items():
             llm.zero_grad()
             began = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16, enabled=_cpu_has_bf16()):
+            with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bf16()):
                 loss = llm(**inputs).loss
             loss.backward()
             if step:        # the first warms up

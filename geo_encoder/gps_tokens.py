@@ -93,6 +93,16 @@ def add_gps_tokens(tokenizer, mapping: GPSMapping, model=None) -> np.ndarray:
     return _add(tokenizer, mapping.tokens, GPS_TOKEN, model)
 
 
+def places_of_tokens(token_ids: np.ndarray, highest: int) -> np.ndarray:
+    """(tokens,) of every token id up to `highest`, and those of the places: its place's row of the mapping, else -1.
+
+    token_ids: (places,), the `<GPS n>` of each place.
+    """
+    rows = np.full(max(int(token_ids.max()), highest) + 1, -1)
+    rows[token_ids] = np.arange(len(token_ids))
+    return rows
+
+
 def add_poi_tokens(tokenizer, mapping: GPSMapping, model=None) -> np.ndarray:
     """The same with `<POI n>`, behind those of the places."""
     return _add(tokenizer, mapping.poi_tokens, POI_TOKEN, model)

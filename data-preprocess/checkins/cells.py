@@ -162,5 +162,3 @@ def clean_name(name: str) -> str:
 def by_value(column: pd.Series, function) -> pd.Series:
     """`function` of each cell, computed once per distinct value."""
     return column.map({value: function(value) for value in column.unique()})
-
-

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import safetensors.numpy
 
-
 COLUMNS = {"place": "PoiId", "category": "PoiCategoryId", "trajectory": "TrajectoryId"}
 
 

@@ -15,6 +15,7 @@ from ga_llm.llm import pointing
 from ga_llm.llm.pointer import Pointer
 from ga_llm.pairs import check_ins
 from ga_llm.pairs.spelling import TestPrompt
+from geo_encoder.gps_tokens import places_of_tokens
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +42,7 @@ def positions(test_prompts: Sequence[TestPrompt], token_ids: np.ndarray) -> Iter
                                                                                           np.ndarray]]:
     """(prompt, where its `<GPS n>` stand, rows of the mapping). token_ids: (places,), the `<GPS n>` of each place."""
     highest = max(max(prompt.input_ids, default=0) for prompt in test_prompts)
-    row = np.full(max(int(token_ids.max()), highest) + 1, -1)
-    row[token_ids] = np.arange(len(token_ids))
+    row = places_of_tokens(token_ids, highest)
     for prompt in test_prompts:
         yield prompt, *pointing.place_tokens(np.asarray(prompt.input_ids, dtype=np.int64), row)
 
@@ -70,12 +70,18 @@ class States:
 
     def crop(self, slots: int) -> None:
         if self.pointer is not None:
-            self.parts = [torch.cat(self.parts)[:slots]]
+            self.parts = [self._joined()[:slots]]
 
     def of(self, slots: np.ndarray) -> torch.Tensor:
         """(n, hidden size), of these slots."""
-        self.parts = [torch.cat(self.parts)]
-        return self.parts[0][torch.from_numpy(slots).to(self.parts[0].device)]
+        states = self._joined()
+        return states[torch.from_numpy(slots).to(states.device)]
+
+    def _joined(self) -> torch.Tensor:
+        """All of them, which are copied when the model has read more, and not for each prompt that asks."""
+        if len(self.parts) > 1:
+            self.parts = [torch.cat(self.parts)]
+        return self.parts[0]
 
 
 @dataclasses.dataclass

@@ -17,6 +17,7 @@ from ga_llm.llm.pointer import LEAST, Pointer
 from ga_llm.pairs.check_ins import CheckIns, Shown
 from ga_llm.pairs.sft_data import IGNORED
 from ga_llm.pairs.token_cache import TokenDataset
+from geo_encoder.gps_tokens import places_of_tokens
 
 MODULE = "pointer"      # what it is called as a module of an LLM
 
@@ -47,8 +48,7 @@ class PointedPairs(Dataset):
 
     def __init__(self, dataset: TokenDataset, check_ins: CheckIns, token_ids: np.ndarray, every: bool):
         self.dataset, self.check_ins, self.every = dataset, check_ins, every
-        self.row = np.full(int(max(token_ids.max(), dataset.ids.max())) + 1, -1)
-        self.row[token_ids] = np.arange(len(token_ids))
+        self.row = places_of_tokens(token_ids, int(dataset.ids.max()))
         for name in ("sha256", "ends", "tokens", "lengths", "answer_starts", "targets"):
             setattr(self, name, getattr(dataset, name))
 

@@ -213,7 +213,7 @@ def _fit_to_machine(flags):
                 log.info("--%s is for GPUs: ignored", flag)
         for precision in ("bf16", "fp16"):
             wanted = precision in given and _is_true(precision, given[precision])
-            if wanted and not (precision == "bf16" and _cpu_has_bf16()):
+            if wanted and not (precision == "bf16" and cpu_has_bf16()):
                 log.info("--%s: this CPU has no fast %s, training in fp32", precision, precision)
                 given[precision] = ["False"]
     if _is_true("use_liger_kernel", given.get("use_liger_kernel", ["False"])) and not is_liger_kernel_available():
@@ -240,7 +240,7 @@ def _is_true(flag: str, values: list[str]) -> bool:
         _raise(f"--{flag}: {error}")
 
 
-def _cpu_has_bf16() -> bool:
+def cpu_has_bf16() -> bool:
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 

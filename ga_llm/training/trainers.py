@@ -168,15 +168,16 @@ class GATrainer(LoggedTrainer):
 
     def create_optimizer(self, *args, **kwargs):
         """The pointer's tables learn faster than all else, and do not decay."""
+        is_new = self.optimizer is None
         with building.of_flags(building.optimizer(self.args)):
             optimizer = super().create_optimizer(*args, **kwargs)
         pointer = getattr(self.llm, pointing.MODULE, None)
-        biases = [] if pointer is None else pointer.biases
-        known, rate = {id(bias) for bias in biases}, FASTER * self.args.learning_rate
-        if biases and not any(id(bias) in known for group in optimizer.param_groups[2:] for bias in group["params"]):
+        if is_new and pointer is not None:
+            biases = {id(bias) for bias in pointer.biases}
             for group in optimizer.param_groups:
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in known]
-            optimizer.add_param_group({"params": biases, "lr": rate, "weight_decay": 0.0})
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in biases]
+            optimizer.add_param_group({"params": pointer.biases, "lr": FASTER * self.args.learning_rate,
+                                       "weight_decay": 0.0})
         return optimizer
 
     def _beside_lora(self) -> list[str]:

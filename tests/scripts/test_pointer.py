@@ -6,7 +6,7 @@ import forked
 import numpy as np
 import pandas as pd
 import pytest
-from commands import DATA
+from commands import DATA, metrics
 from harness import call
 from safetensors.torch import load_file
 from test_processes import CUT_UP, LEAVES, STACKS, close, losses
@@ -53,10 +53,8 @@ def evaluated(repo, output, tmp_path, *flags):
     result = forked.run(repo, ["test_next_gps.py", "--output_dir", output, "--full_table", "True", *flags],
                         tmp_path / "log")
     assert result.code == 0, result.err[-3000:]
-    wrote = result.out.strip().splitlines()[-1].split()
-    lines = (repo / wrote[3].rstrip(",")).read_text() if "predictions" in wrote[3] else (
-        repo / wrote[1]).with_name("predictions.jsonl").read_text()
-    return json.loads((repo / wrote[1]).read_text()), [json.loads(line) for line in lines.splitlines()]
+    predictions = repo / result.out.strip().splitlines()[-1].split()[3]
+    return metrics(repo, result.out), [json.loads(line) for line in predictions.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("output", ["outputs/pointed", "outputs/by_token"])
