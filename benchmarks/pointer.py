@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import ga_llm  # noqa: E402, F401 (before transformers, which it prepares for)
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from accelerate.utils import send_to_device  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from ga_llm.llm import pointing  # noqa: E402
@@ -32,12 +33,12 @@ SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 3
            "num_key_value_heads": 3, "max_position_embeddings": 8192, "tie_word_embeddings": True}
 
 
-def pairs(count: int, check_ins: int, seed: int = 0) -> list[dict]:
+def check_in_pairs(count: int, check_ins: int, words: int, places: int, seed: int = 0) -> list[dict]:
     """As `PointedPairs` gives them: <TIME n><GPS n> for each check-in, the last one's place being the answer."""
     draw, found = np.random.default_rng(seed), []
     for _ in range(count):
-        place = draw.integers(0, PLACES, check_ins)
-        ids = np.stack([draw.integers(0, WORDS, check_ins), WORDS + place], axis=1).ravel()
+        place = draw.integers(0, places, check_ins)
+        ids = np.stack([draw.integers(0, words, check_ins), words + place], axis=1).ravel()
         targets = np.tile([False, True], check_ins)
         second = 1333476009 + draw.exponential(30000, check_ins).astype(np.int64).cumsum()
         at = np.arange(1, 2 * check_ins - 1, 2)
@@ -49,6 +50,7 @@ def pairs(count: int, check_ins: int, seed: int = 0) -> list[dict]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--check_ins", type=int, default=128, help="of each pair")
     parser.add_argument("--steps", type=int, default=7)
@@ -59,8 +61,10 @@ def main():
     draw = np.random.default_rng(1)
     mapping = GPSMapping(np.arange(PLACES), 40 + draw.random(PLACES), -74 + draw.random(PLACES))
     pointing.attach(llm, Pointer(PointerConfig(llm.config.hidden_size), mapping))
-    llm.train()
-    batch = pointing.PointedCollator(AnswerCollator(0), PLACES)(pairs(args.pairs, args.check_ins))
+    llm.train().to(args.device)
+    batch = pointing.PointedCollator(AnswerCollator(0), PLACES)(
+        check_in_pairs(args.pairs, args.check_ins, WORDS, PLACES))
+    batch = send_to_device(batch, args.device)
     sides = {"without the pointer": {name: value for name, value in batch.items() if name != "pointer"},
              "with the pointer": batch}
     seconds = {name: [] for name in sides}
@@ -68,9 +72,11 @@ def main():
         for name, inputs in sides.items():
             llm.zero_grad()
             began = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bf16()):
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda" or cpu_has_bf16()):
                 loss = llm(**inputs).loss
             loss.backward()
+            if args.device == "cuda":
+                torch.cuda.synchronize()
             if step:        # the first warms up
                 seconds[name].append(time.perf_counter() - began)
     tokens = batch["input_ids"].numel()

@@ -66,7 +66,7 @@ def main():
     parser.add_argument("--hidden", type=whole_number(2, 2**20), default=64)
     parser.add_argument("--intermediate", type=whole_number(1, 2**20),
                         help="width of the feed-forward layer; default: 3 x hidden")
-    parser.add_argument("--layers", type=whole_number(1, 2**20), default=2)
+    parser.add_argument("--layers", type=whole_number(0, 2**20), default=2, help="0: the state is the token's row")
     parser.add_argument("--heads", type=whole_number(1, 2**20), default=4)
     parser.add_argument("--kv_heads", type=whole_number(1, 2**20), help="default: as many as heads")
     parser.add_argument("--max_position", type=token_count, default=2048, help="longest prompt, without RoPE scaling")

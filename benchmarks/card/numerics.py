@@ -5,6 +5,7 @@ import unittest.mock
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.models.llama import modeling_llama
@@ -15,22 +16,26 @@ from card.chain import Chain
 from card.record import wait
 from ga_llm.base.reading import read_tensors
 from ga_llm.evaluation import ranking
-from ga_llm.llm import backbone, shared_prefix, shifted_attention
+from ga_llm.llm import backbone, pointing, shared_prefix, shifted_attention
+from ga_llm.llm.pointer import Pointer, PointerConfig
 from ga_llm.llm.shared_prefix import SHARED_PREFIX
 from ga_llm.llm.shifted_attention import SHIFTED_SPARSE
 from ga_llm.llm.tree_attention import TREE
 from ga_llm.pairs import sft_data
 from ga_llm.pairs.spelling import TestPrompt
 from geo_encoder import encoder, injection
+from geo_encoder.gps_tokens import GPSMapping
+from pointer import check_in_pairs
 
 PART = "numerics"
 LIMITS = {"fp32": 1e-3, "bf16": 3e-2}       # ‖ours − reference‖ / ‖reference‖, the reference in fp32 on the CPU
 LENGTH, TOY_LENGTH = 4096, 512     # S²-Attn's groups are a quarter of it
-WORDS = 500
+WORDS, PLACES = 500, 300
 
 
 def run(record, args) -> None:
     attentions(record, args.device, TOY_LENGTH if args.toy else LENGTH)
+    pointed(record, args.device)
     rank(record, args.device)
     flash(record, args.device)
     liger(record, args.device)
@@ -81,10 +86,29 @@ def attentions(record, device: str, length: int) -> None:
             record.add(PART, f"{name}, {kind}: gradient", error(own, gradient), most=LIMITS[kind])
 
 
+def pointed(record, device: str) -> None:
+    """The loss and the gradient of a training step with the pointer; weights that begin at zero are drawn, too."""
+    draw = np.random.default_rng(1)
+    mapping = GPSMapping(np.arange(PLACES), 40 + draw.random(PLACES), -74 + draw.random(PLACES))
+    own = copy.deepcopy(model("sdpa"))
+    own.resize_token_embeddings(WORDS + PLACES)
+    torch.manual_seed(0)
+    made = Pointer(PointerConfig(own.config.hidden_size), mapping)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=.1)
+    pointing.attach(own, made)
+    batch = pointing.PointedCollator(sft_data.AnswerCollator(0), PLACES)(check_in_pairs(4, 128, WORDS, PLACES))
+    loss, gradient = step(own, batch, "cpu", torch.float32)
+    for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        own_loss, found = step(own, batch, device, dtype)
+        record.add(PART, f"pointer, {kind}: loss", abs(own_loss / loss - 1), most=LIMITS[kind])
+        record.add(PART, f"pointer, {kind}: gradient", error(found, gradient), most=LIMITS[kind])
+
+
 def step(reference, batch: dict, device: str, dtype: torch.dtype):
     """Loss and gradient, (parameters,) fp32 on the CPU, of a copy on the device, under autocast as in training."""
     own = copy.deepcopy(reference).to(device).train()
-    batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+    batch = send_to_device(batch, device)
     with torch.autocast(device, dtype, enabled=dtype != torch.float32):
         loss = own(**batch).loss
     loss.backward()

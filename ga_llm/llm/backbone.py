@@ -52,7 +52,7 @@ def _check_folder(path: str, config) -> None:
     if (Path(path) / "adapter_config.json").exists():       # transformers would load that, and what it names
         raise UserError(f"{path}: holds an adapter (adapter_config.json), not a model alone; {MODEL_WAY_OUT}")
     files, shape = weights_files(path), Model.of(config)
-    if min(shape.heads, shape.layers, shape.hidden, config.max_position_embeddings) < 1:
+    if min(shape.heads, shape.layers + 1, shape.hidden, config.max_position_embeddings) < 1:
         raise UserError(f"{path}: config.json gives a size below 1; {MODEL_WAY_OUT}")
     size = sum(file.stat().st_size for file in files)
     if files and shape.parameters > 8 * size:       # no weight takes less than one bit
@@ -206,7 +206,7 @@ def add_dropout(model, share: float) -> None:
     """
     dropout = Dropout(share)
     inside = [module for name, module in model.named_modules() if name.endswith((".self_attn", ".mlp"))]
-    if not inside:
+    if not inside and model.config.num_hidden_layers:
         raise UserError(f"--dropout: {type(model).__name__} has no layers of self_attn and mlp; leave it out")
 
     def drop(module, _, output):

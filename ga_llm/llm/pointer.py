@@ -32,6 +32,7 @@ AGES, DISTANCES, GAPS = len(RECENCY) + 1, len(KM) + 2, len(GAP) + 1     # one mo
 VISITS, SHARES, VISIBLE = 10, 16, 12
 KEY = 32            # width of a head's queries and keys
 POOL = 16           # of the layer behind the sums by place
+BIASES = ("clock", "recency", "distance", "context")        # groups of them, which can be left out
 LEAST = 1e-30       # what a place that was not visited has, for its logarithm
 
 
@@ -40,7 +41,7 @@ class PointerConfig:
     """What must be known to build a pointer; `ga_llm.json` of a checkpoint holds it."""
     hidden_size: int
     heads: int = 8
-    clock: bool = True          # without one of these, the biases that it stands for are left out
+    clock: bool = True          # BIASES: without one of these, those that it stands for are left out
     recency: bool = True
     distance: bool = True
     context: bool = True

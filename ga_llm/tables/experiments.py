@@ -28,7 +28,7 @@ SECTIONS = ("stage_1_questions", "pam_questions", "questions", "similar", "embed
             "stage_2", "test")
 LEFT_OUT = ("gcim", "pam")      # by `false`; `similar` is there only where the row has it
 ROW = ("table", "row", "dataset")
-ROW_OPTIONAL = ("reference", "group", "members", "backbone", "published", "source", "note")
+ROW_OPTIONAL = ("reference", "group", "members", "mean_of_seeds", "backbone", "published", "source", "note")
 SCALE = ("model", "backbone", "processes")
 LIKE = "like"       # of a scale: another one, whose keys and flags it has where it does not say its own
 METRICS = tuple(f"Acc@{k}" for k in ACC_AT) + ("MRR", "MRR@5", "MRR@10", "NDCG@10")
@@ -45,6 +45,8 @@ class Experiment:
     reference: str | None = None        # the experiment that the table compares this one with
     group: tuple | None = None          # (grouping, group) of metrics.json; None: all pairs
     members: tuple = ()                 # other experiments, whose probabilities are averaged with this one's
+    mean_of_seeds: tuple = ()           # it, and each member, is the mean of models of these seeds
+    seed: int | None = None             # of its trainings, instead of what its sections say
     backbone: str | None = None         # None: whatever the scale has
     published: dict = dataclasses.field(default_factory=dict)      # metric -> figure
     source: str | None = None           # of these
@@ -53,6 +55,17 @@ class Experiment:
     @property
     def name(self) -> str:
         return self.path.stem
+
+    def at(self, seed: int) -> "Experiment":
+        """A single model of it, trained with that seed."""
+        training = {**self.sections.get("training", {}), "seed": seed}
+        return dataclasses.replace(self, sections={**self.sections, "training": training}, seed=seed, members=(),
+                                   mean_of_seeds=())
+
+    def averaged(self) -> list["Experiment"]:
+        """Single models: the first is its own, with whose probabilities the others' are averaged."""
+        all_of_it = [dataclasses.replace(self, members=(), mean_of_seeds=()), *map(self.beside, self.members)]
+        return [one.at(seed) for one in all_of_it for seed in self.mean_of_seeds] or all_of_it
 
     def beside(self, name: str) -> "Experiment":
         """Another one of the same folder."""
@@ -92,11 +105,13 @@ def read(path: Path | str) -> Experiment:
                                               for metric, figure in published.items()),
           "published", "a map of metrics to figures such as {Acc@1: 0.3988}")
     check(not published or "source" in values, "source", "where the published figures stand")
+    seeds = values.get("mean_of_seeds", [])
+    check(isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds), "mean_of_seeds",
+          "a list of seeds")
     sections = {key: values[key] for key in SECTIONS if key in values}
     return Experiment(path, values["table"], values["row"], values["dataset"], sections, values.get("reference"),
                       None if group is None else tuple(next(iter(group.items()))), tuple(members),
-                      values.get("backbone"), published,
-                      values.get("source"), values.get("note"))
+                      tuple(seeds), None, values.get("backbone"), published, values.get("source"), values.get("note"))
 
 
 def read_scale(name: str) -> Scale:
@@ -135,6 +150,7 @@ def chain_of(experiment: Experiment, scale: Scale, raw: Callable, work_dir: Path
     raw(data set): (files that its samples are made of, command that makes these first or None). model: the folder of
     the base LLM, instead of the scale's. Raises UserError if something from outside is missing.
     """
+    experiment, *others = experiment.averaged()
     name, root = experiment.dataset, Path(work_dir) / "steps"
     sections = merged(scale.sections, experiment.sections)
     if full_table:
@@ -172,7 +188,7 @@ def chain_of(experiment: Experiment, scale: Scale, raw: Callable, work_dir: Path
                         "give the folder of that model by --model")
     asked_in_training = Made(questions, f"{data}/{artifacts.questions('train', name, 2, similar, pam)}")
     averaged = [Made(chain_of(other, scale, raw, work_dir, model, full_table=True), _table(other, scale))
-                for other in map(experiment.beside, experiment.members)]
+                for other in others]
     model = _model(model or scale.model, step, scale, {
         "{questions}": asked_in_training, "{mapping}": mapping,
         "{train}": Made(samples, f"{data}/{artifacts.split_sample('train')}")})
@@ -227,15 +243,16 @@ CHECKPOINT = "checkpoint"       # the test's own links to stage 2's last checkpo
 
 
 def write_link(experiment: Experiment, scale: Scale, test: Step, work_dir: Path | str, model: str | None) -> Path:
-    """<work_dir>/<scale>/<experiment>.json: which metrics.json is this row's, for results.py."""
+    """<work_dir>/<scale>/<experiment>[.<seed>].json: which metrics.json is this row's, for results.py."""
     found = sorted(test.out.rglob(artifacts.METRICS))
     if len(found) != 1:
         raise UserError(f"{test.out}: holds {len(found)} {artifacts.METRICS}, not one; move {test.folder} away, and "
                         "the test runs again")
-    path = Path(work_dir) / scale.name / f"{experiment.name}.json"
+    seeded = experiment.seed is not None
+    path = Path(work_dir) / scale.name / f"{experiment.name}{f'.{experiment.seed}' * seeded}.json"
     command = ["python", "run_experiment.py", str(experiment.path), "--scale", scale.name,
-               *(["--model", model] if model else [])]
-    written = {"experiment": experiment.name, "scale": scale.name, "table": experiment.table, "row": experiment.row,
+               *["--seeds", str(experiment.seed)] * seeded, *(["--model", model] if model else [])]
+    written = {"experiment": experiment.name, "seed": experiment.seed, "scale": scale.name, "table": experiment.table, "row": experiment.row,
                "dataset": experiment.dataset, "reference": experiment.reference, "group": experiment.group,
                "model": model or scale.backbone, "published": experiment.published, "source": experiment.source,
                "metrics": str(found[0].relative_to(work_dir)), "step": test.id, "command": shlex.join(command),

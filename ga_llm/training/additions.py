@@ -26,6 +26,9 @@ def check(args) -> None:
         raise UserError("--encode_each True: frozen encoders are tables, without dropout; add --train_encoders True")
     if args.pointer_without and not args.pointer:
         raise UserError("--pointer_without: goes with --pointer True")
+    for name in args.pointer_without.split(",") if args.pointer_without else ():
+        if name not in pointer.BIASES:
+            raise UserError(f"--pointer_without {name[:60]}: unknown; choose among {','.join(pointer.BIASES)}")
 
 
 def attach(args, setup) -> None:
@@ -45,7 +48,7 @@ def attach(args, setup) -> None:
         _apart(llm, setup.token_ids)
         place_rows.attach(llm, rows)
     if args.pointer:
-        without = {args.pointer_without: False} if args.pointer_without else {}
+        without = {name: False for name in pointer.BIASES if name in args.pointer_without.split(",")}
         made = pointer.Pointer(pointer.PointerConfig(width, args.pointer_heads, **without), mapping, args.dropout)
         made.categories.copy_(categories)
         pointing.attach(llm, made)

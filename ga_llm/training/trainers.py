@@ -167,17 +167,19 @@ class GATrainer(LoggedTrainer):
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     def create_optimizer(self, *args, **kwargs):
-        """The pointer's tables learn faster than all else, and do not decay."""
+        """What stands beside the LLM may have a rate of its own. The pointer's tables learn faster than all else, and
+        do not decay."""
         is_new = self.optimizer is None
         with building.of_flags(building.optimizer(self.args)):
             optimizer = super().create_optimizer(*args, **kwargs)
+        rate = getattr(self.args, "beside_learning_rate", 0.0)
         pointer = getattr(self.llm, pointing.MODULE, None)
-        if is_new and pointer is not None:
-            biases = {id(bias) for bias in pointer.biases}
-            for group in optimizer.param_groups:
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in biases]
-            optimizer.add_param_group({"params": pointer.biases, "lr": FASTER * self.args.learning_rate,
-                                       "weight_decay": 0.0})
+        biases = [] if pointer is None else pointer.biases
+        if is_new and rate:
+            own = [p for name, p in self.llm.named_parameters() if beside.is_beside(name) and p.requires_grad]
+            _move(optimizer, [p for p in own if all(p is not bias for bias in biases)], lr=rate)
+        if is_new and biases:
+            _move(optimizer, biases, lr=FASTER * (rate or self.args.learning_rate), weight_decay=0.0)
         return optimizer
 
     def _beside_lora(self) -> list[str]:
@@ -229,6 +231,14 @@ class GATrainer(LoggedTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         with _restoring(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
+
+
+def _move(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], **options) -> None:
+    """Let `parameters` be a group of their own."""
+    moved = {id(parameter) for parameter in parameters}
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
+    optimizer.add_param_group({"params": parameters, **options})
 
 
 @contextlib.contextmanager
