@@ -36,7 +36,7 @@ class Stage2Arguments(arguments.SFTArguments):
         default=False, metadata={"help": "point to the prompt's check-ins by time and distance, too"})
     pointer_heads: int = 8
     pointer_without: str = dataclasses.field(
-        default="", metadata={"help": "biases that it lacks, to see what they are worth: clock,recency,distance,context"})
+        default="", metadata={"help": "biases it lacks, to see what they are worth: clock,recency,distance,context"})
     beside_learning_rate: float = dataclasses.field(
         default=0.0, metadata={"help": "of what has learned nothing yet beside a pretrained LLM; 0: --learning_rate"})
     geo_output: bool = dataclasses.field(

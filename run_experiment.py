@@ -27,7 +27,7 @@ def main():
     parser.add_argument("experiments", nargs="+", metavar="EXPERIMENT.yml", help=f"files of {experiments.FOLDER}/")
     parser.add_argument("--scale", default="gpu", help=f"a file of {experiments.SCALES}/ (default: %(default)s)")
     parser.add_argument("--model", help="folder of the base LLM, instead of the scale's")
-    parser.add_argument("--seeds", help="run each row with these seeds, 1,2,3, instead of its own: for results over seeds")
+    parser.add_argument("--seeds", help="1,2,3: run each row with each of these, instead of its own seed")
     parser.add_argument("--work_dir", type=Path, default=WORK_DIR, help="default: %(default)s")
     parser.add_argument("--plan", action="store_true", help="print the steps and their commands, and run nothing")
     args = parser.parse_args()

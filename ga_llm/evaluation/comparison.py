@@ -65,34 +65,41 @@ def differences(a: Sequence[Path], b: Sequence[Path], draws: int = 10_000, seed:
 
 def _compared(a: Sequence[Path], b: Sequence[Path], draws: int = 10_000, seed: int = 0) -> tuple[dict, dict]:
     """What `differences` and `_read_all` return."""
-    runs_read, aligned = _read_all([*a, *b])
+    values, aligned = _values([*a, *b])
+    found = {}
+    for metric, runs_ in values.items():
+        random = np.random.default_rng([seed, 1])       # another stream than the pairs'
+        weights = np.concatenate([-_run_weights(len(a), draws, random), _run_weights(len(b), draws, random)])
+        row = (weights * metrics.resampled(runs_, draws, seed)).sum(axis=0)
+        low, high = np.percentile(row, [2.5, 97.5])
+        beyond = min((row <= ROUNDING).sum(), (row >= -ROUNDING).sum())
+        mean_a, mean_b = float(runs_[:len(a)].mean()), float(runs_[len(a):].mean())
+        found[metric] = {"n": runs_.shape[1], "a": mean_a, "b": mean_b, "difference": mean_b - mean_a,
+                         "low": float(low), "high": float(high), "p": float(min(1, 2 * (beyond + 1) / (draws + 1)))}
+    return found, aligned
+
+
+def means(files: Sequence[Path], draws: int = 10_000, seed: int = 0) -> dict[str, dict]:
+    """{metric: {"value", "low", "high"}}: a method's mean over its runs, with its 95 % interval, drawn as in
+    `differences`. Raises UserError as it does."""
+    found = {}
+    for metric, runs_ in _values(files)[0].items():
+        weights = _run_weights(len(files), draws, np.random.default_rng([seed, 1]))
+        low, high = np.percentile((weights * metrics.resampled(runs_, draws, seed)).sum(axis=0), [2.5, 97.5])
+        found[metric] = {"value": float(runs_.mean()), "low": float(low), "high": float(high)}
+    return found
+
+
+def _values(files: Sequence[Path]) -> tuple[dict[str, np.ndarray], dict]:
+    """{metric: (runs, pairs)}, and which published files align (`_read_all`)."""
+    runs_read, aligned = _read_all(files)
     ranks_and_km = [_ranks_and_km(records) for records in runs_read]
     each = [metrics.per_pair(ranks, km) for ranks, km in ranks_and_km]
     kept = published.METRICS if aligned else metrics.OF_ONE_ANSWER if any(map(_sampled, runs_read)) else each[0]
     values = {name: np.stack([run[name] for run in each]) for name in each[0] if name in kept}
-    found = _bootstrapped(values, len(a), draws, seed)
     km = np.stack([km for _, km in ranks_and_km])
     known = ~np.isnan(km).any(axis=0)
-    if known.any():
-        found |= _bootstrapped({MEAN_KM: km[:, known]}, len(a), draws, seed)
-    return found, aligned
-
-
-def _bootstrapped(values: dict[str, np.ndarray], of_a: int, draws: int, seed: int) -> dict[str, dict]:
-    """values: {metric: (runs, pairs)}, the first `of_a` runs being A's."""
-    random = np.random.default_rng([seed, 1])       # another stream than the pairs'
-    of_b = len(next(iter(values.values()))) - of_a
-    weights = np.concatenate([-_run_weights(of_a, draws, random), _run_weights(of_b, draws, random)])
-    drawn = metrics.resampled(np.concatenate(list(values.values())), draws, seed).reshape(len(values), -1, draws)
-    found = {}
-    for (metric, runs_), rows in zip(values.items(), drawn):
-        row = (weights * rows).sum(axis=0)
-        low, high = np.percentile(row, [2.5, 97.5])
-        beyond = min((row <= ROUNDING).sum(), (row >= -ROUNDING).sum())
-        mean_a, mean_b = float(runs_[:of_a].mean()), float(runs_[of_a:].mean())
-        found[metric] = {"n": runs_.shape[1], "a": mean_a, "b": mean_b, "difference": mean_b - mean_a,
-                         "low": float(low), "high": float(high), "p": float(min(1, 2 * (beyond + 1) / (draws + 1)))}
-    return found
+    return values | ({MEAN_KM: km[:, known]} if known.any() else {}), aligned
 
 
 def _run_weights(count: int, draws: int, random: np.random.Generator) -> np.ndarray:

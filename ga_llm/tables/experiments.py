@@ -252,7 +252,8 @@ def write_link(experiment: Experiment, scale: Scale, test: Step, work_dir: Path 
     path = Path(work_dir) / scale.name / f"{experiment.name}{f'.{experiment.seed}' * seeded}.json"
     command = ["python", "run_experiment.py", str(experiment.path), "--scale", scale.name,
                *["--seeds", str(experiment.seed)] * seeded, *(["--model", model] if model else [])]
-    written = {"experiment": experiment.name, "seed": experiment.seed, "scale": scale.name, "table": experiment.table, "row": experiment.row,
+    written = {"experiment": experiment.name, "seed": experiment.seed, "scale": scale.name,
+               "table": experiment.table, "row": experiment.row,
                "dataset": experiment.dataset, "reference": experiment.reference, "group": experiment.group,
                "model": model or scale.backbone, "published": experiment.published, "source": experiment.source,
                "metrics": str(found[0].relative_to(work_dir)), "step": test.id, "command": shlex.join(command),

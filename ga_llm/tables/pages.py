@@ -12,6 +12,7 @@ APART = ("target's check-ins in train", "target in the user's history")     # of
 SHORT = tuple(f"{name}_{dataset}" for dataset in ("nyc", "tky", "ca")
               for name in ("main", "without_gcim", "without_pam", "without_both", "mean", "mean_history", "pointer",
                            "pointer_mean"))
+SEEDS = ("Acc@1", "Acc@5", "MRR")       # of each seed
 COMMAND = "python results.py --readme README.md --tables docs/tables.md"
 BEGIN, END = f"<!-- results: made by {COMMAND} -->", "<!-- /results -->"
 NO_RESULT = "No result is kept yet."
@@ -19,7 +20,8 @@ ABOUT = """\
 Every figure is over the row's n test pairs; in brackets stands its 95 % percentile bootstrap interval over them. A
 difference is row − reference over the same pairs, by paired bootstrap, with its 95 % interval and p (two-sided, not
 corrected for the number of rows); "within noise" means that the interval holds 0 or p is at least .05, so that the
-drawing of test pairs may explain it: what another seed of the training would change is in none of these."""
+drawing of test pairs may explain it. A mean of seeds is over that many trainings, and its interval and differences are
+drawn over seeds, too; of a single training, what another seed would change is in none of these."""
 
 
 def between_marks(text: str, tables: str, name: str) -> str:
@@ -43,7 +45,7 @@ def short(rows: Sequence[Row]) -> str:
         same_pairs.setdefault((row.scale, row.dataset, row.protocol, row.n), []).append(row)
     for members in same_pairs.values():
         data = members[0].dataset or NONE
-        lines += [_line([row.name, row.model or NONE, data, *_figures(row.found[MODEL])]) for row in members]
+        lines += [_line([_name(row), row.model or NONE, data, *_figures(row.found[MODEL])]) for row in members]
         lines += [_line([f"*{name}*", NONE, data, *_figures(summary)]) for name, summary in _baselines(members)]
     return "\n".join(lines)
 
@@ -70,9 +72,9 @@ def _section(rows: Sequence[Row], all_rows: Sequence[Row]) -> str:
     elsewhere = [row for row in all_rows if (row.scale, row.experiment) in compared and row not in rows]
     lines = _heads("", "n", "Acc@1 [95 %]", "Acc@5", "MRR", *["Acc@1 − reference"] * differ, "")
     for number, row in enumerate(rows, start=1):
-        lines.append(_line([row.name, *_figures(row.found[MODEL]), *[_difference(row)] * differ, f"({number})"]))
+        lines.append(_line([_name(row), *_figures(row.found[MODEL]), *[_difference(row)] * differ, f"({number})"]))
     for row in elsewhere:
-        lines.append(_line([f"{row.name} (reference)", *_figures(row.found[MODEL]), *[NONE] * differ,
+        lines.append(_line([f"{_name(row)} (reference)", *_figures(row.found[MODEL]), *[NONE] * differ,
                             f"see {row.table}"]))
     for name, summary in _baselines(rows):
         lines.append(_line([name, *_figures(summary), *[NONE] * differ, "same pairs"]))
@@ -91,7 +93,7 @@ def _apart(rows: Sequence[Row]) -> list[str]:
     heads = [f"{grouping}: {group} (n = {first.groups[grouping][group][MODEL]['n']:,})" for grouping, group in groups]
     lines = ["", "Mean distance from the first guess to the true place, and MRR apart:", "",
              *_heads("", "mean km [95 %]", "within 1 km", *heads)]
-    methods = [(row.name, row, MODEL) for row in rows] + [(BASELINES[0], first, BASELINES[0])] * (
+    methods = [(_name(row), row, MODEL) for row in rows] + [(BASELINES[0], first, BASELINES[0])] * (
         BASELINES[0] in first.found)
     for name, row, method in methods:
         km = row.found[method].get("mean km")
@@ -109,6 +111,10 @@ def _figures(summary: dict) -> list[str]:
                                                                    for metric in ("Acc@5", "MRR"))]
 
 
+def _name(row: Row) -> str:
+    return row.name + (f", mean of {len(row.seeds)} seeds" if row.seeds and len(row.seeds) > 1 else "")
+
+
 def _note(row: Row) -> str:
     """Where a row came from, in one line."""
     parts = [f"{row.name}: {row.model or 'model not told'}", f"protocol {row.protocol or NONE}, decoding "
@@ -117,11 +123,14 @@ def _note(row: Row) -> str:
         parts.insert(1, ": ".join(row.group))
     if row.training:
         steps = ", ".join(f"{kind} {told['steps']:,}" for kind, told in row.training.items())
-        parts.append(f"training {_minutes(row.training)} min (steps: {steps})")
+        parts.append(f"training {_minutes(row.training)} min (steps: {steps})" + " a seed" * bool(row.seeds))
     if row.seconds:
         parts.append(f"all steps of its chain {sum(row.seconds.values()) / 60:,.1f} min")
     if row.fits and row.fits[MODEL]["n"] != row.n:
         parts.append(f"{row.fits[MODEL]['n']:,} prompts fit --seq_len, Acc@1 {_interval(row.fits[MODEL]['Acc@1'])}")
+    if row.seeds:
+        parts.append("; ".join(f"seed {seed} " + " / ".join(_figure(found.get(metric)) for metric in SEEDS)
+                               for seed, found in row.seeds.items()))
     if row.differences:
         parts.append(f"reference: {row.reference}")
     if row.commit:

@@ -16,6 +16,7 @@ from pathlib import Path, PurePath
 from ga_llm.base import artifacts, writing
 from ga_llm.base.cli import UserError
 from ga_llm.evaluation import comparison
+from ga_llm.tables.seeds import MODEL, joined
 
 log = logging.getLogger("results")
 
@@ -24,21 +25,22 @@ COMPARED = ("Acc@1", "MRR")
 NOISE = 0.05        # a p below it, or the 95 % interval, says that a difference is more than the drawing of test pairs
 NONE = "–"
 OTHERS = "others, by their folder"
-MODEL = "model"
 KEPT = Path("results")
 KEEP_AGAIN = "write it again with `python results.py --keep`, or remove it"
 
 
 @dataclasses.dataclass(kw_only=True)
 class Row:
-    """One row of a table. A kept file holds these fields but `path`: figures over pairs, nothing about a single one.
+    """One row of a table. A kept file holds these fields but the paths: figures over pairs, nothing about a single one.
 
     found, fits: {method: {"n", metric: {"value", "low", "high"}}} over the row's pairs, and over those of them whose
     prompt fits --seq_len. groups: {grouping: {group: the same}}, of METRICS. differences: {metric of COMPARED:
     comparison.differences' row and "verdict"}, against `reference`. training: {kind of step: {"steps": optimizer steps,
     "seconds": of all its starts}}, as logged last; seconds: {kind of step: of the start that finished it, or those}.
+    seeds: {seed: {metric: figure}}, where its figures are those of one or means over several (`seeds.joined`).
     """
     path: Path = dataclasses.field(compare=False)       # of metrics.json or of the kept file
+    paths: tuple[Path, ...] = dataclasses.field(default=(), compare=False)     # of every seed's metrics.json
     experiment: str | None = None
     scale: str | None = None
     table: str
@@ -61,6 +63,7 @@ class Row:
     differences: dict | None = None
     fits: dict | None = None
     groups: dict = dataclasses.field(default_factory=dict)
+    seeds: dict | None = None
 
     @property
     def n(self) -> int:
@@ -78,6 +81,7 @@ def gather(work_dir: Path, others: Iterable[Path] = ()) -> list[Row]:
         if link.parent.name != "steps":
             _add(rows, lambda: _of_experiment(link, Path(work_dir)))
     taken = {row.path.resolve() for row in rows}
+    rows = _joined(rows)
     folders = [folder for folder in (Path(work_dir), *map(Path, others)) if folder.is_dir()]
     found = {path.resolve(): path for folder in folders for path in folder.rglob(artifacts.METRICS)}
     for path in sorted(found.values()):
@@ -88,6 +92,16 @@ def gather(work_dir: Path, others: Iterable[Path] = ()) -> list[Row]:
                         "experiments/<name>.yml` first, or give --work_dir")
     _compare(rows)
     return rows
+
+
+def _joined(rows: Sequence[Row]) -> list[Row]:
+    """Each experiment once: where some of its rows have seeds, these are one row, and one without is left out."""
+    found, by_experiment = [], {}
+    for row in rows:
+        by_experiment.setdefault((row.scale, row.experiment), []).append(row)
+    for same in by_experiment.values():
+        _add(found, lambda: joined([row for row in same if row.seeds] or same))
+    return found
 
 
 def _add(rows: list[Row], read) -> None:
@@ -118,10 +132,12 @@ def _of_experiment(link: Path, work_dir: Path) -> Row:
     seconds, training = _cost(work_dir / "steps", about.get("step"))
     told = _told(report) | ({"command": _public(str(about["command"]))} if about.get("command") else {})
     values = {key: about.get(key) for key in ("experiment", "scale", "table", "dataset", "reference", "source")}
-    values |= {**told, "name": about["row"], "group": group, "model": _name_only(about["model"]),
+    seeds = None if about.get("seed") is None else {str(about["seed"]): {
+        metric: found[MODEL][metric]["value"] for metric in METRICS if metric in found[MODEL]}}
+    values |= {**told, "name": about["row"], "seeds": seeds, "group": group, "model": _name_only(about["model"]),
                "published": about.get("published") or {}, "seconds": seconds, "training": training, "found": found,
                "differences": None, "fits": fits, "groups": _of_groups(groups)}
-    return Row(path=path, **_checked(values, link, again))
+    return Row(path=path, paths=(path,), **_checked(values, link, again))
 
 
 def _of_folder(path: Path) -> Row:
@@ -226,7 +242,8 @@ def keep(rows: Iterable[Row], folder: Path = KEPT) -> list[Path]:
                         "experiments/<name>.yml` first, or give --work_dir")
     with writing.together() as new_file:
         for path, row in files.items():
-            values = {field.name: getattr(row, field.name) for field in dataclasses.fields(row) if field.name != "path"}
+            fields = (field.name for field in dataclasses.fields(row) if field.name in KEPT_FIELDS)
+            values = {name: getattr(row, name) for name in fields}
             text = json.dumps(values, indent=1, ensure_ascii=False)
             text = re.sub(r'\{\s+"value": (\S+),\s+"low": (\S+),\s+"high": (\S+)\s+\}',       # a figure, a line
                           r'{"value": \1, "low": \2, "high": \3}', text)
@@ -260,7 +277,7 @@ def _checked(values: dict, path: Path, way_out: str) -> dict:
     for key in sorted(values.keys() | KEPT_FIELDS.keys()):
         if key not in values or key not in KEPT_FIELDS or not KEPT_FIELDS[key](values[key]):
             raise UserError(f"{path}: {key[:60]} is {str(values.get(key, 'not there'))[:60]!r}; {way_out}")
-    if (values["scale"], values["experiment"]) != (path.parent.name, path.stem):
+    if (values["scale"], values["experiment"]) != (path.parent.name, path.name.partition(".")[0]):
         raise UserError(f"{path}: is about {values['scale']}/{values['experiment']}; {way_out}")
     return values
 
@@ -306,6 +323,7 @@ KEPT_FIELDS = {             # of a kept file -> whether a value can be its
     "group": _or_none(lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_text, value))),
     "published": _map_of(_is_number), "seconds": _or_none(_map_of(_is_number)),
     "training": _or_none(_map_of(_has_numbers("steps", "seconds"))), "found": _is_found,
+    "seeds": _or_none(lambda value: value != {} and _map_of(_map_of(_is_number))(value) and all(map(str.isdigit, value))),
     "differences": _or_none(_are_differences), "fits": _or_none(_is_found), "groups": _map_of(_map_of(_is_found)),
 }
 
@@ -317,10 +335,10 @@ def _compare(rows: Sequence[Row]) -> None:
         reference = by_name.get((row.scale, row.reference))
         if reference is None or row.group or reference.group or row.path == reference.path:
             continue
-        files = tuple(one.path.with_name(artifacts.PREDICTIONS) for one in (reference, row))
+        files = tuple(tuple(path.with_name(artifacts.PREDICTIONS) for path in one.paths) for one in (reference, row))
         if files not in compared:
             try:
-                found = comparison.differences(*([file] for file in files))
+                found = comparison.differences(*files)
                 compared[files] = {metric: found[metric] | {"verdict": verdict(found[metric])}
                                    for metric in COMPARED if metric in found}
             except UserError as error:

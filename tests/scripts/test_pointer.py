@@ -97,6 +97,19 @@ def test_the_weights_alone(trained):
     assert close(one, other, 1e-9) and any(name.startswith("pointer.") for name in one)
 
 
+def test_a_rate_of_its_own_beside_the_llm(trained):
+    """The LLM's is too small to be seen; what stands beside it learns all the same."""
+    forked.train(trained, 2, "outputs/rates", *files("moments"), *EXACT, *GEO, "--init_from",
+                 "outputs/pointed/checkpoint-4", "--learning_rate", "1e-12", "--beside_learning_rate", "1e-3",
+                 "--max_steps", "1", "--warmup_steps", "0")
+    one, other = (weights(trained / folder) for folder in ("outputs/pointed/checkpoint-4", "outputs/rates/checkpoint-1"))
+    moved = {name: (one[name] - other[name]).abs().max().item() for name in one}
+    own = {name: name.split(".")[0] in ("pointer", "moment_injection", "place_rows") for name in one}
+    assert all(moved[name] < 1e-9 for name in one if not own[name])
+    assert max(moved[name] for name in one if name.startswith("pointer.query")) > 5e-4
+    assert max(moved[name] for name in one if name == "pointer.clock") > 5e-3       # a table: ten times
+
+
 @pytest.fixture(scope="module")
 def one_process(pointed):
     """With the embeddings alone beside LoRA, and no dropout: what several processes must train, too."""
@@ -171,6 +184,7 @@ def test_what_goes_with_what(pointed, tmp_path):
             (["--geo_encoder", "cells"], "--train_encoders True or --geo_output True"),
             (["--geo_output", "True"], "not --geoencoder_path"),
             (["--pointer_without", "clock"], "goes with --pointer True"),
+            (["--pointer", "True", "--pointer_without", "clock,hours"], "--pointer_without hours: unknown"),
             (["--batch_tokens", "99", "--shared_prefix", "True", "--use_full_attn", "True"], "exclude each other")):
         geo = ["--geoencoder_path", ""] if flags[0] == "--geo_encoder" else []
         process, = forked.start(pointed, 2, "outputs/wrong", *files("moments"), *GEO, *flags, *geo)

@@ -11,6 +11,7 @@ import pytest
 from harness import call, refusal
 
 from ga_llm.base.cli import UserError
+from ga_llm.evaluation import comparison
 from ga_llm.tables import pages, results
 
 ROOT = Path(__file__).parents[3]
@@ -296,3 +297,54 @@ def test_nothing_to_keep(work_dir, tmp_path):
     result = call(work_dir, "results.py", "--work_dir", tmp_path / "elsewhere", "--keep")
     refusal(result, "run_experiment.py", "--work_dir")
     assert not (tmp_path / "results").exists()
+
+
+@pytest.fixture
+def of_seeds(work_dir):
+    """`seeded`, three seeds whose Acc@1 is .5, .6, .7 and whose reference is `main` at two."""
+    for name, seed, firsts in (("seeded", 1, 50), ("seeded", 2, 60), ("seeded", 3, 70), ("main", 1, 30),
+                               ("main", 2, 40)):
+        folder = f"{name}-{seed}"
+        measured(work_dir / "steps" / folder, [1] * firsts + [2] * (100 - firsts), [3] * 100)
+        link(work_dir, f"{name}.{seed}", folder, experiment=name, row=name, seed=seed, reference="main",
+             command=f"python run_experiment.py {name}.yml --seeds {seed}")
+    return work_dir
+
+
+def test_rows_of_seeds_are_one(of_seeds):
+    rows = {row.experiment: row for row in results.gather(of_seeds)}
+    row = rows["seeded"]
+    assert row.found["model"]["Acc@1"]["value"] == pytest.approx(.6) and row.n == 100
+    assert {seed: found["Acc@1"] for seed, found in row.seeds.items()} == {"1": .5, "2": .6, "3": .7}
+    assert row.command == "python run_experiment.py seeded.yml --seeds 1,2,3"
+    group = row.groups["user activity"]["inactive"]["model"]
+    assert group["n"] == 10 and group["Acc@1"]["value"] == 1
+    expected = comparison.differences(*([of_seeds / f"steps/{name}-{seed}/predictions.jsonl" for seed in seeds]
+                                        for name, seeds in (("main", (1, 2)), ("seeded", (1, 2, 3)))))["Acc@1"]
+    assert {key: row.differences["Acc@1"][key] for key in expected} == expected
+    assert expected["difference"] == pytest.approx(.25)
+    assert rows["main"].found["model"]["Acc@1"]["value"] == pytest.approx(.35)      # not the row without a seed
+
+
+def test_the_interval_of_seeds_is_wider_than_that_of_pairs(of_seeds):
+    """Where the seeds differ more than pairs do; of equal runs it is that of pairs."""
+    files = [of_seeds / f"steps/seeded-{seed}/predictions.jsonl" for seed in (1, 2, 3)]
+    one, many = comparison.means(files[1:2])["Acc@1"], comparison.means(files)["Acc@1"]
+    assert many["high"] - many["low"] > one["high"] - one["low"]
+    assert comparison.means([files[1], files[1], files[1]])["Acc@1"] == pytest.approx(one)
+
+
+def test_rows_of_seeds_are_kept_and_shown(of_seeds):
+    keep(of_seeds)
+    rows = results.kept(of_seeds / "results")
+    assert rows == results.gather(of_seeds)
+    text = pages.markdown(rows)
+    assert "| seeded, mean of 3 seeds | 100 | .6000 [" in text
+    assert "seed 1 .5000 / 1.0000 / .7500; seed 2 .6000 / 1.0000 / .8000" in text
+
+
+def test_seeds_of_other_pairs_are_passed_over(of_seeds, caplog):
+    path = of_seeds / "steps/seeded-2/predictions.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    rows = results.gather(of_seeds)
+    assert "seeded" not in {row.experiment for row in rows} and "has no pair 99" in caplog.text
