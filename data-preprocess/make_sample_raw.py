@@ -42,16 +42,13 @@ def main():
     parser.add_argument("-users", type=int, default=100)
     parser.add_argument("-days", type=int, default=90)
     parser.add_argument("-pois", type=int, help="places; default: 4 for each user")
-    parser.add_argument("-jitter", type=float, default=10., metavar="MINUTES",
-                        help="spread of a habit's time from day to day; 0: the same clock time, the easiest to learn")
     parser.add_argument("-seed", type=int, default=0)
     parser.add_argument("-overwrite", type=cli.boolean, default=False, help="replace files with other contents")
     args = parser.parse_args()
 
     pois = max(200, 4 * args.users) if args.pois is None else args.pois
     for flag, value, least, most in (("-users", args.users, 1, 10 ** 7), ("-days", args.days, 1, 36500),
-                                     ("-pois", pois, 50, 10 ** 8), ("-jitter", args.jitter, 0, 1440),
-                                     ("-seed", args.seed, 0, 2 ** 63)):
+                                     ("-pois", pois, 50, 10 ** 8), ("-seed", args.seed, 0, 2 ** 63)):
         if not least <= value <= most:
             raise UserError(f"{flag} {short(value)}: too small or large; give {least} to {most}")
     dataset = args.dataset_name
@@ -61,7 +58,7 @@ def main():
     folder = args.out or DATA / dataset / "raw"
     city = City(FORMATS[args.format], pois, args.seed)
     log.info("generating %d users for %d days", args.users, args.days)
-    check_ins = generate(city, args.users, args.days, args.seed, args.jitter)
+    check_ins = generate(city, args.users, args.days, args.seed)
     if not len(check_ins.user):
         raise UserError(f"-users {args.users} -days {args.days}: nobody checked in; ask for more of either")
     with writing.alone(folder):

@@ -47,6 +47,7 @@ WEEKEND = (
     Slot("hobby", (20,), .45, hop_km=3., users=.7),
     Slot("home", (21, 22), .55),
 )
+JITTER = 10.        # standard deviation, in minutes, of the time at which a habit is followed
 SECOND_PLACE = .2   # chance of the second place, where there is one
 EXPLORING = .14     # chance that a check-in is at a place off the routine
 EXPLORING_KM = 1.   # mean length of such a hop
@@ -104,28 +105,24 @@ def make_routine(city: City, home: np.ndarray, draw) -> Routine:
     return Routine(place, second, minute, chance * lively[:, None, None])
 
 
-def generate(city: City, users: int, days: int, seed: int, jitter: float) -> CheckIns:
-    """All check-ins of `users` people, in blocks of people, each with a random stream of its own.
-
-    `jitter` is the standard deviation, in minutes, of the time at which a habit is followed.
-    """
+def generate(city: City, users: int, days: int, seed: int) -> CheckIns:
+    """All check-ins of `users` people, in blocks of people, each with a random stream of its own."""
     homes = np.random.default_rng([seed, 1]).permutation(city.places["home"])
-    blocks = [generate_block(city, np.arange(first, min(first + USERS_AT_ONCE, users)), homes, days, jitter,
+    blocks = [generate_block(city, np.arange(first, min(first + USERS_AT_ONCE, users)), homes, days,
                              np.random.default_rng([seed, 2, first]))
               for first in range(0, users, USERS_AT_ONCE)]
     return CheckIns(*(np.concatenate([getattr(block, field.name) for block in blocks])
                       for field in dataclasses.fields(CheckIns)))
 
 
-def generate_block(city: City, users: np.ndarray, homes: np.ndarray, days: int, jitter: float,
-                   draw) -> CheckIns:
+def generate_block(city: City, users: np.ndarray, homes: np.ndarray, days: int, draw) -> CheckIns:
     home = homes[users % len(homes)]  # houses are shared where there are more people than houses
     routine = make_routine(city, home, draw)
     weekday = (city.form.start.weekday() + np.arange(days)) % WEEK
     chance = routine.chance[:, weekday]                                            # (users, days, slots)
     person, day, slot = np.nonzero(draw.random(chance.shape) < chance)
     habit = person, weekday[day], slot
-    minute = np.clip(routine.minute[habit] + draw.normal(0, jitter, len(person)), 0, 1439)
+    minute = np.clip(routine.minute[habit] + draw.normal(0, JITTER, len(person)), 0, 1439)
     seconds = day * DAY + (minute * 60).astype(np.int64)
 
     kept = active(len(users), days, person, seconds, draw)

@@ -204,19 +204,9 @@ def test_the_hour_tells_more_than_the_count(tky):
     assert by_count < .45 and by_hour > by_count + .25
 
 
-def test_without_jitter_a_habit_has_one_clock_time():
-    city = City(FORMATS["tky"], 200, seed=0)
-    repeats = {}
-    for jitter in (0., 10.):
-        rows = generate(city, 10, 60, seed=0, jitter=jitter)
-        table = pd.DataFrame({"user": rows.user, "poi": rows.poi, "clock": rows.seconds % DAY})
-        repeats[jitter] = table.groupby(["user", "poi", "clock"]).size().groupby("user").max().median()
-    assert repeats[0.] >= 8 and repeats[10.] <= 2  # check-ins at one place to the same second
-
-
 def test_two_thousand_users_and_more_than_one_block():
     city = City(FORMATS["tky"], 4000, seed=0)
-    rows = generate(city, 2100, 20, seed=0, jitter=10.)
+    rows = generate(city, 2100, 20, seed=0)
     assert len(np.unique(rows.user)) > 2000 and rows.user.max() < 2100
     assert 10 < len(rows.user) / 2100 < 60
     order = np.lexsort((rows.seconds, rows.user))
@@ -259,8 +249,7 @@ def test_where_the_files_go(monkeypatch, tmp_path, flags, folder):
         assert files[0].name == "dataset_TSMC2014_TKY.txt"
 
 
-@pytest.mark.parametrize("flags", [["-users", "0"], ["-pois", "10"], ["-days", "-1"], ["-seed", "-1"],
-                                   ["-jitter", "-1"]])
+@pytest.mark.parametrize("flags", [["-users", "0"], ["-pois", "10"], ["-days", "-1"], ["-seed", "-1"]])
 def test_senseless_numbers_are_one_line(monkeypatch, tmp_path, flags):
     with pytest.raises(UserError, match=flags[0]):
         make(monkeypatch, tmp_path, *flags)

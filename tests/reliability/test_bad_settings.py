@@ -200,7 +200,6 @@ FLAGS = [
         (["-users", "0"], ["-users 0"]), (["-users", "-3"], ["-users -3"]), (["-users", "x"], ["-users"]),
         (["-users", str(10 ** 30)], ["-users"]), (["-days", "0"], ["-days 0"]), (["-days", "1000000"], ["-days"]),
         (["-pois", "0"], ["-pois 0"]), (["-pois", "49"], ["-pois 49"]), (["-pois", str(10 ** 20)], ["-pois"]),
-        (["-jitter", "nan"], ["-jitter"]), (["-jitter", "inf"], ["-jitter"]), (["-jitter", "-1"], ["-jitter"]),
         (["-seed", "-1"], ["-seed"]), (["-seed", "1.5"], ["-seed"]), (["-format", "csv"], ["-format", "tky"]),
         (["-dataset_name", "../x"], ["-dataset_name"]), (["-dataset_name", ""], ["-dataset_name"]),
         (["-dataset_name", "/etc"], ["-dataset_name"]), (["-dataset_name", "a/b"], ["-dataset_name"]),
