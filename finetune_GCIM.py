@@ -62,8 +62,8 @@ def main():
     log.info("training %s parameters on %d pairs", backbone.describe_trainable(model), len(setup.dataset))
 
     trainer = trainers.EncoderTrainer(model=model, args=args, train_dataset=setup.train_dataset,
-                                      data_collator=setup.collator, processing_class=setup.tokenizer,
-                                      trained=trained)
+                                      eval_dataset=setup.eval_dataset, data_collator=setup.collator,
+                                      processing_class=setup.tokenizer, trained=trained)
     if args.dry_run:
         dry_run.run(trainer, setup)
     else:

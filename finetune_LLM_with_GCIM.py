@@ -16,7 +16,7 @@ from typing import Literal
 from ga_llm.base import sharding
 from ga_llm.base.cli import UserError, run
 from ga_llm.llm import backbone
-from ga_llm.training import additions, arguments, common, dry_run, resuming, trainers
+from ga_llm.training import additions, arguments, common, dry_run, ranked, resuming, trainers
 from geo_encoder import encoder, injection
 
 log = logging.getLogger("stage 2")
@@ -48,6 +48,8 @@ class Stage2Arguments(arguments.SFTArguments):
     lora_r: int = 8
     lora_alpha: int = 16
     lora_dropout: float = 0.1
+    eval_ranked: int = dataclasses.field(
+        default=200, metadata={"help": "with --eval_strategy: questions ranked at the end, drawn; 0: none"})
     trainable_params: str = dataclasses.field(
         default="embed,norm", metadata={"help": "parameters whose name contains one of these are trained in full"})
 
@@ -87,8 +89,9 @@ def main():
     backbone.trainable_to_fp32(model)
     log.info("training %s parameters on %d pairs", backbone.describe_trainable(model), len(setup.dataset))
 
-    trainer = trainer_class(model=model, args=args, train_dataset=setup.train_dataset, data_collator=setup.collator,
-                            processing_class=setup.tokenizer, **encoders)
+    trainer = trainer_class(model=model, args=args, train_dataset=setup.train_dataset, eval_dataset=setup.eval_dataset,
+                            data_collator=setup.collator, processing_class=setup.tokenizer, **encoders)
+    has_trained = False
     if args.dry_run:
         dry_run.run(trainer, setup)
     else:
@@ -96,6 +99,7 @@ def main():
         if args.train_encoders:
             trainer.save_final_encoders(has_trained)
     sharding.leave(trainer.accelerator)
+    ranked.rank(trainer, has_trained)       # with validation: Acc@1 and MRR
 
 
 if __name__ == "__main__":

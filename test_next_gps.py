@@ -40,7 +40,7 @@ def arguments() -> tuple[argparse.Namespace, dict]:
     parser.add_argument("--test_type", choices=trained.TEST_TYPES, default="llm", help=str(trained.TEST_TYPES))
     parser.add_argument("--use_random_projector", type=boolean, default=False, help="an untrained encoder instead")
     parser.add_argument("--pointer", type=boolean, default=True, help="False: a model with a pointer, without it")
-    parser.add_argument("--protocol", choices=protocols.PROTOCOLS, default="ga-llm", help=str(protocols.PROTOCOLS))
+    protocols.add_flags(parser)
     parser.add_argument("--decoding", choices=decoding.DECODINGS, default="rank")
     parser.add_argument("--always_end", type=boolean, default=False, help="log P of the whole answer, its '.' included")
     parser.add_argument("--full_table", type=boolean, default=False, help="write log P of every POI, too")
@@ -52,7 +52,6 @@ def arguments() -> tuple[argparse.Namespace, dict]:
     parser.add_argument("--batch_size", type=whole_number(1), default=8)
     parser.add_argument("--seq_len", type=token_count, help="longer prompts are cut from the left (default: as above)")
     parser.add_argument("--flash_attn", type=boolean, default=True)
-    parser.add_argument("--limit", type=whole_number(1), help="only the first so many pairs")
     parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=42)
     parser.add_argument("--compare", nargs=2, type=comparison.runs, metavar="PREDICTIONS",
                         help="compare predictions.jsonl, each a run or several with commas, and no more")
@@ -126,6 +125,7 @@ def main():
     test_prompts = protocols.select(args.protocol, test_prompts, args.folder / artifacts.SAMPLE)
     if not test_prompts:
         raise UserError(f"{args.test_file}: --protocol {args.protocol} has none of its {len(pairs)} pairs")
+    test_prompts = protocols.draw(test_prompts, args.draw)
     fits = released.fitting(test_prompts, tokenizer, length, args.folder / artifacts.SAMPLE)
     test_prompts = pointed.prepare(args, model, test_prompts, mapping, tokenizer)
     trie = ranking.Trie(spelled.tokens)

@@ -4,9 +4,10 @@ Results of one protocol must not stand beside those of another: the pairs differ
 """
 from pathlib import Path
 
-from ga_llm.base.cli import UserError
+from ga_llm.base.cli import UserError, whole_number
 from ga_llm.base.reading import read_json
 from ga_llm.evaluation.baselines import COLUMNS, read_check_ins, read_known
+from ga_llm.pairs.sft_data import drawn
 from ga_llm.pairs.spelling import TestPrompt
 
 PUBLISHED = {"ga-llm": "trajectories"}      # what stats.json calls a protocol's number of pairs, if not by its name
@@ -16,6 +17,18 @@ PROTOCOLS = {
     "sthgcn": "STHGCN's sample: those whose last check-in is of a user and a POI that train has behind a trajectory's "
               "first check-in",
 }
+
+
+def add_flags(parser) -> None:
+    """The flags that say which pairs are asked."""
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="ga-llm", help=str(PROTOCOLS))
+    parser.add_argument("--limit", type=whole_number(1), help="only the first so many pairs")
+    parser.add_argument("--draw", type=whole_number(1), help="only so many pairs, drawn, always the same")
+
+
+def draw(test_prompts: list[TestPrompt], some: int | None) -> list[TestPrompt]:
+    """`some` of the prompts, as --draw says; None: all."""
+    return [test_prompts[i] for i in drawn(len(test_prompts), some or 0)]
 
 
 def select(protocol: str, test_prompts: list[TestPrompt], sample_path: Path) -> list[TestPrompt]:

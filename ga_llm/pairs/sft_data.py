@@ -13,15 +13,20 @@ from ga_llm.base.artifacts import require
 from ga_llm.base.cli import UserError
 
 IGNORED = -100      # the label that the loss passes over
+LINES = ".txt"      # how test's and validation's questions end, a pair a line
 AGAIN = "make it again with data-preprocess/process_….py"
 
 
 def iterate_pairs(path: Path | str) -> Iterator[str]:
-    """The joined pairs of a training file (JSON array of {question, answer}), as they are read.
+    """The joined pairs of a training file (JSON array of {question, answer}), as they are read; or of a file of lines
+    (.txt, `read_test_pairs`).
 
     Raises UserError at the first that is none, and for a file without any.
     """
     path, i = Path(path), -1
+    if path.suffix == LINES:
+        yield from read_test_pairs(path, "data-preprocess/process_….py")
+        return
     try:
         for i, record in enumerate(json_text.records(path)):
             question, answer = record.get("question"), record.get("answer")
@@ -85,6 +90,13 @@ def encode(tokenizer, pair: str) -> tuple[list[int], int]:
     ids = encoding["input_ids"]
     start = first_after(encoding["offset_mapping"], len(prompt))
     return ids if ids[-1] == tokenizer.eos_token_id else ids + [tokenizer.eos_token_id], start
+
+
+def drawn(count: int, some: int) -> list[int]:
+    """Which of `count` pairs stand for all, in order: `some` of them, always the same; 0, or no fewer: all."""
+    if not 0 < some < count:
+        return list(range(count))
+    return sorted(np.random.default_rng(0).choice(count, some, replace=False).tolist())
 
 
 def first_after(offsets, position: int) -> int:

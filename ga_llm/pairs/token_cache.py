@@ -42,11 +42,12 @@ class TokenDataset(Dataset):
     and where they were marked, "targets": (tokens,) bool, the tokens of every POI id but what no token stands before.
 
     tokens, lengths, answer_starts: (pairs,) int64, of each pair before cutting, after it, and its answer's beginning.
-    sha256: of the question file. Raises UserError if the folder's files are damaged or do not fit each other.
+    sha256: of the question file. answers_alone: no targets in front of the answer.
+    Raises UserError if the folder's files are damaged or do not fit each other.
     """
 
-    def __init__(self, folder: Path | str):
-        self.folder = Path(folder)
+    def __init__(self, folder: Path | str, answers_alone: bool = False):
+        self.folder, self.answers_alone = Path(folder), answers_alone
         try:
             about = json.loads((self.folder / ABOUT).read_text(encoding="utf-8"))
             self.sha256, dtype = about["file"], np.dtype(about["dtype"])
@@ -74,7 +75,7 @@ class TokenDataset(Dataset):
         return UserError(f"{self.folder}: damaged ({what}); delete it, and the tokens are made again")
 
     def __reduce__(self):       # a worker maps the file by itself; pickling would copy all of it
-        return TokenDataset, (self.folder,)
+        return TokenDataset, (self.folder, self.answers_alone)
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -84,16 +85,18 @@ class TokenDataset(Dataset):
         item = {"input_ids": self.ids[where].astype(np.int64), "answer_start": int(self.answer_starts[index])}
         if self.targets is not None:
             item["targets"] = np.array(self.targets[where])
-            item["targets"][0] = False      # nothing stands before it that could predict it
+            # Nothing stands before the first that could predict it.
+            item["targets"][:item["answer_start"] if self.answers_alone else 1] = False
         return item
 
 
 def load(path: Path | str, tokenizer, max_length: int, mapping: Path | str, cache_dir: Path | str | None = None,
-         poi_ids: bool = False) -> TokenDataset:
-    """The pairs of the training file `path` as tokens, from beside it or from `cache_dir`; built there if need be.
+         poi_ids: bool = False, answers_alone: bool = False) -> TokenDataset:
+    """The pairs of the question file `path` as tokens, from beside it or from `cache_dir`; built there if need be.
 
-    mapping: the GPS mapping whose tokens the tokenizer has, for error messages. poi_ids: mark what spells a POI id. Of
-    several processes one builds and the others wait. Raises UserError for a bad file, naming the pair.
+    mapping: the GPS mapping whose tokens the tokenizer has, for error messages. poi_ids: mark what spells a POI id, or
+    with answers_alone, what does in the answer. Of several processes one builds and the others wait. Raises UserError
+    for a bad file, naming the pair.
     """
     path = Path(path)
     dtype = "uint16" if max(tokenizer.get_vocab().values()) < 2**16 else "uint32"
@@ -123,7 +126,7 @@ def load(path: Path | str, tokenizer, max_length: int, mapping: Path | str, cach
         raise UserError(f"{root}: the tokens of {path.name} cannot be kept there ({error.strerror}); make room, or "
                         "give another folder with --cache_dir") from None
     log.info("tokens of %s: %s", path.name, folder)
-    return TokenDataset(folder)
+    return TokenDataset(folder, answers_alone)
 
 
 def _build(path: Path, tokenizer, max_length: int, mapping, about: dict, folder: Path) -> None:

@@ -26,7 +26,7 @@ from transformers.utils import is_liger_kernel_available
 
 from ga_llm.base.artifacts import require
 from ga_llm.base.cli import LEAST_TOKENS, MOST_TOKENS, UserError, boolean
-from ga_llm.training import building, losses, resuming
+from ga_llm.training import building, losses, resuming, validation
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +40,13 @@ RENAMED = {
 }
 AT_LEAST = {        # what transformers would divide by, or takes for another value than the one given
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-                     "lora_r", "lora_alpha", "save_total_limit"), 1),
+                     "lora_r", "lora_alpha", "save_total_limit", "early_stopping_patience"), 1),
     **dict.fromkeys(("weight_decay", "warmup_steps", "max_grad_norm", "lora_dropout", "dropout",
                      "dataloader_num_workers", "label_smoothing_factor", "neftune_noise_alpha", "adam_epsilon",
-                     "adam_beta1", "adam_beta2", "tree_tokens", "batch_tokens", "seed", "data_seed"), 0),
+                     "adam_beta1", "adam_beta2", "tree_tokens", "batch_tokens", "seed", "data_seed", "eval_limit",
+                     "eval_ranked", "eval_delay"), 0),
 }
-ABOVE_0 = ("num_train_epochs", "learning_rate", "save_steps", "logging_steps", "ddp_timeout")
+ABOVE_0 = ("num_train_epochs", "learning_rate", "save_steps", "eval_steps", "logging_steps", "ddp_timeout")
 BELOW = {**dict.fromkeys(("lora_dropout", "dropout", "adam_beta1", "adam_beta2", "label_smoothing_factor"), 1),
          "seed": 2**32, "data_seed": 2**32}
 GONE = {
@@ -81,6 +82,13 @@ class SFTArguments(TrainingArguments):
     init_from: str | None = dataclasses.field(
         default=None, metadata={"help": "a checkpoint-N whose weights alone this run starts from"})
 
+    eval_data_path: str | None = dataclasses.field(
+        default=None, metadata={"help": "validation questions, with --eval_strategy (default: those of --data_path)"})
+    eval_limit: int = dataclasses.field(default=0, metadata={"help": "their loss on so many, drawn; 0: on all"})
+    per_device_eval_batch_size: int | None = dataclasses.field(default=None, metadata={"help": "default: training's"})
+    early_stopping_patience: int | None = dataclasses.field(
+        default=None, metadata={"help": "stop when so many evaluations in a row have not been better"})
+
     dry_run: bool = dataclasses.field(default=False, metadata={"help": "check, run three steps, print a plan"})
 
     activation_checkpointing: bool = True
@@ -96,11 +104,17 @@ class SFTArguments(TrainingArguments):
         self.ddp_find_unused_parameters = False
         self.dataloader_pin_memory = torch.cuda.is_available()
         self.disable_tqdm = self.disable_tqdm or not sys.stderr.isatty()
+        if self.per_device_eval_batch_size is None:
+            self.per_device_eval_batch_size = self.per_device_train_batch_size
+        self.evaluates = str(getattr(self.eval_strategy, "value", self.eval_strategy)) != "no"
+        if self.evaluates and self.eval_steps is None:      # transformers: --logging_steps, each step in our commands
+            self.eval_steps = self.save_steps
         if self.dry_run:    # before DeepSpeed's configuration is filled in
             self.planned_accumulation_steps, self.gradient_accumulation_steps = self.gradient_accumulation_steps, 1
             self.save_strategy, self.logging_strategy, self.report_to = "no", "no", "none"
+            self.eval_strategy, self.load_best_model_at_end = "no", False
         if self.batch_tokens:       # an item of the data is a batch
-            self.per_device_train_batch_size = 1
+            self.per_device_train_batch_size = self.per_device_eval_batch_size = 1
         # The layers' parts are compiled by us, one by one: transformers would compile the model as a whole.
         options = {"backend": self.torch_compile_backend, "mode": self.torch_compile_mode}
         self.compile_options = {name: value for name, value in options.items() if value}
@@ -273,9 +287,7 @@ def _check(args: SFTArguments, required: Sequence[str]) -> None:
     for name in args.report_to:
         if name not in get_available_reporting_integrations():
             raise UserError(f"--report_to {name}: unknown or not installed; pip install {name}, or leave the flag out")
-    if args.eval_strategy != "no":
-        raise UserError(f"--eval_strategy {args.eval_strategy.value}: training evaluates nothing; leave it out, and "
-                        "run test_next_gps.py on a checkpoint")
+    validation.check(args)
     if not args.model_max_length >= LEAST_TOKENS:
         raise UserError(f"--model_max_length {args.model_max_length}: too short for a question and its answer; give at "
                         f"least {LEAST_TOKENS}")

@@ -25,9 +25,6 @@ def check(args) -> None:
 
     Of an optimizer no more than that its package is there: some need the model.
     """
-    if args.save_strategy == "best" or args.eval_on_start:
-        flag = "--eval_on_start True" if args.eval_on_start else "--save_strategy best"
-        raise UserError(f"{flag}: training evaluates nothing; leave it out, and run test_next_gps.py on a checkpoint")
     try:
         with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):      # of a model that it is not for
             Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Linear(1, 1))

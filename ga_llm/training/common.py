@@ -4,6 +4,7 @@ import logging
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset
 from transformers import set_seed
 
 from ga_llm.base import writing
@@ -13,7 +14,7 @@ from ga_llm.base.prompts import MOMENT
 from ga_llm.base.reading import read_json
 from ga_llm.llm import backbone, pointing, shared_prefix
 from ga_llm.pairs import check_ins, sft_data, token_cache
-from ga_llm.training import batches, preemption
+from ga_llm.training import batches, preemption, validation
 from ga_llm.training.arguments import SFTArguments
 from geo_encoder import injection
 from geo_encoder.alignment import POIEmbeddings, read_poi_embeddings
@@ -34,6 +35,7 @@ class Setup:
     tokenizer: object
     dataset: token_cache.TokenDataset       # the pairs
     train_dataset: object                   # what a batch is drawn from: the pairs, or trees of them
+    eval_dataset: object | None             # the same of the validation questions, where --eval_strategy asks for them
     collator: object
     model: torch.nn.Module      # the base LLM, with a row for every token of a place
 
@@ -57,29 +59,12 @@ def set_up(args: SFTArguments) -> Setup:
     token_ids = add_gps_tokens(tokenizer, mapping)
     poi_token_ids = add_poi_tokens(tokenizer, mapping) if poi_path else None
     time_token_ids = add_time_tokens(tokenizer) if shows_moments(args.data_path) else None
-    pointer, every = getattr(args, "pointer", False), args.loss_on == "poi_ids"
-    shown = None
-    if pointer or getattr(args, "geo_output", False):
-        shown = check_ins.read(args.data_path, mapping.ids)
-    dataset = token_cache.load(args.data_path, tokenizer, args.model_max_length, args.gps_mapping_path, args.cache_dir,
-                               poi_ids=every or pointer)
-    if dataset.targets is not None and not any(dataset[i]["targets"].any() for i in range(len(dataset))):
-        raise UserError(f"--loss_on poi_ids: {args.data_path} names no POI id; leave it out")
-    if pointer:
-        dataset = pointing.PointedPairs(dataset, shown, token_ids, every)
-    places = len(mapping.ids) if pointer else None
-    if args.shared_prefix:
-        train_dataset = shared_prefix.TreeDataset(dataset, args.tree_tokens or 2 * args.model_max_length)
-        collator = shared_prefix.TreeCollator(places)
-        log.info("%d pairs in %d trees, which a batch is made of: %d tokens instead of %d", len(dataset),
-                 len(train_dataset), train_dataset.lengths.sum(), dataset.lengths.sum())
-    else:
-        train_dataset, collator = dataset, sft_data.AnswerCollator(tokenizer.pad_token_id)
-        collator = pointing.PointedCollator(collator, places) if pointer else collator
-        if args.batch_tokens:
-            train_dataset = batches.TokenBatches(dataset, args.batch_tokens, args.seed)
-            collator = batches.Unpacked(collator)
-            log.info("%d pairs in %d batches of at most %d tokens", len(dataset), len(train_dataset), args.batch_tokens)
+    dataset, shown = read_pairs(args, args.data_path, tokenizer, mapping, token_ids)
+    train_dataset, eval_dataset = in_batches(args, dataset), None
+    if args.evaluates:
+        questions, _ = read_pairs(args, args.eval_data_path, tokenizer, mapping, token_ids, answers_alone=True)
+        eval_dataset = in_batches(args, validation.Drawn(questions, args.eval_limit))
+    collator = make_collator(args, tokenizer, len(mapping.ids) if getattr(args, "pointer", False) else None)
     frozen = args.low_rank_training
     attention = backbone.training_attention(args.use_flash_attn, args.use_full_attn, args.shared_prefix)
     model = backbone.load_llm(args.model_name_or_path, args.model_max_length, attention,
@@ -89,7 +74,49 @@ def set_up(args: SFTArguments) -> Setup:
     added = np.concatenate([ids for ids in (token_ids, poi_token_ids, time_token_ids) if ids is not None])
     add_rows(model, len(tokenizer), added[added >= known])
     return Setup(mapping, token_ids, poi_embeddings, poi_token_ids, time_token_ids, shown, tokenizer, dataset,
-                 train_dataset, collator, model)
+                 train_dataset, eval_dataset, collator, model)
+
+
+def read_pairs(args: SFTArguments, path: str, tokenizer, mapping: GPSMapping, token_ids: np.ndarray,
+               answers_alone: bool = False) -> tuple[Dataset, check_ins.CheckIns | None]:
+    """The pairs of a question file as `args` train on them, and what they show where --pointer or --geo_output asks.
+
+    answers_alone: with --loss_on poi_ids, the ids of the answers, and not the prompts'.
+    """
+    pointer, every = getattr(args, "pointer", False), args.loss_on == "poi_ids"
+    shown = None
+    if pointer or getattr(args, "geo_output", False):
+        shown = check_ins.read(path, mapping.ids)
+    dataset = token_cache.load(path, tokenizer, args.model_max_length, args.gps_mapping_path, args.cache_dir,
+                               poi_ids=every or pointer, answers_alone=every and answers_alone)
+    if dataset.targets is not None and not any(dataset[i]["targets"].any() for i in range(len(dataset))):
+        raise UserError(f"--loss_on poi_ids: {path} names no POI id; leave it out")
+    if pointer:
+        dataset = pointing.PointedPairs(dataset, shown, token_ids, every)
+    return dataset, shown
+
+
+def in_batches(args: SFTArguments, dataset: Dataset) -> Dataset:
+    """What a batch is made of: the pairs, trees of them (--shared_prefix) or batches of tokens (--batch_tokens)."""
+    if args.shared_prefix:
+        trees = shared_prefix.TreeDataset(dataset, args.tree_tokens or 2 * args.model_max_length)
+        log.info("%d pairs in %d trees, which a batch is made of: %d tokens instead of %d", len(dataset), len(trees),
+                 trees.lengths.sum(), dataset.lengths.sum())
+        return trees
+    if args.batch_tokens:
+        made = batches.TokenBatches(dataset, args.batch_tokens, args.seed)
+        log.info("%d pairs in %d batches of at most %d tokens", len(dataset), len(made), args.batch_tokens)
+        return made
+    return dataset
+
+
+def make_collator(args: SFTArguments, tokenizer, places: int | None):
+    """places: how many there are, for the pointer; None without one."""
+    if args.shared_prefix:
+        return shared_prefix.TreeCollator(places)
+    collator = sft_data.AnswerCollator(tokenizer.pad_token_id)
+    collator = collator if places is None else pointing.PointedCollator(collator, places)
+    return batches.Unpacked(collator) if args.batch_tokens else collator
 
 
 def shows_moments(questions: str) -> bool:

@@ -32,13 +32,13 @@ def check_step(trainer: Trainer, loss: torch.Tensor, grad_norm: torch.Tensor | f
     if trainer.args.world_size > 1:
         torch.distributed.all_reduce(broken, torch.distributed.ReduceOp.MAX)
     if broken.any():
-        raise _diverged(trainer, " and ".join(name for name, wrong in zip(found, broken.tolist()) if wrong))
+        raise diverged(trainer, " and ".join(name for name, wrong in zip(found, broken.tolist()) if wrong))
 
 
 def check_merged(trainer: Trainer, merged: Iterable[dict[str, torch.Tensor]]) -> None:
     """Raises UserError where LoRA, though finite, is no more so once it is multiplied out."""
     if not all(tensor.isfinite().all() for state in merged for tensor in state.values()):
-        raise _diverged(trainer, "merged encoder")
+        raise diverged(trainer, "merged encoder")
 
 
 def largest(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor | None:
@@ -55,7 +55,7 @@ def _scale(trainer: Trainer) -> float:
     return math.inf if scaler is None else scaler.get_scale()
 
 
-def _diverged(trainer: Trainer, what: str) -> UserError:
+def diverged(trainer: Trainer, what: str) -> UserError:
     args, step = trainer.args, trainer.state.global_step
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     before = (f"finite last at step {step - 1}" + (f", loss {losses[-1]:.4g}" if losses else "") if step > 1 else

@@ -18,7 +18,8 @@ FILES = ("output_dir", "model_name_or_path", "data_path", "gps_mapping_path", "g
 SAYS = ("logging_", "log_", "disable_tqdm", "report_to", "run_name", "project", "trackio_", "include_", "dry_run")
 SAVES = ("save_", "push_to_hub", "hub_", "resume_from_checkpoint", "restore_callback_states", "enable_jit_checkpoint")
 EVALUATES = ("eval_", "per_device_eval_", "prediction_loss_only", "batch_eval_metrics", "label_names", "bf16_full_eval",
-             "fp16_full_eval", "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "do_")
+             "fp16_full_eval", "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "do_",
+             "early_stopping_")
 RUNS = ("use_cpu", "local_rank", "ddp_", "fsdp", "debug", "skip_memory_metrics", "activation_checkpointing",
         "gradient_checkpointing", "torch_compile", "torch_empty_cache", "use_cache", "remove_unused_columns",
         "length_column_name", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",

@@ -9,6 +9,7 @@ draws other random numbers), knows SIGTERM alone, and each process decides by it
 """
 import logging
 import signal
+import sys
 
 import torch
 from transformers import TrainerCallback
@@ -29,6 +30,12 @@ def listen() -> None:
     for number in SIGNALS:
         signal.signal(number, _note)
         signal.siginterrupt(number, False)      # C++ code that waits for other processes knows no interruption
+
+
+def end_at_once() -> None:
+    """From now on they end this process, exit code 0: all that it has trained is saved."""
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: sys.exit(0))
 
 
 def _note(number: int, frame) -> None:

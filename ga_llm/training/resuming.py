@@ -15,7 +15,7 @@ from ga_llm.base.reading import (WAY_OUT, check_pickle, read_json, read_shapes, 
                                  weights_files)
 from ga_llm.base.sharding import gathered
 from ga_llm.llm import four_bits
-from ga_llm.training import flags, staging
+from ga_llm.training import flags, staging, validation
 from ga_llm.training.checkpoints import (ADAPTER, ADAPTER_CONFIG, AGREEMENT, CONVERTED, FULL_MODEL, adapter_config,
                                          check_agreement, check_fits, holds_full_model, in_model, read_agreement)
 from ga_llm.training.run_log import draw_log
@@ -69,6 +69,8 @@ def require_initial(args) -> None:
 def finished(checkpoint: Path | str, args) -> bool:
     """Whether the run that wrote `checkpoint` had reached its end, and `args` ask for no more."""
     state = read_state(checkpoint)
+    if validation.stopped(state.log_history, args.early_stopping_patience):
+        return True
     if args.max_steps > 0:
         return state.global_step >= args.max_steps
     return state.global_step >= state.max_steps and state.num_train_epochs >= args.num_train_epochs
@@ -102,6 +104,7 @@ def train(trainer: GATrainer) -> bool:
     if checkpoint and finished(checkpoint, trainer.args):
         log.info("%s: this run has finished, nothing is left to train", checkpoint)
         trainer.state = read_state(checkpoint)
+        trainer.conclude()
         if trainer.args.should_save:
             draw_log(trainer.args.output_dir)       # a kill may have come between the last checkpoint and the picture
         return False
@@ -115,6 +118,7 @@ def train(trainer: GATrainer) -> bool:
     if not trainer.preemption.before_training(trainer.args):
         trainer.train(resume_from_checkpoint=checkpoint)
     trainer.preemption.report(trainer.args, trainer.state)
+    trainer.conclude()
     return True
 
 

@@ -1,8 +1,10 @@
 """What a run says while it trains and leaves behind to be read: trainer_log.jsonl, loss.png, run.json.
 
-    O/trainer_log.jsonl   a JSON object per log line, whole at any time, each step once even after resuming
-    O/loss.png            at the end: the loss, raw and smoothed
-    O/run.json            {"starts": [...]}: what each start of the run was made of, the first and every resumed one
+    O/trainer_log.jsonl   a JSON object per log line, whole at any time, each step once even after resuming; validation's
+                          are lines of their own: eval_loss, and at the end of stage 2 eval_Acc@1 and eval_MRR
+    O/loss.png            at the end: the loss, raw and smoothed, and the validation loss
+    O/run.json            {"starts": [...]}: what each start of the run was made of, the first and every resumed one;
+                          "best": the checkpoint with the lowest validation loss, once a run has ended
 
 On a terminal there is one progress bar; elsewhere (`nohup`) each log line is a plain line. `--report_to tensorboard`
 gets the same numbers.
@@ -38,7 +40,11 @@ log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "flash-attn")
-INPUT_FILES = ("data_path", "gps_mapping_path", "geoencoder_path", "projector_path", "poi_embedding_path")
+INPUT_FILES = ("data_path", "eval_data_path", "gps_mapping_path", "geoencoder_path", "projector_path", "poi_embedding_path")
+
+
+# What makes a line of the log, and what it is called where it is shown.
+SHOWN = {"loss": "loss", "eval_loss": "validation loss", "eval_Acc@1": "validation Acc@1", "eval_MRR": "MRR"}
 
 
 class LoggedTrainer(Trainer):
@@ -90,14 +96,14 @@ class RunLog(TrainerCallback):
 
     def __init__(self, trainer: LoggedTrainer):
         self.trainer = trainer
-        self.bar = None
+        self.path = Path(trainer.args.output_dir) / TRAINER_LOG
+        self.bar = self.began = self.ended = None       # of this training, by time.perf_counter
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.first_step, self.began = state.global_step, time.perf_counter()
+        self.first_step, self.began, self.ended = state.global_step, time.perf_counter(), None
         if not state.is_world_process_zero:
             return
         add_start(Path(args.output_dir) / RUN, describe_start(self.trainer, state.global_step))
-        self.path = Path(args.output_dir) / TRAINER_LOG
         # Steps beyond the checkpoint are trained again, and logged again.
         kept = [line for line in read_log(self.path) if line["step"] <= state.global_step]
         with atomic_write(self.path) as file:
@@ -116,13 +122,19 @@ class RunLog(TrainerCallback):
             self.bar.update(1)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or "loss" not in logs:
+        if not state.is_world_process_zero or not {*SHOWN} & logs.keys():
             return
-        seconds = time.perf_counter() - self.began
-        line = {"step": state.global_step, **logs, "elapsed_seconds": round(self.earlier_seconds + seconds, 1)}
+        if self.began is None:      # of a run that had finished
+            seconds, earlier = 0.0, next((line["elapsed_seconds"] for line in reversed(read_log(self.path))), 0.0)
+        else:
+            seconds, earlier = (self.ended or time.perf_counter()) - self.began, self.earlier_seconds
+        line = {"step": state.global_step, **logs, "elapsed_seconds": round(earlier + seconds, 1)}
         append(self.path, _json_line(line))
         if self.bar is not None:
             self.bar.set_postfix_str(_numbers(line))
+            return
+        if "loss" not in line:
+            log.info("step %d/%d epoch %.2f %s", state.global_step, state.max_steps, state.epoch, _numbers(line))
             return
         left = seconds / (state.global_step - self.first_step) * (state.max_steps - state.global_step)
         log.info("step %d/%d epoch %.2f %s eta %s", state.global_step, state.max_steps, state.epoch, _numbers(line),
@@ -132,13 +144,14 @@ class RunLog(TrainerCallback):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+        self.ended = time.perf_counter()
         if state.is_world_process_zero:
             draw_log(args.output_dir)
 
 
 def _numbers(line: dict) -> str:
     """The part of a log line that the bar and the plain lines share."""
-    parts = [f"loss {line['loss']:.4g}"]
+    parts = [f"{shown} {line[name]:.4g}" for name, shown in SHOWN.items() if name in line]
     if "learning_rate" in line:
         parts.append(f"lr {line['learning_rate']:.3g}")
     if "tokens_per_second" in line:
@@ -179,9 +192,8 @@ def draw_log(output_dir: Path | str) -> None:
 
 
 def draw_loss(lines: list[dict], path: Path | str) -> None:
-    """A picture of `plot_loss`; nothing for fewer than two lines."""
-    lines = [line for line in lines if line["loss"] is not None]
-    if len(lines) < 2:
+    """A picture of `plot_loss`; nothing for fewer than two lines with a loss."""
+    if len(_curve(lines, "loss")) < 2:
         return
     from matplotlib.figure import Figure    # here, for it takes long to import, and every start would wait for it
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -191,16 +203,37 @@ def draw_loss(lines: list[dict], path: Path | str) -> None:
 
 
 def plot_loss(axes, lines: list[dict]) -> None:
-    """Plot the loss over the steps, raw and as a running mean. lines: at least two, each with a loss."""
-    steps, loss = [line["step"] for line in lines], pd.Series([line["loss"] for line in lines])
-    window = max(3, len(lines) // 20)
-    axes.plot(steps, loss, color="0.7", linewidth=0.8, label="as logged")
-    axes.plot(steps, loss.rolling(window, center=True, min_periods=1).mean(), color="black", linewidth=1.8,
+    """Plot the loss over the steps, raw and as a running mean, and the validation loss. lines: at least two with a
+    loss."""
+    loss, validation = _curve(lines, "loss"), _curve(lines, "eval_loss")
+    window = max(3, len(loss) // 20)
+    axes.plot(loss.index, loss, color="0.7", linewidth=0.8, label="as logged")
+    axes.plot(loss.index, loss.rolling(window, center=True, min_periods=1).mean(), color="black", linewidth=1.8,
               label=f"mean of {window} log lines")
+    if len(validation):
+        axes.plot(validation.index, validation, color="tab:blue", linewidth=1.4, marker="o", markersize=4,
+                  label=f"validation; lowest {validation.min():.4g} at step {validation.idxmin()}")
+    ranked = next((line for line in reversed(lines) if "eval_MRR" in line), None)
+    if ranked is not None:
+        axes.set_title(f"step {ranked['eval_ranked_step']}, {ranked['eval_ranked']} validation questions: Acc@1 "
+                       f"{ranked['eval_Acc@1']:.4f}, MRR {ranked['eval_MRR']:.4f}", fontsize=10)
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("training loss (nats per token that counts)")
+    axes.set_ylabel(f"{'' if len(validation) else 'training '}loss (nats per token that counts)")
     axes.grid(color="0.9")
     axes.legend()
+
+
+def _curve(lines: list[dict], name: str) -> pd.Series:
+    """That number of the lines that have it, by their steps."""
+    found = [line for line in lines if line.get(name) is not None]
+    return pd.Series([line[name] for line in found], [line["step"] for line in found], dtype=float)
+
+
+def note_best(output_dir: Path | str, best: dict) -> None:
+    """Write into run.json which checkpoint has the lowest validation loss. Its next start forgets it."""
+    path = Path(output_dir) / RUN
+    with atomic_write(path) as file:
+        json.dump((read_json(path) if path.exists() else {}) | {"best": best}, file, indent=1)
 
 
 def add_start(path: Path, start: dict) -> None:

@@ -45,8 +45,9 @@ def last_checkpoint(output_dir: Path | str) -> Path | None:
     return next((checkpoint(output_dir, step) for step in reversed(steps(output_dir))), None)
 
 
-def publish(output_dir: Path | str, step: int, keep: int | None) -> None:
-    """Let the checkpoint of `step` appear, then remove all but the last `keep` up to it (None or 0: keep all).
+def publish(output_dir: Path | str, step: int, keep: int | None, best: int | None = None) -> None:
+    """Let the checkpoint of `step` appear, then remove all but the last `keep` up to it (None or 0: keep all) and that
+    of the step `best`.
 
     One process must call it, when all have written. Checkpoints beyond `step`, left by a run that went further, stay.
     """
@@ -61,7 +62,8 @@ def publish(output_dir: Path | str, step: int, keep: int | None) -> None:
     os.rename(hidden, visible)
     older = [number for number in steps(output_dir) if number <= step]
     for number in older[:-keep] if keep else []:
-        _hide(checkpoint(output_dir, number))
+        if number != best:
+            _hide(checkpoint(output_dir, number))
     sweep(output_dir)
 
 

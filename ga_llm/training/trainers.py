@@ -27,8 +27,9 @@ from ga_llm.llm.backbone import compile_layers, prepare_for_autocast
 from ga_llm.training import building, checkpoint_card, finite, flags, losses, preemption, staging
 from ga_llm.training.checkpoints import (ADAPTER, AGREEMENT, PATHS, PEFT_PREFIX, is_llms, llms_alone,
                                          load_weights)
-from ga_llm.training.run_log import LoggedTrainer, data_sha256, sha256
+from ga_llm.training.run_log import data_sha256, sha256
 from ga_llm.training.sampling import EpochSampler
+from ga_llm.training.validation import ValidatedTrainer
 from geo_encoder.gps_tokens import read_gps_mapping
 from geo_encoder.weights import digest, merged_state_dict, save_encoder
 
@@ -49,10 +50,9 @@ class LastStep(TrainerCallback):
             control.should_save = True
 
 
-class GATrainer(LoggedTrainer):
+class GATrainer(ValidatedTrainer):
     """Trainer whose checkpoints are whole or not there, hold what is trained beside LoRA, and are gone on from exactly.
 
-    Its checkpoints are kept by their step: transformers' --load_best_model_at_end has no evaluation to choose by here.
     encoders: of stage 2, what tells the frozen encoders apart (`injection.attach_encoders`); none are if all are
     trained.
     """
@@ -122,7 +122,7 @@ class GATrainer(LoggedTrainer):
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            staging.publish(self.args.output_dir, self.state.global_step, self.args.save_total_limit)
+            staging.publish(self.args.output_dir, self.state.global_step, self.args.save_total_limit, self.kept())
             log.info("saved: %s", staging.checkpoint(self.args.output_dir, self.state.global_step))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
@@ -304,23 +304,24 @@ class EncoderTrainer(GATrainer):
             self.save_encoders(Path(output_dir).parent / str(self.state.global_step))
 
     def save_final_encoders(self, trained: bool) -> None:
-        """Every rank must call it at the end; files appear whole. Not `trained` now: they are the last checkpoint's.
+        """Every rank must call it at the end; files appear whole. Not `trained` now, or not those of the last step
+        (`conclude`): they are a checkpoint's.
 
         A run that was told to stop has none. Raises UserError if that checkpoint has been deleted.
         """
         if self.preemption.stopped:
             return
         output_dir, hidden = Path(self.args.output_dir), staging.staging(self.args.output_dir) / "final"
-        if trained:
+        if trained and self.result_step == self.state.global_step:
             with saving(output_dir):
                 self.gather()
                 self.save_encoders(hidden, final=True)
         elif self.args.should_save:
             hidden.mkdir(parents=True)
-            last = output_dir / str(self.state.global_step)
+            result = output_dir / str(self.result_step)
             for files in (one.files for one in self.trained):
-                shutil.copyfile(require(last / files.config, files.made_by), hidden / files.config)
-                shutil.copyfile(require(last / files.merged, files.made_by), hidden / files.final)
+                shutil.copyfile(require(result / files.config, files.made_by), hidden / files.config)
+                shutil.copyfile(require(result / files.merged, files.made_by), hidden / files.final)
         if self.args.should_save:
             staging.move_files(hidden, output_dir)
             staging.sweep(output_dir)
