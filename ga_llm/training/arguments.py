@@ -107,7 +107,7 @@ class SFTArguments(TrainingArguments):
         if self.per_device_eval_batch_size is None:
             self.per_device_eval_batch_size = self.per_device_train_batch_size
         self.evaluates = str(getattr(self.eval_strategy, "value", self.eval_strategy)) != "no"
-        if self.evaluates and self.eval_steps is None:      # transformers: --logging_steps, each step in our commands
+        if self.evaluates and not self.eval_steps:      # transformers: --logging_steps, each step in our commands
             self.eval_steps = self.save_steps
         if self.dry_run:    # before DeepSpeed's configuration is filled in
             self.planned_accumulation_steps, self.gradient_accumulation_steps = self.gradient_accumulation_steps, 1

@@ -33,8 +33,8 @@ LOSS, TOKENS = "eval_loss", "eval_tokens"       # in a line of the log: nats per
 def check(args) -> None:
     """What can be known to be wrong with the flags, and where the questions lie. Raises UserError."""
     if args.save_strategy == "best":
-        raise UserError("--save_strategy best: keeps nothing to go on from; give --save_strategy steps "
-                        "--load_best_model_at_end True, which keeps the best beside the last")
+        raise UserError("--save_strategy best: a run could not go on from its last step; give --save_strategy "
+                        "steps --load_best_model_at_end True, which keeps the best beside the last")
     if args.eval_on_start:
         raise UserError("--eval_on_start True: a run that goes on would evaluate once more; leave it out, and run "
                         "test_next_gps.py --test_type projector")

@@ -8,11 +8,12 @@ from transformers import TrainerCallback, set_seed
 
 from ga_llm.llm import backbone
 from ga_llm.pairs import sft_data, token_cache
-from ga_llm.training import arguments, resuming, trainers
+from ga_llm.training import arguments, resuming, trainers, validation
 from geo_encoder import encoder, gps_tokens, injection, weights
 
 PAIRS = [f"<question>: user 1 POI id {i} <GPS {i}>. Where next? <answer>: user 1 will visit POI id {i}."
          for i in (1, 2, 3, 5)]
+HELD_OUT = [pair.replace("user 1", "user 2") for pair in PAIRS[:3]]
 
 
 @pytest.fixture
@@ -26,6 +27,9 @@ def train(tiny_llama, mapping_csv, tmp_path):
         options = {"model_name_or_path": folder, "data_path": data, "gps_mapping_path": mapping_csv,
                    "output_dir": tmp_path / f"stage{stage}", "model_max_length": 256, "load_in_4bit": False,
                    "max_steps": 4, "save_steps": 2, "save_total_limit": 1, "learning_rate": 0.01, **flags}
+        if "eval_strategy" in flags:
+            options.setdefault("eval_data_path", tmp_path / "validate.txt")
+            (tmp_path / "validate.txt").write_text("".join(f"{pair}\n" for pair in HELD_OUT))
         args = arguments.parse(arguments.SFTArguments, [p for k, v in options.items() for p in (f"--{k}", str(v))])
         set_seed(args.seed)
         mapping, tokenizer = gps_tokens.read_gps_mapping(mapping_csv), backbone.load_tokenizer(folder)
@@ -36,6 +40,9 @@ def train(tiny_llama, mapping_csv, tmp_path):
         common = {"args": args, "processing_class": tokenizer,
                   "train_dataset": token_cache.load(data, tokenizer, 256, mapping_csv),
                   "data_collator": sft_data.AnswerCollator(tokenizer.pad_token_id)}
+        if args.evaluates:
+            common["eval_dataset"] = validation.Drawn(token_cache.load(args.eval_data_path, tokenizer, 256, mapping_csv),
+                                                      args.eval_limit)
         if stage == 1:
             weights.add_lora(geo, 4, 8)
             model = backbone.add_lora(model, 4, 8, 0.0)
@@ -62,7 +69,9 @@ def train(tiny_llama, mapping_csv, tmp_path):
             trainer.train_dataset.lengths = lengths
         if interrupt_at is not None:
             trainer.add_callback(Interruption(interrupt_at))
-        resuming.train(trainer)
+        has_trained = resuming.train(trainer)
+        if stage == 1:
+            trainer.save_final_encoders(has_trained)
         return trainer
 
     return run
