@@ -253,7 +253,8 @@ def read_trajectories(path: Path) -> dict[tuple[int, str, int], list[tuple[str, 
 
 
 def read_losses(evaluation: Evaluation, geoencoder_path: Path | str | None = None) -> dict[str, list[dict]]:
-    """{training: its log's lines that have a loss, at least two}. Raises Absent if no log is found."""
+    """{training: its log's lines that have a loss, at least two, or a validation loss}. Raises Absent if no log is
+    found."""
     stage_2 = training_folder(evaluation.folder)
     folders = {}
     # What stage 2 was given comes first: the encoder that was tested may be stage 2's own.
@@ -271,8 +272,8 @@ def read_losses(evaluation: Evaluation, geoencoder_path: Path | str | None = Non
             continue
         taken.add(folder.resolve())
         lines = [line for line in run_log.read_log(folder / artifacts.TRAINER_LOG)
-                 if type(line.get("loss")) in (int, float)]
-        if len(lines) > 1:
+                 if type(line.get("loss", line.get("eval_loss"))) in (int, float)]
+        if sum("loss" in line for line in lines) > 1:
             found[name] = lines
     if not found:
         raise Absent(f"there is no {artifacts.TRAINER_LOG} of two lines or more beside {evaluation.folder}, or where "

@@ -75,7 +75,7 @@ def intervals(rows: Sequence[str], methods: dict[str, Sequence[tuple[float, floa
 
 
 def losses(lines: list[dict]) -> bytes:
-    """lines: of a trainer_log.jsonl, at least two."""
+    """lines: of a trainer_log.jsonl, at least two with a loss."""
     figure, axes = _figure(3.4)
     run_log.plot_loss(axes, lines)
     return _png(figure)

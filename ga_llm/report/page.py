@@ -317,11 +317,12 @@ def encoder_section(page: Page, views: EncoderViews) -> list[str]:
 def losses_section(page: Page, found: dict[str, list[dict]]) -> list[str]:
     pictures = []
     for i, (name, lines) in enumerate(found.items(), start=1):
-        values = [line["loss"] for line in lines]
+        trained = [line for line in lines if "loss" in line]
+        values = [line["loss"] for line in trained]
         part = max(1, len(values) // 10)
         first, last = np.mean(values[:part]), np.mean(values[-part:])
-        took = datetime.timedelta(seconds=round(lines[-1]["elapsed_seconds"]))
-        said = (f"{lines[-1]['step']:,} steps in {took}; the mean loss of the first tenth of the log is "
+        took = datetime.timedelta(seconds=round(trained[-1]["elapsed_seconds"]))
+        said = (f"{trained[-1]['step']:,} steps in {took}; the mean loss of the first tenth of the log is "
                 f"{first:.3g}, of the last {last:.3g}")
         pictures.append(page.picture(f"loss_{i}", figures.losses(lines), f"Training loss: {said}.",
                                     f"{said}. It is the training's own loss: what was learned, the test above says.",

@@ -194,7 +194,12 @@ def chain_of(experiment: Experiment, scale: Scale, raw: Callable, work_dir: Path
         "{train}": Made(samples, f"{data}/{artifacts.split_sample('train')}")})
 
     def train(kind, script, section, data_path, *flags):
-        common = _flags("--", {**sections["training"], **sections[section]})
+        given = {**sections["training"], **sections[section]}
+        earlier = next((flag for flag in ("early_stopping_patience", "load_best_model_at_end") if given.get(flag)), None)
+        if earlier:
+            raise UserError(f"{experiment.path}: {earlier}: a row's model is that of its training's last step; leave it "
+                            "out, and give the number of steps")
+        common = _flags("--", given)
         return step(kind, "torchrun", "--standalone", f"--nproc_per_node={scale.processes}", script,
                     "--model_name_or_path", model, "--data_path", data_path, "--gps_mapping_path", mapping,
                     "--output_dir", OWN, *flags, *common, "--resume_from_checkpoint", "auto")

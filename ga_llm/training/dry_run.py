@@ -65,6 +65,8 @@ def describe_inputs(args, setup) -> list[str]:
     dataset, names = setup.dataset, (*INPUT_FILES, "model_name_or_path")
     lines = [f"{'files' if name == names[0] else '':10} --{name} {getattr(args, name)}"
              for name in names if getattr(args, name, None)]
+    if setup.eval_dataset is not None:
+        lines.append(f"validation {setup.eval_dataset.lengths.sum():,} tokens an evaluation, with padding")
     tokens = dataset.tokens
     lines.append(f"pairs      {len(dataset):,}; tokens {tokens.sum():,} in all, {tokens.min():,} to {tokens.max():,} a "
                  f"pair, median {int(np.median(tokens)):,}")

@@ -56,7 +56,7 @@ def rank(trainer, trained: bool) -> None:
     if trained:
         trainer.log(figures)
     else:
-        RunLog(trainer).on_log(args, trainer.state, trainer.control, figures)
+        RunLog(trainer).on_log(args, trainer.state, trainer.control, figures | {"epoch": trainer.state.epoch})
 
 
 def release(trainer) -> None:
