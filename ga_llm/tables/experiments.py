@@ -195,10 +195,10 @@ def chain_of(experiment: Experiment, scale: Scale, raw: Callable, work_dir: Path
 
     def train(kind, script, section, data_path, *flags):
         given = {**sections["training"], **sections[section]}
-        earlier = next((flag for flag in ("early_stopping_patience", "load_best_model_at_end") if given.get(flag)), None)
+        earlier = next((flag for flag in ("early_stopping_patience", "load_best_model_at_end") if given.get(flag)), 0)
         if earlier:
-            raise UserError(f"{experiment.path}: {earlier}: a row's model is that of its training's last step; leave it "
-                            "out, and give the number of steps")
+            raise UserError(f"{experiment.path}: {earlier}: a row's model is that of its training's last step; leave "
+                            "it out, and give the number of steps")
         common = _flags("--", given)
         return step(kind, "torchrun", "--standalone", f"--nproc_per_node={scale.processes}", script,
                     "--model_name_or_path", model, "--data_path", data_path, "--gps_mapping_path", mapping,

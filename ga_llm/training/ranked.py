@@ -1,4 +1,4 @@
-"""The end of stage 2 with validation: Acc@1 and MRR of its result, by test_next_gps.py on a drawn part of the questions.
+"""The end of stage 2 with validation: Acc@1 and MRR of its result, by test_next_gps.py on some of the questions, drawn.
 
 A process of its own ranks, because exact ranking reads a checkpoint and not a model that is cut up among processes, and
 so that the figures are those that the same command gives at any time.
@@ -17,7 +17,7 @@ from ga_llm.base import artifacts
 from ga_llm.base.cli import UserError
 from ga_llm.base.reading import read_json
 from ga_llm.training import preemption, staging
-from ga_llm.training.run_log import ROOT, RunLog, read_log
+from ga_llm.training.run_log import ROOT, RunLog, draw_log, read_log
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,8 @@ def rank(trainer, trained: bool) -> None:
         environment = {key: value for key, value in os.environ.items() if not key.startswith(OF_TORCHRUN)}
         if subprocess.run([sys.executable, ROOT / command[0], *command[1:]], env=environment).returncode:
             raise UserError(f"{checkpoint}: is whole, but its validation questions could not be ranked (see above); "
-                            f"try again by the same command with --resume_from_checkpoint auto, or give --eval_ranked 0")
+                            "try again by the same command with --resume_from_checkpoint auto, or give --eval_ranked "
+                            "0")
     model = read_json(results)["all"]["model"]
     figures = {f"eval_{metric}": model[metric]["value"] for metric in ("Acc@1", "MRR")}
     figures |= {"eval_ranked": model["n"], "eval_ranked_step": trainer.result_step}
@@ -57,6 +58,7 @@ def rank(trainer, trained: bool) -> None:
         trainer.log(figures)
     else:
         RunLog(trainer).on_log(args, trainer.state, trainer.control, figures | {"epoch": trainer.state.epoch})
+    draw_log(args.output_dir)
 
 
 def release(trainer) -> None:

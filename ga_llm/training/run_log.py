@@ -1,7 +1,7 @@
 """What a run says while it trains and leaves behind to be read: trainer_log.jsonl, loss.png, run.json.
 
-    O/trainer_log.jsonl   a JSON object per log line, whole at any time, each step once even after resuming; validation's
-                          are lines of their own: eval_loss, and at the end of stage 2 eval_Acc@1 and eval_MRR
+    O/trainer_log.jsonl   a JSON object per log line, whole at any time, each step once even after resuming; lines of
+                          their own have eval_loss, and at the end of stage 2 eval_Acc@1 and eval_MRR
     O/loss.png            at the end: the loss, raw and smoothed, and the validation loss
     O/run.json            {"starts": [...]}: what each start of the run was made of, the first and every resumed one;
                           "best": the checkpoint with the lowest validation loss, once a run has ended
@@ -40,7 +40,8 @@ log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "flash-attn")
-INPUT_FILES = ("data_path", "eval_data_path", "gps_mapping_path", "geoencoder_path", "projector_path", "poi_embedding_path")
+INPUT_FILES = ("data_path", "eval_data_path", "gps_mapping_path", "geoencoder_path", "projector_path",
+               "poi_embedding_path")
 
 
 # What makes a line of the log, and what it is called where it is shown.

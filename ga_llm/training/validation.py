@@ -55,7 +55,7 @@ def check(args) -> None:
                         "are validated on, and when; give one that follows from the step")
     if args.load_best_model_at_end and args.eval_strategy == "steps" and args.eval_steps != args.save_steps:
         raise UserError(f"--load_best_model_at_end True: each evaluation needs its checkpoint, and each checkpoint its "
-                        f"evaluation; give --eval_steps {args.save_steps:g}, as --save_steps, or leave --eval_steps out")
+                        f"evaluation; give --eval_steps {args.save_steps:g}, as --save_steps, or leave it out")
     args.eval_data_path = str(questions(args))
     _check_alike(args)
     if getattr(args, "eval_ranked", 0) and not (args.eval_data_path.endswith(".txt")
@@ -169,8 +169,7 @@ class ValidatedTrainer(LoggedTrainer):
             note_best(self.args.output_dir, {"checkpoint": folder.name, "step": found["step"], LOSS: found[LOSS]})
         log.info("best validation loss of the checkpoints: %.4f, %s%s", found[LOSS], folder,
                  "" if self.result_step == found["step"] else
-                 f"; the last, {staging.checkpoint(self.args.output_dir, self.result_step).name}, is the result without "
-                 "--load_best_model_at_end True")
+                 f"; the result is the last, checkpoint-{self.result_step}, without --load_best_model_at_end True")
 
 
 def shares(lengths: np.ndarray, args) -> Iterator[tuple[list[int], bool]]:

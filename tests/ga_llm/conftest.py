@@ -73,7 +73,8 @@ def asked_city(once):
             script("make_sample_raw.py", "-users", "8", "-days", "40", "-pois", "50")
             script("run.py", "-f", "best_conf/sample.yml")
             for kind, flags in kinds.items():
-                script("process_llm_gps.py", "-dataset_name", "sample", "-max_history", "12", "-validate", "True", *flags)
+                script("process_llm_gps.py", "-dataset_name", "sample", "-max_history", "12", "-validate", "True",
+                       *flags)
                 shutil.copytree("datasets/sample/preprocessed", kind)
 
     return once("asked_city", make)

@@ -41,8 +41,8 @@ def train(tiny_llama, mapping_csv, tmp_path):
                   "train_dataset": token_cache.load(data, tokenizer, 256, mapping_csv),
                   "data_collator": sft_data.AnswerCollator(tokenizer.pad_token_id)}
         if args.evaluates:
-            common["eval_dataset"] = validation.Drawn(token_cache.load(args.eval_data_path, tokenizer, 256, mapping_csv),
-                                                      args.eval_limit)
+            questions = token_cache.load(args.eval_data_path, tokenizer, 256, mapping_csv)
+            common["eval_dataset"] = validation.Drawn(questions, args.eval_limit)
         if stage == 1:
             weights.add_lora(geo, 4, 8)
             model = backbone.add_lora(model, 4, 8, 0.0)

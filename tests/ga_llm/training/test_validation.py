@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from ga_llm.base import artifacts
 from ga_llm.base.cli import UserError
+from ga_llm.llm import backbone
 from ga_llm.pairs import sft_data
 from ga_llm.training import additions, arguments, common, resuming, run_log, staging, trainers, validation
-from ga_llm.llm import backbone
 
 STEPS = {"eval_strategy": "steps", "eval_steps": 2, "logging_steps": 1}
 BEST = {**STEPS, "load_best_model_at_end": True}
@@ -29,8 +29,8 @@ def trained(asked_city, tiny_llama, tmp_path):
         options = {"model_name_or_path": tiny_llama(), "gps_mapping_path": folder / artifacts.gps_mapping("sample"),
                    "data_path": folder / artifacts.questions("train", "sample", 2, False), "bf16": False,
                    "output_dir": tmp_path / "out", "model_max_length": 1024, "load_in_4bit": False, "max_steps": 2,
-                   "learning_rate": 0.01, "per_device_train_batch_size": 2, "eval_strategy": "steps", "logging_steps": 1,
-                   **flags}
+                   "learning_rate": 0.01, "per_device_train_batch_size": 2, "eval_strategy": "steps",
+                   "logging_steps": 1, **flags}
         beyond = {name: options.pop(name) for name in ("pointer", "geo_output", "geo_encoder")}
         args = arguments.parse(arguments.SFTArguments, [p for k, v in options.items() for p in (f"--{k}", str(v))])
         vars(args).update(beyond, pointer_heads=8, pointer_without="", dropout=0.1)
@@ -269,7 +269,8 @@ VALIDATES = ["--eval_strategy", "steps"]
     (["--eval_strategy", "epoch"], "validate_q.txt not found; make it with `python data-preprocess/process_llm_gps.py"),
     ([*VALIDATES, "--eval_data_path", "nowhere.txt"], "nowhere.txt: not found; make it with"),
     (["--eval_data_path", "map"], "--eval_data_path: goes with validation; add --eval_strategy"),
-    (["--eval_limit", "3"], "--eval_limit: goes with"), (["--early_stopping_patience", "3"], "--early_stopping_patience: "),
+    (["--eval_limit", "3"], "--eval_limit: goes with"),
+    (["--early_stopping_patience", "3"], "--early_stopping_patience: goes with"),
     ([*VALIDATES, "--early_stopping_patience", "0"], "--early_stopping_patience 0: must be at least 1"),
     ([*VALIDATES, "--eval_steps", "-1"], "--eval_steps -1.*must be more than 0"),
     ([*VALIDATES, "--eval_limit", "-1"], "--eval_limit -1: must be at least 0"),
@@ -303,7 +304,7 @@ def test_the_questions_beside_the_training_ones(parse, tmp_path):
 
 @pytest.mark.parametrize("theirs, what", [({"stage": 1, "fields": ["poi"]}, "are of stage 1"),
                                           ({"stage": 2, "fields": ["gps"]}, r"show \['gps'\]"),
-                                          ({"stage": 2, "fields": ["poi"], "answer": "token"}, "are answered by token")])
+                                          ({"stage": 2, "fields": ["poi"], "answer": "token"}, "are answered by")])
 def test_questions_of_another_kind(parse, theirs, what):
     with pytest.raises(UserError, match=f"validate_q.txt: its questions {what}, those of --data_path"):
         parse(*VALIDATES, settings={"train_q.settings.json": {"stage": 2, "fields": ["poi"]},
