@@ -26,6 +26,7 @@ from transformers.utils import is_liger_kernel_available
 
 from ga_llm.base.artifacts import require
 from ga_llm.base.cli import LEAST_TOKENS, MOST_TOKENS, UserError, boolean
+from ga_llm.pairs import sft_data
 from ga_llm.training import building, losses, resuming, validation
 
 log = logging.getLogger(__name__)
@@ -283,6 +284,9 @@ def _check(args: SFTArguments, required: Sequence[str]) -> None:
             _raise(f"--{flag} is required")
     _check_numbers(args)
     require(args.data_path, "python data-preprocess/process_projector_gps_stage1.py (stage 1) or process_llm_gps.py")
+    if args.data_path.endswith(sft_data.LINES):
+        raise UserError(f"--data_path {args.data_path}: questions to be tested on, a pair a line; give the .json of "
+                        "train's, and these by --eval_data_path")
     require(args.gps_mapping_path, "python data-preprocess/run.py -f best_conf/<name>.yml")
     for name in args.report_to:
         if name not in get_available_reporting_integrations():

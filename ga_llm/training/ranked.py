@@ -63,11 +63,12 @@ def rank(trainer, trained: bool) -> None:
 
 def release(trainer) -> None:
     """Give the GPU's memory back, which the ranking needs."""
-    if torch.cuda.is_available():
-        trainer.optimizer = trainer.lr_scheduler = None
-        trainer.accelerator.free_memory()
-        for tensor in (*trainer.model.parameters(), *trainer.model.buffers()):
-            tensor = getattr(tensor, "ds_tensor", tensor)
-            (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage().resize_(0)
-        gc.collect()
-        torch.cuda.empty_cache()
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.accelerator.free_memory()
+    for tensor in (*trainer.model.parameters(), *trainer.model.buffers()):
+        held = getattr(tensor, "ds_tensor", tensor)
+        held = held.to_local() if isinstance(held, DTensor) else held
+        if held.is_cuda:
+            held.untyped_storage().resize_(0)
+    gc.collect()
+    torch.cuda.empty_cache()        # does nothing without one

@@ -21,7 +21,7 @@ from transformers.trainer_utils import IntervalStrategy
 from ga_llm.base import artifacts
 from ga_llm.base.cli import UserError
 from ga_llm.base.reading import read_json
-from ga_llm.pairs.sft_data import IGNORED, drawn
+from ga_llm.pairs.sft_data import IGNORED, LINES, drawn
 from ga_llm.training import finite, staging
 from ga_llm.training.run_log import LoggedTrainer, note_best
 
@@ -58,7 +58,7 @@ def check(args) -> None:
                         f"evaluation; give --eval_steps {args.save_steps:g}, as --save_steps, or leave it out")
     args.eval_data_path = str(questions(args))
     _check_alike(args)
-    if getattr(args, "eval_ranked", 0) and not (args.eval_data_path.endswith(".txt")
+    if getattr(args, "eval_ranked", 0) and not (args.eval_data_path.endswith(LINES)
                                                 and artifacts.dataset_of(args.gps_mapping_path)):
         raise UserError(f"--eval_ranked {args.eval_ranked}: ranking wants questions as lines (.txt) and the mapping in "
                         "datasets/<name>/preprocessed, where process_llm_gps.py and run.py write them; give "
@@ -76,7 +76,7 @@ def questions(args) -> Path:
         return artifacts.require(args.eval_data_path, made_by)
     if not train.name.startswith("train_") or found.get("stage") == "pam":
         raise UserError(f"--eval_strategy: {train} has no validation questions beside it; give --eval_data_path")
-    path = train.with_name(train.name.replace("train_", "validate_", 1)).with_suffix(".txt")
+    path = train.with_name(train.name.replace("train_", "validate_", 1)).with_suffix(LINES)
     if not path.is_file():
         raise UserError(f"--eval_strategy: {path} not found; make it with `{made_by}` and the "
                         "training questions' other flags, or give --eval_data_path")

@@ -141,10 +141,11 @@ def test_a_scale_like_another_has_its_flags_save_its_own(place):
     ("table: t\nrow: x\ndataset: nyc\nmembers: [mean_nyc]\n", [], ["mean_nyc.yml", "leave members"]),
     ("table: t\nrow: x\ndataset: nyc\nbackbone: GPT-9\n", [], ["GPT-9", "--model"]),
     ("table: t\nrow: x\ndataset: nyc\n", ["--model", "nowhere"], ["nowhere", "--model"]),
-    ("table: t\nrow: x\ndataset: nyc\nembeddings: {from: data/none.npy}\n", [], ["data/none.npy", "128"])],
+    ("table: t\nrow: x\ndataset: nyc\nembeddings: {from: data/none.npy}\n", [], ["data/none.npy", "128"]),
+    ("table: t\nrow: x\ndataset: nyc\nstage_2: {load_best_model_at_end: true}\n", [], ["load_best_model_at_end"])],
     ids=["scale", "kind", "no table", "path", "no data set", "section", "YAML", "percent", "left out", "members",
          "a member that is not there", "a member that is a mean", "backbone",
-         "model", "vectors"])
+         "model", "vectors", "another step"])
 def test_refusals(place, change, flags, names):
     (place / "experiments/bad.yml").write_text(change or "table: t\nrow: x\ndataset: nyc\n")
     refusal(call(place, "run_experiment.py", "experiments/bad.yml", "--plan", *(flags if "--scale" in flags else

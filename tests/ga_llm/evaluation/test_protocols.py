@@ -4,6 +4,7 @@ import pytest
 from ga_llm.base import artifacts
 from ga_llm.base.cli import UserError
 from ga_llm.evaluation import protocols
+from ga_llm.pairs.sft_data import drawn
 
 HEADER = "UserId,PoiId,PoiCategoryId,PoiCategoryName,Latitude,Longitude,LocalTime,TrajectoryId,Split\n"
 
@@ -80,6 +81,14 @@ def test_select_matches_user_time_and_target(sample, make_prompt, tmp_path):
     assert protocols.select("sthgcn", [others[0], right, *others[1:]], path) == [right]
     assert protocols.select("sthgcn", [], path) == []
     assert protocols.select("ga-llm", [*others, right], tmp_path / "not needed") == [*others, right]
+
+
+def test_drawn_prompts_are_the_same_each_time(make_prompt):
+    asked = [make_prompt(pair, 1, [1], 2) for pair in range(50)]
+    some = protocols.draw(asked, 8)
+    assert some == protocols.draw(asked, 8) == [asked[i] for i in drawn(50, 8)] != asked[:8] and len(some) == 8
+    assert protocols.draw(asked, None) == protocols.draw(asked, 50) == asked
+    assert artifacts.results({"split": "validate", "draw": 8}) == "validate_draw8"
 
 
 def test_mistakes(sample, make_prompt, foreign_prompt, tmp_path):

@@ -89,6 +89,9 @@ def test_pairs_are_read_whole(tmp_path):
     question, answer = PAIR.split(" <answer>:")
     path = write(tmp_path / "t.json", json.dumps([{"question": question, "answer": "<answer>:" + answer}]))
     assert list(sft_data.iterate_pairs(path)) == [PAIR]
+    assert list(sft_data.iterate_pairs(write(tmp_path / "t.txt", f"{PAIR}\n{PAIR}\n"))) == [PAIR, PAIR]
+    with pytest.raises(UserError, match="t.txt, line 2: no <answer>:"):
+        list(sft_data.iterate_pairs(write(tmp_path / "t.txt", f"{PAIR}\nx\n")))
 
 
 def test_gps_id_without_a_row():

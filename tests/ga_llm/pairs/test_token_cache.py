@@ -4,6 +4,7 @@ import pickle
 from pathlib import Path
 
 import forked
+import numpy as np
 import pytest
 
 from ga_llm.base import prompts
@@ -188,6 +189,11 @@ def test_tokens_of_poi_ids_are_marked(tokenizer, tmp_path, monkeypatch, pairs, m
             marks = sft_data.cut(marks, max_length, ids[0] == tokenizer.bos_token_id)
         assert data[i]["targets"].tolist() == [False, *marks[1:]], pair
     assert any(item["targets"].any() for item in data)
+    answers = token_cache.load(path, tokenizer, max_length, "m.csv", poi_ids=True, answers_alone=True)
+    assert answers.folder == data.folder
+    for alone, item in zip(pickle.loads(pickle.dumps(answers)), data):
+        in_answer = np.arange(len(item["input_ids"])) >= item["answer_start"]
+        assert (alone["targets"] == item["targets"] & in_answer).all()
     plain = token_cache.load(path, tokenizer, max_length, "m.csv")
     assert plain.folder != data.folder and "targets" not in plain[0]
     assert plain[0]["input_ids"].tolist() == data[0]["input_ids"].tolist()

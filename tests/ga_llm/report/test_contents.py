@@ -9,6 +9,7 @@ from matplotlib.image import imread
 from report_folder import NEAR, PROBABILITIES, RANKS, write
 from scipy import stats
 
+from ga_llm.base import artifacts
 from ga_llm.base.cli import UserError
 from ga_llm.evaluation import metrics
 from ga_llm.report import contents, encoder_views, figures, markup
@@ -200,6 +201,20 @@ def test_losses_of_both_stages(town):
     finally:
         evaluation.settings["geoencoder_path"] = before
         (root / "stage2/run.json").unlink(missing_ok=True)
+
+
+def test_validation_lines_go_with_the_losses(town):
+    root, evaluation, *_ = town
+    log = root / "stage2" / artifacts.TRAINER_LOG
+    before, whole = contents.read_losses(evaluation)["stage 2: the LLM"], log.read_text()
+    try:
+        log.write_text(whole + "".join(json.dumps({"step": 20, name: 1.5, "elapsed_seconds": 1200.0}) + "\n"
+                                       for name in ("eval_loss", "eval_MRR")))
+        lines = contents.read_losses(evaluation)["stage 2: the LLM"]
+        assert lines[:-1] == before and lines[-1]["eval_loss"] == 1.5
+        assert imread(io.BytesIO(figures.losses(lines))).shape == imread(io.BytesIO(figures.losses(before))).shape
+    finally:
+        log.write_text(whole)
 
 
 def test_the_log_of_an_experiments_step(tmp_path):

@@ -295,6 +295,11 @@ def test_the_questions_beside_the_training_ones(parse, tmp_path):
     args = parse(*VALIDATES, "--save_steps", "7", **{"validate_q.txt": "x"})
     assert args.eval_data_path == str(tmp_path / "validate_q.txt") and args.eval_steps == 7
     assert args.per_device_eval_batch_size == args.per_device_train_batch_size
+    planned = parse("--eval_strategy", "epoch", "--save_strategy", "epoch", "--load_best_model_at_end", "True",
+                    "--dry_run", "True")
+    assert planned.evaluates and planned.eval_strategy == "no" and planned.eval_data_path == args.eval_data_path
+    with pytest.raises(UserError, match="validate_q.txt: questions to be tested on.*--eval_data_path"):
+        parse(*VALIDATES, train="validate_q.txt")
     with pytest.raises(UserError, match="pairs.json has no validation questions beside it; give --eval_data_path"):
         parse(*VALIDATES, train="pairs.json")
     with pytest.raises(UserError, match="-dataset_name nyc -validate True` and the training questions' other flags"):
