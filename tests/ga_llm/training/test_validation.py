@@ -307,9 +307,9 @@ def test_the_questions_beside_the_training_ones(parse, tmp_path):
         parse(*VALIDATES, settings={"train_q.settings.json": {"dataset": "nyc", "stage": 2}})
 
 
-@pytest.mark.parametrize("theirs, what", [({"stage": 1, "fields": ["poi"]}, "are of stage 1"),
-                                          ({"stage": 2, "fields": ["gps"]}, r"show \['gps'\]"),
-                                          ({"stage": 2, "fields": ["poi"], "answer": "token"}, "are answered by")])
+@pytest.mark.parametrize("theirs, what", [
+    ({"stage": 1, "fields": ["poi"]}, "are of stage 1"), ({"stage": 2, "fields": ["gps"]}, r"show \['gps'\]"),
+    ({"stage": 2, "fields": ["poi"], "answer": "token"}, "are answered by token")])
 def test_questions_of_another_kind(parse, theirs, what):
     with pytest.raises(UserError, match=f"validate_q.txt: its questions {what}, those of --data_path"):
         parse(*VALIDATES, settings={"train_q.settings.json": {"stage": 2, "fields": ["poi"]},
