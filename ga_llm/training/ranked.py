@@ -42,7 +42,8 @@ def rank(trainer, trained: bool) -> None:
         release(trainer)
         preemption.end_at_once()
         command = ["test_next_gps.py", "--output_dir", str(checkpoint), "--test_file",
-                   str(Path(args.eval_data_path).absolute()), "--draw", str(args.eval_ranked)]
+                   str(Path(args.eval_data_path).absolute()), "--draw", str(args.eval_ranked),
+                   *(["--cache_dir", args.cache_dir] if args.cache_dir else [])]
         log.info("ranking %d validation questions: python %s", args.eval_ranked, " ".join(command))
         environment = {key: value for key, value in os.environ.items() if not key.startswith(OF_TORCHRUN)}
         if subprocess.run([sys.executable, ROOT / command[0], *command[1:]], env=environment).returncode:
@@ -62,10 +63,14 @@ def rank(trainer, trained: bool) -> None:
 
 
 def release(trainer) -> None:
-    """Give the GPU's memory back, which the ranking needs."""
-    trainer.optimizer = trainer.lr_scheduler = None
-    trainer.accelerator.free_memory()
-    for tensor in (*trainer.model.parameters(), *trainer.model.buffers()):
+    """Give the GPU's memory back, which the ranking needs: of the weights and AdamW's moments, whoever still holds them.
+
+    accelerate's free_memory asks DeepSpeed, whose processes have left each other.
+    """
+    state = getattr(trainer.optimizer, "state", None)
+    moments = [value for of_one in state.values() if isinstance(of_one, dict) for value in of_one.values()
+               if isinstance(value, torch.Tensor)] if isinstance(state, dict) else []
+    for tensor in (*trainer.model.parameters(), *trainer.model.buffers(), *moments):
         held = getattr(tensor, "ds_tensor", tensor)
         held = held.to_local() if isinstance(held, DTensor) else held
         if held.is_cuda:

@@ -58,11 +58,13 @@ def check(args) -> None:
                         f"evaluation; give --eval_steps {args.save_steps:g}, as --save_steps, or leave it out")
     args.eval_data_path = str(questions(args))
     _check_alike(args)
-    if getattr(args, "eval_ranked", 0) and not (args.eval_data_path.endswith(LINES)
-                                                and artifacts.dataset_of(args.gps_mapping_path)):
-        raise UserError(f"--eval_ranked {args.eval_ranked}: ranking wants questions as lines (.txt) and the mapping in "
-                        "datasets/<name>/preprocessed, where process_llm_gps.py and run.py write them; give "
-                        "--eval_ranked 0 for the loss alone")
+    if getattr(args, "eval_ranked", 0):     # days later it would be too late
+        if not (args.eval_data_path.endswith(LINES) and artifacts.dataset_of(args.gps_mapping_path)):
+            raise UserError(f"--eval_ranked {args.eval_ranked}: ranking wants questions as lines (.txt), and the "
+                            "mapping in datasets/<name>/preprocessed, where process_llm_gps.py and run.py write them; "
+                            "give --eval_ranked 0 for the loss alone")
+        artifacts.require(Path(args.gps_mapping_path).with_name(artifacts.split_sample("train")),
+                          "python data-preprocess/run.py -f best_conf/<name>.yml")
 
 
 def questions(args) -> Path:

@@ -7,7 +7,7 @@ import signal
 import forked
 import numpy as np
 import pytest
-from commands import DATA, PAIRS, free_port, needs_deepspeed
+from commands import DATA, PAIRS, few_pairs, free_port, needs_deepspeed
 from harness import call
 from test_processes import CUT_UP, STACKS
 
@@ -117,6 +117,20 @@ def test_stage_1(validated):
     folder = validated / "outputs/validated_1"
     assert (folder / artifacts.FINAL_ENCODER).read_bytes() == (
         folder / f"{best}/{artifacts.MERGED_ENCODER}").read_bytes()
+
+
+@pytest.mark.slow
+def test_pam(validated):
+    """On questions of one's own, for there are none of the validation split."""
+    for script in ("poi_embeddings.py", "process_pam_stage1.py"):
+        assert call(validated, f"data-preprocess/{script}", "-dataset_name", "sample").code == 0
+    flags = FLAGS[FLAGS.index("--load_in_4bit"):]
+    process, = forked.start(validated, "pam", "outputs/validated_pam", *flags)
+    process.join(300)
+    assert process.exitcode == 2
+    assert "give --eval_data_path" in (validated / "outputs/validated_pam.log").read_text().splitlines()[-1]
+    forked.train(validated, "pam", "outputs/validated_pam", *flags, "--eval_data_path", few_pairs(validated, "pam", 9))
+    assert [step for step, *_ in evaluations(validated, "outputs/validated_pam")] == [2, 4]
 
 
 @pytest.mark.parametrize("flags, message", [
