@@ -63,7 +63,7 @@ def rank(trainer, trained: bool) -> None:
 
 
 def release(trainer) -> None:
-    """Give the GPU's memory back, which the ranking needs: of the weights and AdamW's moments, whoever still holds them.
+    """Give the memory of a GPU back, which the ranking needs: of weights and AdamW's moments, whoever holds them.
 
     accelerate's free_memory asks DeepSpeed, whose processes have left each other.
     """

@@ -12,7 +12,7 @@ from ga_llm.base import artifacts
 from ga_llm.base.cli import UserError
 from ga_llm.llm import backbone
 from ga_llm.pairs import sft_data
-from ga_llm.training import additions, arguments, common, resuming, run_log, staging, trainers, validation
+from ga_llm.training import additions, arguments, common, ranked, resuming, run_log, staging, trainers, validation
 
 STEPS = {"eval_strategy": "steps", "eval_steps": 2, "logging_steps": 1}
 BEST = {**STEPS, "load_best_model_at_end": True}
@@ -245,6 +245,44 @@ def test_log_picture_and_tensorboard(train, tmp_path):
     assert [step for step, _ in curves[0]] == [1, 2, 3, 4] and curves[2] == expected
     assert axes.get_title() == "step 2, 8 validation questions: Acc@1 0.2500, MRR 0.5000"
     assert (folder / artifacts.LOSS_PICTURE).exists() and trainer.result_step == 4
+
+
+def test_tokens_per_second_are_the_trainings_own(train, tmp_path, monkeypatch):
+    """A second a step, a thousand an evaluation; each step has all pairs."""
+    clock = argparse.Namespace(now=100.0)
+    clock.perf_counter = clock.time = lambda: clock.now
+    step, shares = run_log.Trainer.training_step, validation.shares
+
+    def training_step(self, *args, **kwargs):
+        clock.now += 1
+        return step(self, *args, **kwargs)
+
+    def slowly(*args):
+        clock.now += 1000
+        return shares(*args)
+
+    monkeypatch.setattr(run_log.Trainer, "training_step", training_step)
+    monkeypatch.setattr(validation, "shares", slowly)
+    for module in (run_log, validation):
+        monkeypatch.setattr(module, "time", clock)
+    train(2, **STEPS)
+    lines = run_log.read_log(tmp_path / "stage2" / artifacts.TRAINER_LOG)
+    assert len({line["tokens_per_second"] for line in lines if "loss" in line}) == 1
+    assert [line["eval_runtime"] for line in lines if "eval_loss" in line] == [1000, 1000]
+    assert [line["elapsed_seconds"] for line in lines] == [1, 2, 1002, 1003, 1004, 2004]
+
+
+def test_memory_is_given_back(monkeypatch):
+    """As if on a GPU: of weights, buffers and AdamW's moments, though others still hold them."""
+    model = torch.nn.BatchNorm1d(4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(3, 4)).sum().backward()
+    optimizer.step()
+    held = [*model.parameters(), *model.buffers(), *(value for of_one in optimizer.state.values()
+                                                     for value in of_one.values())]
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    ranked.release(argparse.Namespace(model=model, optimizer=optimizer))
+    assert len(held) == 11 and all(tensor.untyped_storage().nbytes() == 0 for tensor in held)
 
 
 # Mistakes.
