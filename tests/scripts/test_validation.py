@@ -72,6 +72,7 @@ def test_what_is_ranked_at_the_end_is_what_the_test_ranks(validated, one_process
     assert [event.value for event in scalars.Scalars("eval/MRR")] == [pytest.approx(line["eval_MRR"])]
 
 
+@pytest.mark.slow
 def test_started_again_it_ranks_what_is_not_ranked(validated, one_process):
     """A kill may come between the last checkpoint and the ranking's line; its line comes once."""
     output = validated / one_process
