@@ -316,6 +316,10 @@ def _are_differences(value) -> bool:
             and all(one.get("verdict") == verdict(one) for one in value.values()))
 
 
+def _are_seeds(value) -> bool:
+    return value != {} and _map_of(_map_of(_is_number))(value) and all(map(str.isdigit, value))
+
+
 KEPT_FIELDS = {             # of a kept file -> whether a value can be its
     **dict.fromkeys(("experiment", "scale", "table", "name"), _is_text),
     **dict.fromkeys(("dataset", "model", "reference", "source", "protocol", "decoding", "date", "command", "commit",
@@ -323,7 +327,7 @@ KEPT_FIELDS = {             # of a kept file -> whether a value can be its
     "group": _or_none(lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_text, value))),
     "published": _map_of(_is_number), "seconds": _or_none(_map_of(_is_number)),
     "training": _or_none(_map_of(_has_numbers("steps", "seconds"))), "found": _is_found,
-    "seeds": _or_none(lambda value: value != {} and _map_of(_map_of(_is_number))(value) and all(map(str.isdigit, value))),
+    "seeds": _or_none(_are_seeds),
     "differences": _or_none(_are_differences), "fits": _or_none(_is_found), "groups": _map_of(_map_of(_is_found)),
 }
 

@@ -102,7 +102,7 @@ def test_a_rate_of_its_own_beside_the_llm(trained):
     forked.train(trained, 2, "outputs/rates", *files("moments"), *EXACT, *GEO, "--init_from",
                  "outputs/pointed/checkpoint-4", "--learning_rate", "1e-12", "--beside_learning_rate", "1e-3",
                  "--max_steps", "1", "--warmup_steps", "0")
-    one, other = (weights(trained / folder) for folder in ("outputs/pointed/checkpoint-4", "outputs/rates/checkpoint-1"))
+    one, other = (weights(trained / "outputs" / folder) for folder in ("pointed/checkpoint-4", "rates/checkpoint-1"))
     moved = {name: (one[name] - other[name]).abs().max().item() for name in one}
     own = {name: name.split(".")[0] in ("pointer", "moment_injection", "place_rows") for name in one}
     assert all(moved[name] < 1e-9 for name in one if not own[name])
