@@ -32,6 +32,7 @@ METRICS = "metrics.json"
 PREDICTIONS = "predictions.jsonl"
 LOG_PROBABILITIES = "log_probabilities.npy"
 REPORT = "report.html"
+EXPLORER = "explorer.html"
 REPORT_PICTURES = "report_*.png"    # beside it
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from ga_llm.base import artifacts
 from ga_llm.base.cli import UserError
@@ -23,6 +24,7 @@ from geo_encoder.gps_tokens import GPSMapping, read_gps_mapping
 HISTORY = "user-history frequency"      # the baseline without which no result is shown
 BINS = 10           # of the top-1 probability, equally wide
 NEAR_KM = 1.0       # a wrong guess within it is a near miss
+OUTCOMES = ("right", "near miss", "far miss")
 EACH = 2            # examples of each kind
 TOP = 5
 MOST_SHOWN = 12     # check-ins of an example's trajectory
@@ -57,6 +59,7 @@ class Baseline:
 
     share: (pairs,), that of its first guess among the user's check-ins, its probability; nan without any.
     """
+    train: pd.DataFrame
     prompts: list[spelling.TestPrompt]
     ranks: np.ndarray
     tops: np.ndarray
@@ -76,10 +79,10 @@ class Reliability:
     ece: float
 
 
-def read_evaluation(folder: Path) -> Evaluation:
+def read_evaluation(folder: Path, flag: str = "--output_dir") -> Evaluation:
     """Raises UserError if metrics.json and predictions.jsonl are missing, damaged, or not of one evaluation."""
     if not folder.is_dir():
-        raise UserError(f"--output_dir {folder}: no such folder; give stage 2's checkpoint-N that "
+        raise UserError(f"{flag} {folder}: no such folder; give stage 2's checkpoint-N that "
                         f"`{comparison.MADE_BY}` has tested")
     path = artifacts.require(folder / artifacts.METRICS, comparison.MADE_BY)
     found = results.read(path)
@@ -154,7 +157,8 @@ def read_baseline(evaluation: Evaluation, folder: Path, mapping: GPSMapping, dat
     visits = [Counter(history) for history in metrics.histories(prompts, train)]
     share = [max(count.values()) / count.total() if count else np.nan for count in visits]
     targets = [prompt.target for prompt in prompts]
-    return Baseline(prompts, found.ranks, found.tops, metrics.distances(found.tops, targets, mapping), np.array(share))
+    return Baseline(train, prompts, found.ranks, found.tops, metrics.distances(found.tops, targets, mapping),
+                    np.array(share))
 
 
 def _first(paths: Sequence[Path], what: str, flag: str) -> Path:
@@ -196,13 +200,16 @@ def wilson(right: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
 
 
+def outcomes(evaluation: Evaluation) -> np.ndarray:
+    """(pairs,) the first guess's, by its position in OUTCOMES; far is also what has no distance."""
+    return np.where(evaluation.ranks == 1, 0, np.where(evaluation.km <= NEAR_KM, 1, 2))
+
+
 def choose(evaluation: Evaluation) -> list[tuple[str, int]]:
     """(kind, index of the pair) of the examples: EACH of a kind, at equal steps through its pairs in their order."""
-    right = evaluation.ranks == 1
-    near = ~right & (evaluation.km <= NEAR_KM)
-    found = []
-    for kind, of_kind in (("right", right), ("near miss", near), ("far miss", ~right & ~near)):
-        pairs = np.flatnonzero(of_kind)
+    found, of = [], outcomes(evaluation)
+    for number, kind in enumerate(OUTCOMES):
+        pairs = np.flatnonzero(of == number)
         steps = sorted({(i + 1) * len(pairs) // (EACH + 1) for i in range(EACH)}) if len(pairs) else []
         found += [(kind, int(pairs[step])) for step in steps]
     return found
@@ -212,11 +219,11 @@ def examples(evaluation: Evaluation, baseline: Baseline, mapping: GPSMapping, fo
     """Of each chosen pair: kind, pair, user, time, rank, check_ins, hidden (earlier ones), target, top, history.
 
     A place is {"poi", "category", "latitude", "longitude", "km" (to the target)}; check_ins' have "time", top's
-    "probability". Times of check-ins are from test_sample.csv, None where it does not have the trajectory.
+    "probability". Times of check-ins are the split's, None where it does not have the trajectory.
     """
     categories = read_categories(folder / artifacts.split_sample("train"), mapping.ids.tolist(), -1)
     places = dict(zip(mapping.ids.tolist(), zip(mapping.latitude.tolist(), mapping.longitude.tolist())))
-    trajectories = read_trajectories(folder / artifacts.split_sample("test"))
+    of_pair = trajectories(evaluation, folder)
 
     def place(poi: int, target: int, **more) -> dict:
         km, = metrics.distances([poi], [target], mapping)
@@ -228,7 +235,7 @@ def examples(evaluation: Evaluation, baseline: Baseline, mapping: GPSMapping, fo
     for kind, i in choose(evaluation):
         record, prompt = evaluation.records[i], baseline.prompts[i]
         target = record["target"]
-        check_ins = trajectories.get((prompt.user, prompt.time, target), [(None, poi) for poi in prompt.current])
+        check_ins = of_pair.get((prompt.user, prompt.time, target), [(None, poi) for poi in prompt.current])
         top = [place(poi, target, probability=None if value is None else probability(value))
                for poi, value in record["top"][:TOP]]
         guess = int(baseline.tops[i])
@@ -238,6 +245,12 @@ def examples(evaluation: Evaluation, baseline: Baseline, mapping: GPSMapping, fo
             "check_ins": [place(poi, target, time=time) for time, poi in check_ins[-MOST_SHOWN:]], "top": top,
             "history": None if guess == metrics.NO_POI else place(guess, target)})
     return found
+
+
+def trajectories(evaluation: Evaluation, folder: Path) -> dict[tuple[int, str, int], list[tuple[str, int]]]:
+    """Those of the split that was tested, as of `read_trajectories`."""
+    split = evaluation.metrics.get("split")
+    return read_trajectories(folder / artifacts.split_sample(split if split in artifacts.SPLITS else "test"))
 
 
 def read_trajectories(path: Path) -> dict[tuple[int, str, int], list[tuple[str, int]]]:

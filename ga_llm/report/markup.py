@@ -84,9 +84,13 @@ dd { margin: 0; font-family: ui-monospace, monospace; font-size: 0.82rem; }
 
 
 def safe(text) -> str:
-    """Text that HTML takes for nothing else; what cannot be seen or turns the writing round is shown as �."""
-    return html.escape("".join(char if char.isprintable() else " " if char.isspace() else "\ufffd"
-                               for char in str(text)))
+    """Text that HTML takes for nothing else, `visible`."""
+    return html.escape(visible(text))
+
+
+def visible(text) -> str:
+    """What cannot be seen or turns the writing round is shown as �."""
+    return "".join(char if char.isprintable() else " " if char.isspace() else "\ufffd" for char in str(text))
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence], caption: str, strong: Sequence[int] = ()) -> str:

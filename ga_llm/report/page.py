@@ -247,9 +247,9 @@ def coordinates(pois: np.ndarray, mapping: GPSMapping) -> np.ndarray:
 def examples_section(page: Page, evaluation: Evaluation, mapping: GPSMapping, baseline: Baseline, folder: Path
                      ) -> list[str]:
     found = contents.examples(evaluation, baseline, mapping, folder)
-    counts = [int((evaluation.ranks == 1).sum()), int(((evaluation.ranks != 1) & (evaluation.km <= NEAR_KM)).sum())]
-    return [paragraph(f"First guesses: {counts[0]:,} right, {counts[1]:,} near misses (wrong, within {NEAR_KM:g} km), "
-                      f"{len(evaluation.records) - sum(counts):,} far misses. Of each kind {contents.EACH} are shown, "
+    right, near, far = np.bincount(contents.outcomes(evaluation), minlength=len(contents.OUTCOMES)).tolist()
+    return [paragraph(f"First guesses: {right:,} right, {near:,} near misses (wrong, within {NEAR_KM:g} km), "
+                      f"{far:,} far misses. Of each kind {contents.EACH} are shown, "
                       "at one and two thirds of its pairs in the test file's order; nobody has picked them."),
             panels(*(example(page, i, one, mapping) for i, one in enumerate(found, start=1)))]
 
