@@ -76,23 +76,28 @@ function makeMap(i) {
   L.control.scale({ imperial: false }).addTo(map);
   L.polyline(data.shapes.map(line => line.map(([y, x]) => [y / 1e5, x / 1e5])),
              { pane: "shapes", renderer: L.svg({ pane: "shapes" }), className: "shape", interactive: false }).addTo(map);
-  const canvas = L.canvas({ pane: "places", tolerance: 5, padding: 0.2 });
-  const dots = L.featureGroup();
-  // The places that are asked for come last, so that they lie on top.
-  for (const place of places.id.map((_, place) => place).sort((a, b) => truths.has(a) - truths.has(b))) {
-    if (!point(place)) continue;
-    const asked = truths.has(place);
-    const dot = L.circleMarker(point(place), { renderer: canvas, pane: "places", radius: asked ? 3 : 2, stroke: false,
-      fillOpacity: 1, fillColor: asked ? "#6a737d" : "#c9ced3", interactive: asked });
-    dots.addLayer(dot.on("click", () => choosePlace(place)));
-    dot.place = place;
+  // On a canvas, which takes thousands; those that are asked for come last, on top. `nearest` finds what is clicked.
+  const renderer = L.canvas({ pane: "places", padding: 0 });
+  const dots = places.id.map((_, place) => place).filter(point).sort((a, b) => truths.has(a) - truths.has(b));
+  for (const place of dots) {
+    const [radius, fillColor] = truths.has(place) ? [2.6, "#7d868f"] : [1.8, "#cfd4d9"];
+    L.circleMarker(point(place), { renderer, pane: "places", radius, fillColor, stroke: false, fillOpacity: 1,
+                                   interactive: false }).addTo(map);
   }
-  dots.bindTooltip(dot => element("span", {}, nameOf(dot.place)));
-  dots.addTo(map);
+  map.on("click", event => choosePlace(nearest(map, event.containerPoint)));
   map.trajectory = L.svg({ pane: "trajectory", padding: 1 });
   map.heat = L.svg({ pane: "heat", padding: 1 });
   map.shown = L.layerGroup().addTo(map);
   return map;
+}
+
+function nearest(map, at) {     // of the places that are asked for, if it is near enough to be meant
+  let best = [12, -1];      // pixels
+  for (const place of truths) {
+    const away = point(place) ? map.latLngToContainerPoint(point(place)).distanceTo(at) : Infinity;
+    if (away < best[0]) best = [away, place];
+  }
+  return best[1];
 }
 
 function sign(place, kind, text, size, title, z) {
@@ -111,12 +116,11 @@ function draw(map, run, pair) {
     sign(top[pair], "baseline", BASELINE_SIGNS[name] ?? "×", 34, `${name}: ${nameOf(top[pair])}`, 100)));
   run.top[pair].forEach((place, i) => {
     if (!point(place)) return;
-    const share = run.share[pair][i], size = Math.max(i < FIRST ? 20 : 16, 64 * Math.sqrt((share ?? 0) / 1e4));
-    layers.push(sign(place, i < FIRST ? "guess" : "guess late", String(i + 1), size,
+    const share = run.share[pair][i], size = Math.max(i < FIRST ? 20 : 16, 42 * Math.sqrt(share / 1e4));
+    layers.push(sign(place, `guess${i < FIRST ? "" : " late"}${place === target ? " hit" : ""}`, String(i + 1), size,
                      `${i + 1}. ${nameOf(place)}: ${percent(share)}`, 1000 - 10 * i));
   });
-  if (point(target)) layers.push(sign(target, "truth", "★", 34, `The truth: ${nameOf(target)}`, 2000));
-  map.shown.clearLayers();
+  if (point(target)) layers.push(sign(target, "truth", "★", 54, `The truth: ${nameOf(target)}`, 200));
   layers.forEach(layer => layer.addTo(map.shown));
 }
 
@@ -125,27 +129,33 @@ function drawTrajectory(map, pair, layers) {
     .filter(step => step.at);
   if (!steps.length) return;
   const style = { pane: "trajectory", renderer: map.trajectory, interactive: false };
-  for (const className of ["casing", "trajectory"]) layers.push(L.polyline(steps.map(step => step.at), { ...style, className }));
+  for (const [className, shown] of [["earlier", steps], ["casing", steps.slice(-LABELLED)], ["trajectory", steps.slice(-LABELLED)]]) {
+    layers.push(L.polyline(shown.map(step => step.at), { ...style, className }));
+  }
   const times = new Map();      // of each place, in order
   steps.slice(-LABELLED).forEach(({ place, second }) => times.set(place, [...times.get(place) ?? [], shortTime(second, pairs.second[pair])]));
   const last = steps.at(-1).place;
   for (const { place, at } of new Map(steps.map(step => [step.place, step])).values()) {
     const dot = L.circleMarker(at, { ...style, className: place === last ? "stop last" : "stop", radius: place === last ? 7 : 4 });
     const text = (times.get(place) ?? []).filter(time => time).join(", ");
-    if (text) dot.bindTooltip(text, { permanent: true, direction: "right", offset: [6, 0], className: "when" });
+    if (text) dot.bindTooltip(text, { permanent: true, direction: "auto", offset: [6, 0], className: "when" });
     layers.push(dot);
   }
 }
 
-function fit(pair) {
+function around(pair) {
   const shown = [pairs.target[pair], ...current.place[pair].slice(-LABELLED), ...runs.flatMap(run => run.top[pair].slice(0, FIRST))];
   const bounds = L.latLngBounds(shown.map(point).filter(at => at));
-  show(bounds.isValid() ? bounds : everywhere);
+  return bounds.isValid() ? bounds : everywhere;
 }
 
 function show(bounds) {
-  maps.forEach(map => map.invalidateSize({ pan: false }));
-  maps[0].fitBounds(bounds, { padding: [34, 34], maxZoom: 16, animate: false });
+  maps[0].fitBounds(bounds, { paddingTopLeft: [40, 30], paddingBottomRight: [70, 30], maxZoom: 16, animate: false });
+}
+
+function showIfNeeded(bounds) {     // a map that stays is easier to follow, and sooner drawn
+  const map = maps[0], closer = Math.min(16, map.getBoundsZoom(bounds)) - map.getZoom();
+  if (closer > 1.5 || !map.getBounds().pad(-0.05).contains(bounds)) show(bounds);
 }
 
 // The chosen pair in words and tables.
@@ -158,7 +168,8 @@ function say(pair) {
   });
   $("said").textContent = `Pair ${pairs.pair[pair]}, ${nameOfUser(pairs.user[pair])}, ${timeOf(pairs.second[pair])}. ` +
     `The truth: ${nameOf(target)}. ${about.join(" ")}`;
-  runs.forEach((run, i) => $(`about${i}`).textContent = `${LETTERS[i]}: ${outcomeOf(run, pair)}`);
+  runs.forEach((run, i) => $(`about${i}`).textContent =
+    `${LETTERS[i]}: ${data.outcomes[run.outcome[pair]]}, ${rankOf(run.rank[pair])}`);
 }
 
 function outcomeOf(run, pair) {
@@ -170,7 +181,7 @@ function table(caption, heads, rows) {
   const head = element("tr", {}, ...heads.map(text => element("th", { scope: "col" }, text)));
   const body = rows.map(({ cells, strong, share }) => {
     const row = element("tr", strong ? { class: "strong" } : {}, ...cells.map(cell => element("td", {}, cell)));
-    if (share) row.style.setProperty("--share", `${share / 100}%`);
+    if (share !== undefined) row.style.setProperty("--share", `${share / 100}%`);
     return row;
   });
   const made = element("table", {}, element("caption", {}, caption), element("thead", {}, head), element("tbody", {}, ...body));
@@ -184,16 +195,17 @@ function tabulate(pair) {
     ["", "guess (★ the truth)", "probability", "km off"],
     run.top[pair].map((place, k) => ({ cells: [String(k + 1), mark(place), percent(run.share[pair][k]), inKm(away(place, target))],
                                        strong: place === target, share: run.share[pair][k] }))));
-  if (data.baselines.length) made.push(table("What needs no model", ["", "first guess", "km off", "the truth"], data.baselines.map(
+  const rest = [];
+  if (data.baselines.length) rest.push(table("What needs no model", ["", "first guess", "km off", "the truth"], data.baselines.map(
     ({ name, top, rank }) => ({ cells: [`${BASELINE_SIGNS[name] ?? "×"} ${name}`, ...top[pair] < 0 ? ["–", "–"] : [mark(top[pair]), inKm(away(top[pair], target))], rankOf(rank[pair])],
                                 strong: top[pair] === target }))));
   const steps = current.place[pair];
-  if (steps.length) made.push(table("Current trajectory", ["time", "check-in"], steps.map((place, i) => (
-    { cells: [timeOf(current.second[pair][i]), mark(place)], strong: place === target }))));
+  if (steps.length) rest.push(table("Current trajectory, the latest first", ["time", "check-in"], steps.map((place, i) => (
+    { cells: [timeOf(current.second[pair][i]), mark(place)], strong: place === target })).reverse()));
   const { places: been, visits } = users[pairs.user[pair]];
-  if (been.length) made.push(table(`Most visited by the user in train (${number(been.length)} places)`, ["place", "visits"],
+  if (been.length) rest.push(table(`Most visited by the user in train (${number(been.length)} places)`, ["place", "visits"],
     been.slice(0, 10).map((place, i) => ({ cells: [mark(place), number(visits[i])], strong: place === target }))));
-  $("tables").replaceChildren(...made);
+  $("tables").replaceChildren(...made, element("div", { class: runs.length > 1 ? "rest wider" : "rest" }, ...rest));
 }
 
 // Choosing.
@@ -204,8 +216,9 @@ const inTime = (a, b) => (pairs.second[a] ?? 0) - (pairs.second[b] ?? 0) || a - 
 function choose(pair, { listed = true } = {}) {
   if (pair === undefined) return;
   chosen = pair;
+  maps.forEach(map => map.shown.clearLayers());
+  showIfNeeded(around(pair));       // before anything is drawn, which then is placed once
   maps.forEach((map, i) => draw(map, runs[i], pair));
-  fit(pair);
   say(pair);
   tabulate(pair);
   ofUser = all.filter(other => pairs.user[other] === pairs.user[pair]).sort(inTime);
@@ -297,13 +310,14 @@ function begin() {
   $("runs").textContent = runs.map((run, i) => `${LETTERS[i]}: ${run.name}`).join(" · ");
   $("absent").replaceChildren(...data.absent.map(text => element("li", {}, text)));
   legend();
+  $("filters").open = !matchMedia("(max-width: 760px)").matches;        // a phone shows the map first
   $("choose").addEventListener("change", event => event.target.id === "list" ? choose(Number($("list").value)) : filter());
   $("choose").addEventListener("submit", event => event.preventDefault());
   $("all").addEventListener("click", () => { $("choose").reset(); filter(); });
   $("previous").addEventListener("click", () => choose(found[found.indexOf(chosen) - 1]));
   $("next").addEventListener("click", () => choose(found[found.indexOf(chosen) + 1]));
   $("time").addEventListener("input", () => choose(ofUser[$("time").value]));
-  $("near").addEventListener("click", () => fit(chosen));
+  $("near").addEventListener("click", () => show(around(chosen)));
   $("whole").addEventListener("click", () => show(everywhere));
   show(everywhere);
   filter();
