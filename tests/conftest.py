@@ -152,3 +152,12 @@ def make_repo(repo):
     make_tiny_llama(repo / "models/tiny", hidden=32, kv_heads=2)
     forked.train(repo, 1, "outputs/gcim")
     stage_2(repo, "outputs/llm")
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Of a report: they take most of the time, and are tried in tests/scripts/test_report_script.py."""
+    from ga_llm.report import figures
+    for name in ("intervals", "reliability", "error_map", "distance_shares", "example", "colour_map", "distances",
+                 "losses"):
+        monkeypatch.setattr(figures, name, lambda *arguments: b"")

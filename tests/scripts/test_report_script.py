@@ -11,8 +11,6 @@ from commands import evaluation
 from harness import call, refusal, snapshot
 from report_folder import write
 
-from ga_llm.report import figures
-
 SECTIONS = ["In short", "Metrics and baselines", "Accuracy by group", "Calibration of the probabilities",
             "Where the guesses are wrong", "Examples", "What the geo-encoder knows of distance",
             "Losses of the training", "Where this comes from"]
@@ -130,14 +128,6 @@ def test_the_same_bytes_again_and_nothing_left_of_before(town):
     assert call(root, "report.py", "--output_dir", checkpoint).code == 0
     (report / "mine.png").unlink()
     assert snapshot(report) == before and (report / "report.html").read_text() == page
-
-
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """They take most of the time, and are tried above."""
-    for name in ("intervals", "reliability", "error_map", "distance_shares", "example", "colour_map", "distances",
-                 "losses"):
-        monkeypatch.setattr(figures, name, lambda *arguments: b"")
 
 
 def test_what_is_absent_is_one_line(tmp_path, no_pictures):
