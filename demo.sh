@@ -56,3 +56,6 @@ step "Test: every POI is ranked for every test question"
 python test_next_gps.py --base_model $MODEL --output_dir $STAGE_2/checkpoint-$STEPS_2 --dataset_name sample \
     --gps_mapping_path $MAPPING --geoencoder_path $STAGE_1/$STEPS_1/geo_encoder_merged.pth \
     --seq_len 320 --context_size 320 --batch_size 8 --dtype bfloat16 --flash_attn True --test_type llm
+
+step "Look at it: both pages open in any browser, without network"
+python report.py --output_dir $STAGE_2/checkpoint-$STEPS_2

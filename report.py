@@ -57,10 +57,8 @@ def main():
         kept = {args.report_dir / name for name in (*made.pictures, *pages)}
         for left in {*args.report_dir.glob(artifacts.REPORT_PICTURES), args.report_dir / artifacts.EXPLORER} - kept:
             left.unlink(missing_ok=True)        # of an earlier report that showed more
-    for name in pages:
-        print(f"wrote {args.report_dir / name}")
-    print(f"and {len(made.pictures)} pictures beside it" if lacking is None else
-          f"and {len(made.pictures)} pictures beside it; no {artifacts.EXPLORER}: {lacking}")
+    print(f"wrote {args.report_dir / artifacts.REPORT} and {len(made.pictures)} pictures beside it")
+    print(f"wrote {args.report_dir / artifacts.EXPLORER}" if lacking is None else f"no {artifacts.EXPLORER}: {lacking}")
 
 
 def make(args, evaluation: contents.Evaluation) -> tuple[markup.Page, dict[str, str], contents.Absent | None]:

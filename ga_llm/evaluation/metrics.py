@@ -3,6 +3,7 @@
 Every question has one right answer, so a method's ranks and best POIs (`Ranking`) are all that the metrics need.
 """
 import dataclasses
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -17,6 +18,8 @@ OF_ONE_ANSWER = ("Acc@1", *KM, WITHIN)
 
 NO_POI = -1                     # in a Ranking's tops: no candidate
 BLOCKS = (("Acc@1", "Acc@5", "Acc@10", "Acc@20"), ("MRR", "MRR@5", "MRR@10", "NDCG@10"), (*KM, WITHIN))
+SHORT = ("Acc@1", "Acc@5", "Acc@10", "MRR")
+WIDTH = 80                      # of what is printed
 GROUP_SHARE = 0.3               # how much of the users, or pairs, is at either end (STHGCN, LLM4POI)
 BLOCK_DRAWS = 2 ** 21           # pairs that are resampled at a time: bounds the memory
 
@@ -192,30 +195,56 @@ def report(test_prompts, model: Ranking, baselines: dict[str, Ranking], train: p
 
 
 def text(report: dict) -> str:
-    """The report for a person: the tables of all pairs, of those that fit, and of the groups."""
+    """The report for a person, at most WIDTH columns wide: tables of all pairs, of those that fit, and of the groups."""
     n, fit = report["n"], report["fits"]["model"]["n"]
     others = f" (published: {report['published_n']})" if report.get("published_n") else ""
-    lines = [f"protocol {report['protocol']}, n = {n}{others}, the target's time is given in "
-             f"{report['target_time_given']} of {n} questions (GA-LLM's and LLM4POI's name it; STHGCN and GETNext "
-             "never see it)", "",
-             "all pairs (value [95 % interval])", *_blocks(report["all"])]
-    if fit == n:
-        lines += ["every prompt fits --seq_len", ""]
-    else:
-        lines += [f"the pairs whose prompt fits --seq_len: {fit} of {n}", *_blocks(report["fits"])]
+    given = (f"protocol {report['protocol']}, n = {n}{others}, the target's time is given in "
+             f"{report['target_time_given']} of {n} questions (GA-LLM's and LLM4POI's name it; STHGCN and GETNext never "
+             "see it)")
     share, speed = report["target_in_prompt"], report["prompts_per_second"]
-    lines += [_group_table(report["groups"], [name for name in report["all"] if name != "model"]), "",
-              f"target among the prompt's check-ins: {'-' if share is None else format(share, '.3f')}; "
-              f"{'-' if speed is None else format(speed, '.2f')} prompts per second"]
-    if report["fits_released"] and report["fits_released"]["model"]["n"] < n:
-        counted = report["fits_released"]["model"]["n"]
-        lines += ["", f"the pairs whose prompt would fit --seq_len in the released code's wording: {counted} of {n}",
-                  table(report["fits_released"], BLOCKS[0])]
+    lines = [textwrap.fill(given, WIDTH), "", "all pairs: the model's value [95 % interval], and others' values",
+             narrow(report["all"], [column for block in BLOCKS for column in block]), "",
+             _group_table(report["groups"], [name for name in report["all"] if name != "model"]), ""]
+    fits = {"the pairs whose prompt fits --seq_len": report["fits"],
+            "the pairs whose prompt would fit it in the released code's wording": report["fits_released"]}
+    for what, found in fits.items():
+        if found and found["model"]["n"] < n:
+            lines += [f"{what}: {found['model']['n']} of {n}", *[narrow(found, SHORT)] * bool(found["model"]["n"]), ""]
+    return "\n".join(lines + ["every prompt fits --seq_len"] * (fit == n) + [
+        f"target among the prompt's check-ins: {'-' if share is None else format(share, '.3f')}; "
+        f"{'-' if speed is None else format(speed, '.2f')} prompts per second",
+        "all intervals, and all metrics by group: in metrics.json and report.py's page"])
+
+
+def narrow(rows: dict[str, dict], columns: Sequence[str]) -> str:
+    """Aligned text, one row per metric: the first method's with interval, the others' as columns, `-` where it has none.
+
+    rows: {method: summary}. What would be wider than WIDTH stands below.
+    """
+    (first, found), *others = rows.items()
+    width = max(map(len, columns))
+    blocks = [[_column(first, [_with_interval(found, column) for column in columns])]]
+    used = width + 2 + len(blocks[0][0][0])
+    for name, result in others:
+        cells = _column(name, [_value(result, column) for column in columns])
+        if used + 2 + len(cells[0]) > WIDTH:
+            blocks.append([])
+            used = width
+        blocks[-1].append(cells)
+        used += 2 + len(cells[0])
+    lines = []
+    for block in blocks:
+        heads = max(len(cells) for cells in block) - len(columns)
+        labels = [" " * width] * heads + [f"{column:{width}}" for column in columns]
+        padded = [[" " * len(cells[0])] * (len(labels) - len(cells)) + cells for cells in block]
+        lines += ["  ".join(line).rstrip() for line in zip(labels, *padded)]
     return "\n".join(lines)
 
 
-def _blocks(rows: dict[str, dict]) -> list[str]:
-    return [line for columns in BLOCKS for line in (table(rows, columns), "")]
+def _column(name: str, cells: Sequence[str]) -> list[str]:
+    """The words of a head above each other, and the cells, all of one width; to the right where they are numbers."""
+    lines = [*name.split(" "), *cells] if len(name) > max(map(len, cells)) else [name, *cells]
+    return [f"{line:>{max(map(len, lines))}}" for line in lines]
 
 
 def table(rows: dict[str, dict], columns: Sequence[str]) -> str:
@@ -229,26 +258,24 @@ def table(rows: dict[str, dict], columns: Sequence[str]) -> str:
 
 
 def _group_table(found: dict[str, dict[str, dict]], baselines: list[str]) -> str:
-    """One row per group: the model's Acc@1 with its interval, the baselines', the model's MRR and their best."""
-    heads = [f"{'Acc@1: model':23}", *(f"{name:>{max(6, len(name))}}" for name in baselines), "MRR: model",
-             "best baseline"]
+    """One row per group: the model's Acc@1 with its interval, and MRR; of the best baseline, the values."""
     width = 2 + max(len(group) for by_group in found.values() for group in by_group)
-    lines = [f"{'by group':{width}}  {'n':>6}  " + "  ".join(heads)]
+    lines = ["by group; baseline: the best one's value",
+             f"{'':{width}}  {'n':>6}  {'Acc@1: model':23}  baseline  MRR: model  baseline"]
     for grouping, by_group in found.items():
         lines.append(grouping)
         for group, methods in by_group.items():
-            model = methods["model"]
             # The best of texts: all have four decimals and none exceeds 1; "-" comes before digits.
-            numbers = [*(_value(methods[name], "Acc@1") for name in baselines), _value(model, "MRR"),
-                       max((_value(methods[name], "MRR") for name in baselines), default="-")]
-            cells = [f"{_with_interval(model, 'Acc@1'):23}",
-                     *(f"{number:>{len(head)}}" for number, head in zip(numbers, heads[1:]))]
-            lines.append(f"{'  ' + group:{width}}  {model['n']:>6}  " + "  ".join(cells))
-    return "\n".join(line.rstrip() for line in lines)
+            acc, mrr = (max((_value(methods[name], metric) for name in baselines), default="-")
+                        for metric in ("Acc@1", "MRR"))
+            model = methods["model"]
+            lines.append(f"{'  ' + group:{width}}  {model['n']:>6}  {_with_interval(model, 'Acc@1'):23}  {acc:>8}  "
+                         f"{_value(model, 'MRR'):>10}  {mrr:>8}")
+    return "\n".join(lines)
 
 
 def _value(result: dict, metric: str) -> str:
-    return f"{result[metric]['value']:.4f}" if metric in result else "-"
+    return f"{result[metric]['value']:.{2 if metric in KM else 4}f}" if metric in result else "-"
 
 
 def _with_interval(result: dict, metric: str) -> str:

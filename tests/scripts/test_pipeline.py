@@ -13,6 +13,8 @@ from forked import evaluate
 from harness import call
 from safetensors.torch import load_file
 
+from ga_llm.evaluation.metrics import BLOCKS, table
+
 
 def test_golden_run(repo):
     """Each step leaves what the next one reads, and the numbers at the end are over every test question."""
@@ -93,8 +95,9 @@ def test_protocol_and_comparison(repo):
     assert runs.code == 0 and "(1 of A, 2 of B)" in runs.out
     alone = call(repo, "tools/baselines.py", "-dataset_name", "sample")     # needs no model
     assert alone.code == 0
-    for line in result.out.split("by group")[0].splitlines():
-        assert not line.startswith(("user-history", "popularity", "Markov")) or line in alone.out.splitlines()
+    others = {name: found for name, found in sample["all"].items() if name != "model"}
+    for columns in BLOCKS:
+        assert set(table(others, columns).splitlines()) <= set(alone.out.splitlines())
     unlike = call(repo, "test_next_gps.py", "--compare", *files)
     assert (unlike.code == 0) == (sample["n"] == whole["n"])
 

@@ -168,18 +168,37 @@ def test_report(make_prompt):
 
 
 def test_text(make_prompt):
+    """Metrics below each other, methods side by side, in 80 columns."""
     text = metrics.text(made_report(make_prompt))
-    assert text.startswith("protocol ga-llm, n = 2, the target's time is given in 2 of 2 questions (")
-    assert f"{'model':10}  {2:>6}  0.5000 [0.0000, 1.0000]" in text
-    assert "the pairs whose prompt fits --seq_len: 1 of 2" in text
+    assert text.startswith("protocol ga-llm, n = 2, the target's time is given in 2 of 2 questions (GA-LLM's\n")
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[lines.index("all pairs: the model's value [95 % interval], and others' values") + 1].split() == [
+        "model", "popularity"]
+    assert "Acc@1              0.5000 [0.0000, 1.0000]      0.5000" in lines
+    median = next(line for line in lines if line.startswith("median km")).split()
+    assert median[2:5] == [f"{APART / 2:.2f}", "[0.00,", f"{APART:.2f}]"]
     for metric in ("Acc@1", "Acc@5", "Acc@10", "Acc@20", "MRR", "MRR@5", "MRR@10", "NDCG@10", "mean km", "median km",
                    "share within 1 km"):
-        assert metric in text
-    assert "  not in prompt       1  0.0000 [0.0000, 0.0000]      1.0000      0.0000         1.0000" in text
-    assert "  normal              0  -                                 -           -              -" in text
-    assert max(map(len, text.splitlines()[1:])) <= 130
+        assert sum(line.startswith(f"{metric}  ") for line in lines) == 1 + (metric in metrics.SHORT)
+    assert "the pairs whose prompt fits --seq_len: 1 of 2" in lines
+    assert "  not in prompt       1  0.0000 [0.0000, 0.0000]    1.0000      0.0000    1.0000" in lines
+    assert "  normal              0  -                               -           -         -" in lines
     fitting = metrics.text(made_report(make_prompt, fits=(True, True)))
     assert "every prompt fits --seq_len" in fitting and fitting.count("[0.0000, 1.0000]") < text.count("[")
+
+
+def test_many_methods_stand_below_each_other(make_prompt):
+    """Two of a name's words are two lines; the first method has its interval, and no line is longer than 80."""
+    found = made_report(make_prompt)["all"]
+    rows = {"model": found["model"], **{f"another baseline {i}": found["popularity"] for i in range(6)}}
+    lines = metrics.narrow(rows, ("Acc@1", "mean km")).splitlines()
+    assert max(map(len, lines)) <= 80
+    heads = [i for i, line in enumerate(lines) if line.split()[:2] == ["another", "another"]]
+    assert len(heads) == 2 and sum(line.count("another") for line in lines) == 6
+    assert [line.split()[0] for line in lines].count("Acc@1") == 2
+    assert lines[heads[0] + 3].startswith("Acc@1    0.5000 [0.0000, 1.0000]    0.5000")
+    assert lines[heads[1] + 3].startswith("Acc@1      0.5000")
 
 
 def test_published_number_of_pairs(make_prompt):
@@ -202,7 +221,8 @@ def test_a_sampled_answer_has_no_second_best(make_prompt):
     for methods in (report["all"], report["fits"], report["groups"]["target in prompt"]["in prompt"]):
         assert set(methods["model"]) == {"n", "Acc@1", "mean km", "median km", "share within 1 km"}
         assert set(methods["popularity"]) > {"MRR"}
-    assert f"{'model':10}  {2:>6}  0.5000 [0.0000, 1.0000]  -" in metrics.text(report)
+    line = next(line for line in metrics.text(report).splitlines() if line.startswith("MRR  "))
+    assert line.split() == ["MRR", "-", f"{report['all']['popularity']['MRR']['value']:.4f}"]
 
 
 def test_report_of_no_pairs(make_prompt):
