@@ -85,7 +85,7 @@ def explore(args, evaluation: contents.Evaluation, mapping, baseline, folder: Pa
     try:
         known = baseline()
     except contents.Absent as absent:
-        known, lines = None, [f"Without history, trajectories' places, groups and baselines: {absent}."]
+        known, lines = None, [f"Without users' histories, groups and baselines: {absent}."]
     shapes = explorer.read_shapes(evaluation.settings["dataset_name"], args.shapes)
     return explorer.page(explorer.gather(runs, mapping, known, folder, shapes, lines))
 

@@ -253,6 +253,7 @@ def examples_section(page: Page, evaluation: Evaluation, mapping: GPSMapping, ba
     return [paragraph(f"First guesses: {right:,} right, {near:,} near misses (wrong, within {NEAR_KM:g} km), "
                       f"{far:,} far misses. Of each kind {contents.EACH} are shown, "
                       "at one and two thirds of its pairs in the test file's order; nobody has picked them."),
+            f'<p>Every pair, on a map: <a href="{artifacts.EXPLORER}">{artifacts.EXPLORER}</a> beside this page.</p>',
             panels(*(example(page, i, one, mapping) for i, one in enumerate(found, start=1)))]
 
 

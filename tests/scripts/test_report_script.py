@@ -52,8 +52,9 @@ def check_self_contained(page):
     """Nothing is loaded: no scripts, links or frames, every picture inlined and described."""
     found = Reader(page)
     assert not {tag for tag, _ in found.tags} & {"script", "link", "iframe", "object", "embed", "base", "form", "svg"}
+    assert found.all("a") in ([], [{"href": "explorer.html"}])      # beside it; a link is followed by whoever clicks
     for tag, attributes in found.tags:
-        assert not [name for name in attributes if name.startswith("on") or name in LOADING]
+        assert tag == "a" or not [name for name in attributes if name.startswith("on") or name in LOADING]
         if "src" in attributes:
             assert tag == "img" and attributes["src"].startswith("data:image/png;base64,") and attributes["alt"].strip()
     style, = found.text("style")
@@ -94,7 +95,8 @@ def test_one_page_that_loads_nothing(town):
     assert {"report_calibration.png", "report_errors_model.png", "report_errors_history.png", "report_groups_acc_5.png",
             "report_places_before.png", "report_distances_after.png", "report_loss_2.png", "report_example_6.png",
             "report_metrics.png"} <= set(pngs)
-    assert sorted(path.name for path in (checkpoint / "report").iterdir()) == sorted([*pngs, "report.html"])
+    assert sorted(path.name for path in (checkpoint / "report").iterdir()) == sorted(
+        [*pngs, "report.html", "explorer.html"])
 
 
 def test_names_of_strangers_are_text(town):
