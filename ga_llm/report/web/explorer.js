@@ -8,10 +8,12 @@ const n = pairs.pair.length, all = Array.from({ length: n }, (_, pair) => pair);
 const LETTERS = runs.length > 1 ? ["A", "B"] : ["Model"];
 const ROWS = 200;           // of the list at a time
 const LABELLED = 12;        // check-ins of a trajectory, the last ones
+const CLOSEST = 16;         // zoom that a pair is shown at
 const FIRST = 5;            // guesses that the text tells, and that the map is fitted to
 const DAYS = ["Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat"];
 const OUTCOME_SIGNS = ["●", "◐", "○"];
 const BASELINE_SIGNS = { "user-history frequency": "□", "Markov chain": "△", "popularity": "◇" };
+const signOf = baseline => BASELINE_SIGNS[baseline] ?? "×";
 const $ = id => document.getElementById(id);
 
 // Elements and words.
@@ -27,7 +29,8 @@ const point = place => places.y[place] === null ? null : L.latLng(places.y[place
 const nameOf = place => `${places.categories[places.category[place]]}, POI ${places.id[place]}`;
 const nameOfUser = user => users[user].id === null ? "user not named" : `user ${users[user].id}`;
 const number = value => value.toLocaleString("en");
-const inKm = metres => metres === null ? "–" : metres < 99995 ? `${(metres / 1000).toFixed(2)} km` : `${number(Math.round(metres / 1000))} km`;
+const inKm = metres => metres === null ? "–"
+  : `${metres < 99995 ? (metres / 1000).toFixed(2) : number(Math.round(metres / 1000))} km`;
 const rankOf = rank => rank ? `rank ${number(rank)}` : "not ranked";
 
 function percent(share) {
@@ -47,7 +50,9 @@ function timeOf(second) {
 
 function shortTime(second, target) {      // the day only where it is another than the target's
   const text = timeOf(second);
-  return second === null ? "" : Math.floor(second / 86400) === Math.floor(target / 86400) ? text.slice(15) : `${text.slice(0, 3)} ${text.slice(15)}`;
+  if (second === null) return "";
+  const sameDay = Math.floor(second / 86400) === Math.floor(target / 86400);
+  return sameDay ? text.slice(15) : `${text.slice(0, 3)} ${text.slice(15)}`;
 }
 
 // The map of a run: places, the user's history, the current trajectory, guesses, the truth.
@@ -57,6 +62,7 @@ const truths = new Set(pairs.target);
 const maps = runs.map((run, i) => makeMap(i));
 if (maps.length > 1) maps.forEach((map, i) => map.on("move", () => follow(map, maps[1 - i])));
 const everywhere = L.latLngBounds(places.id.map((_, place) => point(place)).filter(at => at));
+
 function follow(map, other) {
   if (moving) return;
   moving = true;
@@ -67,15 +73,16 @@ function follow(map, other) {
 function makeMap(i) {
   const box = element("div", { class: "map", id: `map${i}`, role: "application" });
   $("maps").append(element("figure", {}, element("figcaption", { id: `about${i}` }), box));
-  box.setAttribute("aria-label", `Map${runs.length > 1 ? " of run " + LETTERS[i] : ""}. Arrow keys move it, plus and minus zoom. What it shows stands in the text above and the tables below.`);
+  box.setAttribute("aria-label", `Map${runs.length > 1 ? " of run " + LETTERS[i] : ""}. Arrow keys move it, plus and ` +
+    "minus zoom. What it shows stands in the text above and the tables below.");
   const map = L.map(box, { attributionControl: false, zoomAnimation: false, fadeAnimation: false,
                            markerZoomAnimation: false, zoomSnap: 0.25, maxZoom: 18, minZoom: 1 });
   for (const [name, z] of [["shapes", 350], ["places", 360], ["heat", 370], ["trajectory", 380]]) {
     map.createPane(name).style.zIndex = z;
   }
   L.control.scale({ imperial: false }).addTo(map);
-  L.polyline(data.shapes.map(line => line.map(([y, x]) => [y / 1e5, x / 1e5])),
-             { pane: "shapes", renderer: L.svg({ pane: "shapes" }), className: "shape", interactive: false }).addTo(map);
+  L.polyline(data.shapes.map(line => line.map(([y, x]) => [y / 1e5, x / 1e5])), {
+    pane: "shapes", renderer: L.svg({ pane: "shapes" }), className: "shape", interactive: false }).addTo(map);
   // On a canvas, which takes thousands; those that are asked for come last, on top. `nearest` finds what is clicked.
   const renderer = L.canvas({ pane: "places", padding: 0 });
   const dots = places.id.map((_, place) => place).filter(point).sort((a, b) => truths.has(a) - truths.has(b));
@@ -110,14 +117,16 @@ function draw(map, run, pair) {
   const layers = [], target = pairs.target[pair], { places: been, visits } = users[pairs.user[pair]];
   const most = Math.max(...visits);
   been.forEach((place, i) => point(place) && layers.push(L.circleMarker(point(place), {
-    pane: "heat", renderer: map.heat, className: "heat", interactive: false, radius: 6 + 16 * Math.sqrt(visits[i] / most) })));
+    pane: "heat", renderer: map.heat, className: "heat", interactive: false,
+    radius: 6 + 16 * Math.sqrt(visits[i] / most) })));
   drawTrajectory(map, pair, layers);
   data.baselines.forEach(({ name, top }) => top[pair] >= 0 && point(top[pair]) && layers.push(
-    sign(top[pair], "baseline", BASELINE_SIGNS[name] ?? "×", 34, `${name}: ${nameOf(top[pair])}`, 100)));
+    sign(top[pair], "baseline", signOf(name), 34, `${name}: ${nameOf(top[pair])}`, 100)));
   run.top[pair].forEach((place, i) => {
     if (!point(place)) return;
-    const share = run.share[pair][i], size = Math.max(i < FIRST ? 20 : 16, 42 * Math.sqrt(share / 1e4));
-    layers.push(sign(place, `guess${i < FIRST ? "" : " late"}${place === target ? " hit" : ""}`, String(i + 1), size,
+    const share = run.share[pair][i], size = Math.max(i < FIRST ? 20 : 17, 42 * Math.sqrt(share / 1e4));
+    const kind = `guess${i < FIRST ? "" : " late"}${place === target ? " hit" : ""}`;
+    layers.push(sign(place, kind, String(i + 1), size,
                      `${i + 1}. ${nameOf(place)}: ${percent(share)}`, 1000 - 10 * i));
   });
   if (point(target)) layers.push(sign(target, "truth", "★", 54, `The truth: ${nameOf(target)}`, 200));
@@ -129,14 +138,18 @@ function drawTrajectory(map, pair, layers) {
     .filter(step => step.at);
   if (!steps.length) return;
   const style = { pane: "trajectory", renderer: map.trajectory, interactive: false };
-  for (const [className, shown] of [["earlier", steps], ["casing", steps.slice(-LABELLED)], ["trajectory", steps.slice(-LABELLED)]]) {
+  const latest = steps.slice(-LABELLED);
+  for (const [className, shown] of [["earlier", steps], ["casing", latest], ["trajectory", latest]]) {
     layers.push(L.polyline(shown.map(step => step.at), { ...style, className }));
   }
   const times = new Map();      // of each place, in order
-  steps.slice(-LABELLED).forEach(({ place, second }) => times.set(place, [...times.get(place) ?? [], shortTime(second, pairs.second[pair])]));
+  for (const { place, second } of latest) {
+    times.set(place, [...times.get(place) ?? [], shortTime(second, pairs.second[pair])]);
+  }
   const last = steps.at(-1).place;
   for (const { place, at } of new Map(steps.map(step => [step.place, step])).values()) {
-    const dot = L.circleMarker(at, { ...style, className: place === last ? "stop last" : "stop", radius: place === last ? 7 : 4 });
+    const [className, radius] = place === last ? ["stop last", 7] : ["stop", 4];
+    const dot = L.circleMarker(at, { ...style, className, radius });
     const text = (times.get(place) ?? []).filter(time => time).join(", ");
     if (text) dot.bindTooltip(text, { permanent: true, direction: "auto", offset: [6, 0], className: "when" });
     layers.push(dot);
@@ -144,17 +157,19 @@ function drawTrajectory(map, pair, layers) {
 }
 
 function around(pair) {
-  const shown = [pairs.target[pair], ...current.place[pair].slice(-LABELLED), ...runs.flatMap(run => run.top[pair].slice(0, FIRST))];
+  const shown = [pairs.target[pair], ...current.place[pair].slice(-LABELLED),
+                 ...runs.flatMap(run => run.top[pair].slice(0, FIRST))];
   const bounds = L.latLngBounds(shown.map(point).filter(at => at));
   return bounds.isValid() ? bounds : everywhere;
 }
 
 function show(bounds) {
-  maps[0].fitBounds(bounds, { paddingTopLeft: [40, 30], paddingBottomRight: [70, 30], maxZoom: 16, animate: false });
+  maps[0].fitBounds(bounds, { paddingTopLeft: [40, 30], paddingBottomRight: [70, 30], maxZoom: CLOSEST,
+                              animate: false });
 }
 
 function showIfNeeded(bounds) {     // a map that stays is easier to follow, and sooner drawn
-  const map = maps[0], closer = Math.min(16, map.getBoundsZoom(bounds)) - map.getZoom();
+  const map = maps[0], closer = Math.min(CLOSEST, map.getBoundsZoom(bounds)) - map.getZoom();
   if (closer > 1.5 || !map.getBounds().pad(-0.05).contains(bounds)) show(bounds);
 }
 
@@ -163,10 +178,13 @@ function showIfNeeded(bounds) {     // a map that stays is easier to follow, and
 function say(pair) {
   const target = pairs.target[pair];
   const about = runs.map((run, i) => {
-    const top = run.top[pair].slice(0, FIRST).map((place, k) => `${k + 1}. ${nameOf(place)}, ${percent(run.share[pair][k])}`);
-    return `${LETTERS[i]}: ${outcomeOf(run, pair)}. ${top.length ? `First ${top.length}: ${top.join("; ")}.` : "No guess."}`;
+    const top = run.top[pair].slice(0, FIRST).map(
+      (place, k) => `${k + 1}. ${nameOf(place)}, ${percent(run.share[pair][k])}`);
+    const told = top.length ? `First ${top.length}: ${top.join("; ")}.` : "No guess.";
+    return `${LETTERS[i]}: ${outcomeOf(run, pair)}. ${told}`;
   });
-  $("said").textContent = `Pair ${pairs.pair[pair]}, ${nameOfUser(pairs.user[pair])}, ${timeOf(pairs.second[pair])}. ` +
+  $("said").textContent =
+    `Pair ${pairs.pair[pair]}, ${nameOfUser(pairs.user[pair])}, ${timeOf(pairs.second[pair])}. ` +
     `The truth: ${nameOf(target)}. ${about.join(" ")}`;
   runs.forEach((run, i) => $(`about${i}`).textContent =
     `${LETTERS[i]}: ${data.outcomes[run.outcome[pair]]}, ${rankOf(run.rank[pair])}`);
@@ -174,7 +192,8 @@ function say(pair) {
 
 function outcomeOf(run, pair) {
   const km = run.outcome[pair] && run.km[pair] !== null ? `, first guess ${inKm(run.km[pair])} away` : "";
-  return `truth ${run.rank[pair] ? "has " + rankOf(run.rank[pair]) : "is not ranked"} (${data.outcomes[run.outcome[pair]]}${km})`;
+  const rank = run.rank[pair] ? `has ${rankOf(run.rank[pair])}` : "is not ranked";
+  return `truth ${rank} (${data.outcomes[run.outcome[pair]]}${km})`;
 }
 
 function table(caption, heads, rows) {
@@ -184,28 +203,37 @@ function table(caption, heads, rows) {
     if (share !== undefined) row.style.setProperty("--share", `${share / 100}%`);
     return row;
   });
-  const made = element("table", {}, element("caption", {}, caption), element("thead", {}, head), element("tbody", {}, ...body));
+  const made = element("table", {}, element("caption", {}, caption), element("thead", {}, head),
+                       element("tbody", {}, ...body));
   return element("div", { class: "wide", role: "region", tabindex: "0", "aria-label": caption }, made);
 }
 
 function tabulate(pair) {
-  const target = pairs.target[pair], mark = place => place === target ? `★ ${nameOf(place)}` : nameOf(place);
-  const made = runs.map((run, i) => table(
-    runs.length > 1 ? `${LETTERS[i]}: first ${run.top[pair].length} guesses` : `First ${run.top[pair].length} guesses`,
+  const target = pairs.target[pair], { places: been, visits } = users[pairs.user[pair]], steps = current.place[pair];
+  const mark = place => place === target ? `★ ${nameOf(place)}` : nameOf(place);
+  const off = place => inKm(away(place, target));
+  const guesses = runs.map(({ top, share }, i) => table(
+    `${runs.length > 1 ? LETTERS[i] + ": first" : "First"} ${top[pair].length} guesses`,
     ["", "guess (★ the truth)", "probability", "km off"],
-    run.top[pair].map((place, k) => ({ cells: [String(k + 1), mark(place), percent(run.share[pair][k]), inKm(away(place, target))],
-                                       strong: place === target, share: run.share[pair][k] }))));
+    top[pair].map((place, k) => ({ cells: [String(k + 1), mark(place), percent(share[pair][k]), off(place)],
+                                   strong: place === target, share: share[pair][k] }))));
   const rest = [];
-  if (data.baselines.length) rest.push(table("What needs no model", ["", "first guess", "km off", "the truth"], data.baselines.map(
-    ({ name, top, rank }) => ({ cells: [`${BASELINE_SIGNS[name] ?? "×"} ${name}`, ...top[pair] < 0 ? ["–", "–"] : [mark(top[pair]), inKm(away(top[pair], target))], rankOf(rank[pair])],
-                                strong: top[pair] === target }))));
-  const steps = current.place[pair];
-  if (steps.length) rest.push(table("Current trajectory, the latest first", ["time", "check-in"], steps.map((place, i) => (
-    { cells: [timeOf(current.second[pair][i]), mark(place)], strong: place === target })).reverse()));
-  const { places: been, visits } = users[pairs.user[pair]];
-  if (been.length) rest.push(table(`Most visited by the user in train (${number(been.length)} places)`, ["place", "visits"],
-    been.slice(0, 10).map((place, i) => ({ cells: [mark(place), number(visits[i])], strong: place === target }))));
-  $("tables").replaceChildren(...made, element("div", { class: runs.length > 1 ? "rest wider" : "rest" }, ...rest));
+  if (data.baselines.length) {
+    rest.push(table("What needs no model", ["", "first guess", "km off", "the truth"],
+      data.baselines.map(({ name, top, rank }) => ({
+        cells: [`${signOf(name)} ${name}`, ...top[pair] < 0 ? ["–", "–"] : [mark(top[pair]), off(top[pair])],
+                rankOf(rank[pair])], strong: top[pair] === target }))));
+  }
+  if (steps.length) {
+    rest.push(table("Current trajectory, the latest first", ["time", "check-in"], steps.map((place, i) => (
+      { cells: [timeOf(current.second[pair][i]), mark(place)], strong: place === target })).reverse()));
+  }
+  if (been.length) {
+    rest.push(table(`Most visited by the user in train (${number(been.length)} places)`, ["place", "visits"],
+      been.slice(0, 10).map((place, i) => ({ cells: [mark(place), number(visits[i])], strong: place === target }))));
+  }
+  $("tables").replaceChildren(...guesses,
+                              element("div", { class: runs.length > 1 ? "rest wider" : "rest" }, ...rest));
 }
 
 // Choosing.
@@ -222,7 +250,8 @@ function choose(pair, { listed = true } = {}) {
   say(pair);
   tabulate(pair);
   ofUser = all.filter(other => pairs.user[other] === pairs.user[pair]).sort(inTime);
-  const at = ofUser.indexOf(pair), text = `pair ${at + 1} of ${ofUser.length}, ${timeOf(pairs.second[pair])}`;
+  const at = ofUser.indexOf(pair);
+  const text = `pair ${at + 1} of ${ofUser.length}, ${timeOf(pairs.second[pair])}`;
   Object.assign($("time"), { max: ofUser.length - 1, value: at, disabled: ofUser.length < 2 });
   $("time").setAttribute("aria-valuetext", text);
   $("time-label").textContent = `${nameOfUser(pairs.user[pair])} in time: ${text}`.replace(/^u/, "U");
@@ -230,8 +259,9 @@ function choose(pair, { listed = true } = {}) {
 }
 
 function list() {
-  const at = found.indexOf(chosen), from = Math.max(0, Math.floor(at / ROWS) * ROWS), part = found.slice(from, from + ROWS);
-  if (part.length !== $("list").length || part.some((pair, i) => $("list").options[i].value !== String(pair))) {
+  const at = found.indexOf(chosen), from = Math.max(0, Math.floor(at / ROWS) * ROWS);
+  const part = found.slice(from, from + ROWS), { options } = $("list");
+  if (part.length !== options.length || part.some((pair, i) => options[i].value !== String(pair))) {
     $("list").replaceChildren(...part.map(pair => new Option(line(pair), pair)));
   }
   $("list").value = String(at < 0 ? "" : chosen);
@@ -242,9 +272,9 @@ function list() {
 }
 
 function line(pair) {
-  const outcome = runs.length > 1
-    ? runs.map((run, i) => `${LETTERS[i]} ${OUTCOME_SIGNS[run.outcome[pair]]} ${run.rank[pair] ? number(run.rank[pair]) : "–"}`).join("  ")
-    : `${OUTCOME_SIGNS[runs[0].outcome[pair]]} ${data.outcomes[runs[0].outcome[pair]]}, ${rankOf(runs[0].rank[pair])}`;
+  const outcome = runs.map(({ outcome, rank }, i) => runs.length > 1
+    ? `${LETTERS[i]} ${OUTCOME_SIGNS[outcome[pair]]} ${rank[pair] ? number(rank[pair]) : "–"}`
+    : `${OUTCOME_SIGNS[outcome[pair]]} ${data.outcomes[outcome[pair]]}, ${rankOf(rank[pair])}`).join("  ");
   return `${outcome} · ${nameOfUser(pairs.user[pair])} · ${timeOf(pairs.second[pair]).slice(4)}`;
 }
 
@@ -259,9 +289,12 @@ const COMPARED = {       // what two runs say of a pair
 function filter() {
   const [user, outcome, compared, group] = ["user", "outcome", "compared", "group"].map(id => $(id).value);
   const [grouping, member] = group.split(" ").map(Number), place = typedPlace();
-  found = data.order.filter(pair => (user === "" || pairs.user[pair] === Number(user)) &&
-    (outcome === "" || runs[0].outcome[pair] === Number(outcome)) && (compared === "" || COMPARED[compared](pair)) &&
-    (group === "" || data.groups[grouping].of[pair] === member) && (place === null || pairs.target[pair] === place));
+  found = data.order.filter(pair =>
+    (user === "" || pairs.user[pair] === Number(user)) &&
+    (outcome === "" || runs[0].outcome[pair] === Number(outcome)) &&
+    (compared === "" || COMPARED[compared](pair)) &&
+    (group === "" || data.groups[grouping].of[pair] === member) &&
+    (place === null || pairs.target[pair] === place));
   if (user !== "" && runs.length === 1) found.sort(inTime);
   if (found.length && !found.includes(chosen)) choose(found[0]);
   else list();
@@ -292,26 +325,32 @@ function count(of) {      // {value: how many pairs}
 }
 
 function begin() {
-  const ofUsers = count(pairs.user), right = count(pairs.user.filter((_, pair) => runs[0].outcome[pair] === 0));
-  options("user", `any of ${number(users.length)}`, users.map((user, i) => [`${nameOfUser(i)}: ${ofUsers(i)} pairs, ${right(i)} right`, i]));
+  const ofUsers = count(pairs.user), right = count(pairs.user.filter((_, pair) => !runs[0].outcome[pair]));
+  options("user", `any of ${number(users.length)}`,
+          users.map((_, user) => [`${nameOfUser(user)}: ${ofUsers(user)} pairs, ${right(user)} right`, user]));
   const outcomes = count(runs[0].outcome), of = runs.length > 1 ? " (A)" : "";
-  options("outcome", `any${of}`, data.outcomes.map((name, i) => [`${OUTCOME_SIGNS[i]} ${name}${of}: ${number(outcomes(i))}`, i]));
-  options("compared", "any", runs.length > 1 ? Object.entries(COMPARED).map(([name, holds]) => [`${name}: ${number(all.filter(holds).length)}`, name]) : []);
-  $("compared-label").hidden = runs.length < 2;
-  $("group-label").hidden = !data.groups.length;
+  options("outcome", `any${of}`,
+          data.outcomes.map((name, i) => [`${OUTCOME_SIGNS[i]} ${name}${of}: ${number(outcomes(i))}`, i]));
+  options("compared", "any", runs.length < 2 ? [] :
+    Object.entries(COMPARED).map(([name, holds]) => [`${name}: ${number(all.filter(holds).length)}`, name]));
   options("group", "any", []);
   data.groups.forEach(({ name, groups, of }, i) => {
-    const counts = count(of), box = element("optgroup", { label: name });
-    box.append(...groups.map((group, k) => new Option(`${group}: ${number(counts(k))}`, `${i} ${k}`)));
-    $("group").append(box);
+    const counts = count(of);
+    const named = groups.map((group, k) => new Option(`${group}: ${number(counts(k))}`, `${i} ${k}`));
+    $("group").append(element("optgroup", { label: name }, ...named));
   });
-  const asked = count(pairs.target);
-  $("places").append(...[...truths].sort((a, b) => asked(b) - asked(a)).map(place => new Option(`${nameOf(place)}: ${asked(place)} pairs`, places.id[place])));
+  $("compared-label").hidden = runs.length < 2;
+  $("group-label").hidden = !data.groups.length;
+  const asked = count(pairs.target), often = [...truths].sort((a, b) => asked(b) - asked(a));
+  $("places").append(...often.map(place => new Option(`${nameOf(place)}: ${asked(place)} pairs`, places.id[place])));
   $("runs").textContent = runs.map((run, i) => `${LETTERS[i]}: ${run.name}`).join(" · ");
   $("absent").replaceChildren(...data.absent.map(text => element("li", {}, text)));
   legend();
   $("filters").open = !matchMedia("(max-width: 760px)").matches;        // a phone shows the map first
-  $("choose").addEventListener("change", event => event.target.id === "list" ? choose(Number($("list").value)) : filter());
+  $("choose").addEventListener("change", event => {
+    if (event.target.id === "list") choose(Number($("list").value));
+    else filter();
+  });
   $("choose").addEventListener("submit", event => event.preventDefault());
   $("all").addEventListener("click", () => { $("choose").reset(); filter(); });
   $("previous").addEventListener("click", () => choose(found[found.indexOf(chosen) - 1]));
@@ -324,12 +363,17 @@ function begin() {
 }
 
 function legend() {
-  const rows = [["guess", "1", `first ${FIRST} guesses; more area, more probability`], ["guess late", "9", "further guesses"], ["truth", "★", "the truth"],
-                ...data.baselines.map(({ name }) => ["baseline", BASELINE_SIGNS[name] ?? "×", `first guess of ${name}`]),
-                ["line", "", "current trajectory, with times; ring: its last check-in"],
-                ["warm", "", `the user's train check-ins`], ["dark", "", "place that is asked for: click it"], ["light", "", "other place"]];
-  $("legend").append(...rows.map(([kind, text, meaning]) => element("li", {},
-    element("span", { class: "box", "aria-hidden": "true" }, element("span", { class: `sign ${kind}` }, element("span", {}, text))), meaning)));
+  const rows = [
+    ["guess", "1", `first ${FIRST} guesses; more area, more probability`], ["guess late", "9", "further guesses"],
+    ["truth", "★", "the truth"],
+    ...data.baselines.map(({ name }) => ["baseline", signOf(name), `first guess of ${name}`]),
+    ["line", "", "current trajectory, with times; ring: its last check-in"],
+    ["warm", "", "the user's train check-ins"],
+    ["dark", "", "place that is asked for: click it"], ["light", "", "other place"]];
+  $("legend").append(...rows.map(([kind, text, meaning]) => {
+    const shown = element("span", { class: `sign ${kind}` }, element("span", {}, text));
+    return element("li", {}, element("span", { class: "box", "aria-hidden": "true" }, shown), meaning);
+  }));
 }
 
 begin();

@@ -1,4 +1,4 @@
-"""The explorer's data against the predictions and hand counts, its size, and that its page loads nothing. No browser."""
+"""The explorer's data against the predictions and hand counts, its size; its page loads nothing. No browser here."""
 import json
 import re
 import shutil
@@ -44,13 +44,14 @@ def test_the_data_are_the_predictions(town):
     ids, pairs = data["places"]["id"], data["pairs"]
     for row, record in enumerate(evaluation.records):
         assert pairs["pair"][row] == record["pair"] and run["rank"][row] == (record["rank"] or 0)
-        assert data["users"][pairs["user"][row]]["id"] == record["user"] and ids[pairs["target"][row]] == record["target"]
+        assert data["users"][pairs["user"][row]]["id"] == record["user"]
+        assert ids[pairs["target"][row]] == record["target"]
         assert str(pd.Timestamp(pairs["second"][row], unit="s")) == record["time"]
         assert [ids[place] for place in run["top"][row]] == [poi for poi, _ in record["top"]]
         np.testing.assert_allclose(run["share"][row], 1e4 * np.exp([value for _, value in record["top"]]), atol=0.51)
         assert run["km"][row] == pytest.approx(1000 * record["km"], abs=1)
-        right = RANKS[row] == 1
-        assert data["outcomes"][run["outcome"][row]] == ("right" if right else "near miss" if row in NEAR else "far miss")
+        outcome = "right" if RANKS[row] == 1 else "near miss" if row in NEAR else "far miss"
+        assert data["outcomes"][run["outcome"][row]] == outcome
     assert [share[0] for share in run["share"]] == pytest.approx([1e4 * chance for chance in PROBABILITIES], abs=1)
     assert data["order"] == list(range(len(RANKS))) and data["dataset"] == "town"
 
@@ -110,7 +111,8 @@ def another(evaluation, ranks):
                for record, rank in zip(evaluation.records, ranks)]
     tops = np.array([record["top"][0][0] for record in records])
     return contents.Evaluation(evaluation.folder / "b", {}, evaluation.settings, records,
-                               np.array([rank or np.inf for rank in ranks]), tops, evaluation.km, evaluation.probability)
+                               np.array([rank or np.inf for rank in ranks]), tops, evaluation.km,
+                               evaluation.probability)
 
 
 def test_pairs_in_which_two_runs_differ_come_first(town):
@@ -287,7 +289,8 @@ def shorten(folder):
 
 def geojson(*coordinates, kind="Polygon"):
     return json.dumps({"type": "FeatureCollection", "features": [
-        {"type": "Feature", "properties": {}, "geometry": {"type": kind, "coordinates": part}} for part in coordinates]})
+        {"type": "Feature", "properties": {}, "geometry": {"type": kind, "coordinates": part}}
+        for part in coordinates]})
 
 
 SQUARE = [[-74, 40], [-73, 40], [-73, 41], [-73, 41.00001], [-74, 40]]
@@ -295,7 +298,7 @@ FAR = [[10, 50], [11, 50], [11, 51], [10, 50]]
 
 
 def test_shapes_near_the_places_are_kept(tmp_path, town):
-    """In whole 1e-5 degrees, north first, to 1e-4; what lies elsewhere, and points that say nothing new, are left out."""
+    """In whole 1e-5 degrees, north first, to 1e-4; what lies elsewhere, and points that add nothing, are left out."""
     evaluation, folder, mapping, baseline, _ = town
     path = tmp_path / "shapes.json"
     path.write_text(geojson([SQUARE], [FAR]))

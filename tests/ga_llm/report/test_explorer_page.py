@@ -1,4 +1,4 @@
-"""The explorer in headless Chromium, without network: clicks, keys, a phone, greyscale, and what a screen reader is told.
+"""The explorer in headless Chromium, without network: clicks, keys, a phone, greyscale, a screen reader's words.
 
 Skipped where there is no Chromium or no playwright.
 """
@@ -18,7 +18,8 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
-HOSTILE = '<img src="https://evil.example/{}.png" onerror="window.harmed = 1"></script><script>window.harmed = 1</script>'
+HOSTILE = ('<img src="https://evil.example/{}.png" onerror="window.harmed = 1"></script>'
+           '<script>window.harmed = 1</script>')
 
 
 @pytest.fixture(scope="module")
@@ -99,14 +100,15 @@ def test_what_is_shown_of_a_pair(opened):
     """Pair 0: the target is 1, the first guess, .9; user 0 at 2012-05-01 15:00, after 10:00 and 12:00."""
     page = opened("one")
     assert page.title() == "Explorer: town, 12 test pairs"
-    assert said(page).startswith("Pair 0, user 0, Tue 2012-05-01 15:00. The truth: Café 1, POI 1. Model: truth has rank 1 "
-                                 "(right). First 5: 1. Café 1, POI 1, 90.0 %; 2. ")
+    assert said(page).startswith("Pair 0, user 0, Tue 2012-05-01 15:00. The truth: Café 1, POI 1. Model: truth has "
+                                 "rank 1 (right). First 5: 1. Café 1, POI 1, 90.0 %; 2. ")
     assert page.locator("#about0").inner_text() == "Model: right, rank 1"
     guesses = page.get_by_role("region", name="First 12 guesses").locator("tbody tr")
     assert guesses.count() == 12 and guesses.first.locator("td").all_inner_texts() == [
         "1", "★ Café 1, POI 1", "90.0 %", "0.00 km"]
     history = page.get_by_role("region", name="What needs no model").locator("tbody tr").first
-    assert history.locator("td").all_inner_texts() == ["□ user-history frequency", "★ Café 1, POI 1", "0.00 km", "rank 1"]
+    assert history.locator("td").all_inner_texts() == ["□ user-history frequency", "★ Café 1, POI 1", "0.00 km",
+                                                       "rank 1"]
     steps = page.get_by_role("region", name="Current trajectory").locator("tbody tr").all_inner_texts()
     assert steps == ["Tue 2012-05-01 12:00\tCafé 6, POI 6", "Tue 2012-05-01 10:00\tCafé 5, POI 5"]
     # On the map: each guess, the truth, three baselines; heat at six places; the line with its times.
