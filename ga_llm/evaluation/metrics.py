@@ -195,12 +195,12 @@ def report(test_prompts, model: Ranking, baselines: dict[str, Ranking], train: p
 
 
 def text(report: dict) -> str:
-    """The report for a person, at most WIDTH columns wide: tables of all pairs, of those that fit, and of the groups."""
+    """The report for a person, at most WIDTH columns wide: tables of all pairs, of the groups, of those that fit."""
     n, fit = report["n"], report["fits"]["model"]["n"]
     others = f" (published: {report['published_n']})" if report.get("published_n") else ""
     given = (f"protocol {report['protocol']}, n = {n}{others}, the target's time is given in "
-             f"{report['target_time_given']} of {n} questions (GA-LLM's and LLM4POI's name it; STHGCN and GETNext never "
-             "see it)")
+             f"{report['target_time_given']} of {n} questions (GA-LLM's and LLM4POI's name it; STHGCN and GETNext "
+             "never see it)")
     share, speed = report["target_in_prompt"], report["prompts_per_second"]
     lines = [textwrap.fill(given, WIDTH), "", "all pairs: the model's value [95 % interval], and others' values",
              narrow(report["all"], [column for block in BLOCKS for column in block]), "",
@@ -217,7 +217,7 @@ def text(report: dict) -> str:
 
 
 def narrow(rows: dict[str, dict], columns: Sequence[str]) -> str:
-    """Aligned text, one row per metric: the first method's with interval, the others' as columns, `-` where it has none.
+    """Aligned text, one row per metric: the first method's with interval, the others' as columns, `-` for what is none.
 
     rows: {method: summary}. What would be wider than WIDTH stands below.
     """
