@@ -5,6 +5,7 @@ there too. Coordinates are in whole 1e-5 degrees, distances in m, probabilities 
 1970 (local), places, users and groups by their position in a list (-1: none).
 """
 import base64
+import dataclasses
 import hashlib
 import html
 import json
@@ -20,8 +21,7 @@ import yaml
 from ga_llm.base import artifacts, globe
 from ga_llm.base.cli import UserError
 from ga_llm.base.reading import read_json
-from ga_llm.evaluation import baselines, metrics
-from ga_llm.evaluation.comparison import MADE_BY
+from ga_llm.evaluation import baselines, comparison, metrics
 from ga_llm.report import contents
 from ga_llm.report.contents import OUTCOMES, Baseline, Evaluation
 from ga_llm.report.markup import visible
@@ -145,19 +145,18 @@ def _configured(dataset: str) -> Path | None:
 
 def align(evaluation: Evaluation, to: Evaluation) -> Evaluation:
     """The same evaluation with its pairs in the order of another's. Raises UserError if they are not the same pairs."""
-    keys = [[tuple(record[name] for name in contents.comparison.KEY) for record in one.records]
-            for one in (evaluation, to)]
-    row = {key: i for i, key in enumerate(keys[0])}
-    lacking = next((key for key in keys[1] if key not in row), None)
-    if lacking is not None or len(keys[0]) != len(keys[1]):
-        what = f"no pair {lacking[0]} of user {lacking[1]}" if lacking else f"{len(keys[0])} pairs, not {len(keys[1])}"
+    ours, theirs = ([tuple(record[name] for name in comparison.KEY) for record in one.records]
+                    for one in (evaluation, to))
+    row = {key: i for i, key in enumerate(ours)}
+    lacking = next((key for key in theirs if key not in row), None)
+    if lacking or len(ours) != len(theirs):
+        what = f"no pair {lacking[0]} of user {lacking[1]}" if lacking else f"{len(ours)} pairs, not {len(theirs)}"
         raise UserError(f"--against {evaluation.folder}: has {what}, so its pairs are not those of {to.folder}; test "
-                        f"both on the same questions with `{MADE_BY}`")
-    rows = [row[key] for key in keys[1]]
-    return Evaluation(evaluation.folder, evaluation.metrics, evaluation.settings,
-                      [evaluation.records[i] for i in rows],
-                      *(array[rows] for array in (evaluation.ranks, evaluation.tops, evaluation.km,
-                                                  evaluation.probability)))
+                        f"both on the same questions with `{comparison.MADE_BY}`")
+    rows = [row[key] for key in theirs]
+    return dataclasses.replace(
+        evaluation, records=[evaluation.records[i] for i in rows], ranks=evaluation.ranks[rows],
+        tops=evaluation.tops[rows], km=evaluation.km[rows], probability=evaluation.probability[rows])
 
 
 def _pois(record: dict) -> list[int]:

@@ -7,7 +7,7 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
-from commands import evaluation
+from commands import ROOT, evaluation
 from harness import call, refusal, snapshot
 from report_folder import write
 
@@ -236,4 +236,11 @@ def test_of_a_real_chain(repo):
     found = check_self_contained(page)
     assert absent(page) == [] and "sample, 8 test pairs" in found.text("h1")[0]
     assert {"Stage 1: the geo-encoder (GCIM)", "Stage 2: the LLM"} <= set(found.text("h3"))
+    assert "wrote outputs/report/explorer.html\n" in result.out
+    assert "Explorer: sample, 8 test pairs" in (repo / "outputs/report/explorer.html").read_text(encoding="utf-8")
     shutil.rmtree(repo / "outputs/report")
+
+
+def test_the_demo_ends_with_both_pages():
+    *_, last = (ROOT / "demo.sh").read_text(encoding="utf-8").splitlines()
+    assert last == "python report.py --output_dir $STAGE_2/checkpoint-$STEPS_2"
