@@ -6,6 +6,7 @@ there too. Coordinates are in whole 1e-5 degrees, distances in m, probabilities 
 """
 import base64
 import dataclasses
+import datetime
 import hashlib
 import html
 import json
@@ -53,17 +54,17 @@ def gather(runs: Sequence[Evaluation], mapping: GPSMapping, baseline: Baseline |
     place = {poi: row for row, poi in enumerate(ids)}
     users = sorted({record["user"] for record in records}, key=lambda user: (user is None, user))
     number = {user: row for row, user in enumerate(users)}
-    seconds = _seconds([record["time"] for record in records])
     return {
         "dataset": first.settings["dataset_name"], "near_km": contents.NEAR_KM, "outcomes": OUTCOMES,
         "absent": list(absent), "places": _places(ids, mapping, folder), "shapes": _lines(shapes, mapping),
         "users": _history(users, baseline, place),
-        "pairs": {"pair": [record["pair"] for record in records], "second": seconds,
+        "pairs": {"pair": [record["pair"] for record in records],
+                  "second": [_second(record["time"]) for record in records],
                   "user": [number[record["user"]] for record in records],
                   "target": [place[record["target"]] for record in records]},
         "order": order(runs),
         "current": {"place": [[place[poi] for _, poi in check_ins] for check_ins in current],
-                    "second": [_seconds([time for time, _ in check_ins]) for check_ins in current]},
+                    "second": [[_second(time) for time, _ in check_ins] for check_ins in current]},
         "groups": [] if baseline is None else [
             {"name": name, "groups": list(of), "of": _memberships(list(of.values()))}
             for name, of in metrics.groups(baseline.prompts, baseline.train).items()],
@@ -168,10 +169,12 @@ def _ranks(ranks: np.ndarray) -> list[int]:
     return np.where(np.isfinite(ranks), ranks, 0).astype(int).tolist()
 
 
-def _seconds(times: Sequence[str | None]) -> list[int | None]:
-    """None for what is no time."""
-    found = pd.to_datetime(pd.Series(times, dtype=object), format="%Y-%m-%d %H:%M:%S", errors="coerce")
-    return [None if pd.isna(time) else int(time.timestamp()) for time in found]
+def _second(time: str | None) -> int | None:
+    """Of a local time, since 1970 as if it were UTC; None for what is no time."""
+    try:
+        return int(datetime.datetime.fromisoformat(time).replace(tzinfo=datetime.timezone.utc).timestamp())
+    except (TypeError, ValueError):
+        return None
 
 
 def _places(ids: Sequence[int], mapping: GPSMapping, folder: Path) -> dict:

@@ -140,6 +140,7 @@ def test_two_runs_are_aligned_by_their_pairs(town):
     assert data["runs"][0]["rank"] == data["runs"][1]["rank"] and data["runs"][1]["name"].endswith("/b")
 
 
+@pytest.mark.slow
 def test_a_large_test_stays_small(tmp_path):
     """10,000 pairs of two runs, 20 guesses each, at 5,000 places: under 15 MB, on two maps."""
     runs, mapping, baseline = benchmark.city(10_000, 5_000, 1_000)
@@ -251,8 +252,8 @@ def test_places_that_the_mapping_lacks(town):
 
 def test_a_test_that_names_neither_users_nor_times(town):
     evaluation, folder, mapping, _, _ = town
-    records = [record | {"user": None, "time": None, "top": [[record["top"][0][0], None]]}
-               for record in evaluation.records]
+    records = [record | {"user": None, "time": time, "top": [[record["top"][0][0], None]]}
+               for record, time in zip(evaluation.records, [None, "2012-13-45 00:00:00"] * 6)]
     unnamed = contents.Evaluation(evaluation.folder, {}, evaluation.settings, records, evaluation.ranks,
                                   evaluation.tops, evaluation.km, evaluation.probability)
     data = explorer.gather([unnamed], mapping, None, folder)
