@@ -202,7 +202,8 @@ def text(report: dict) -> str:
              f"{report['target_time_given']} of {n} questions (GA-LLM's and LLM4POI's name it; STHGCN and GETNext "
              "never see it)")
     share, speed = report["target_in_prompt"], report["prompts_per_second"]
-    lines = [textwrap.fill(given, WIDTH, break_on_hyphens=False), "", "all pairs: the model's value [95 % interval], and others' values",
+    lines = [textwrap.fill(given, WIDTH, break_on_hyphens=False), "",
+             "all pairs: the model's value [95 % interval], and others' values",
              narrow(report["all"], [column for block in BLOCKS for column in block]), "",
              _group_table(report["groups"], [name for name in report["all"] if name != "model"]), ""]
     fits = {"the pairs whose prompt fits --seq_len": report["fits"],

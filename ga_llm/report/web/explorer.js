@@ -117,8 +117,8 @@ function draw(map, run, pair) {
   const layers = [], target = pairs.target[pair], { places: been, visits } = users[pairs.user[pair]];
   const most = Math.max(...visits);
   been.forEach((place, i) => point(place) && layers.push(L.circleMarker(point(place), {
-    pane: "heat", renderer: map.heat, className: "heat", interactive: false,
-    radius: 6 + 16 * Math.sqrt(visits[i] / most) })));
+    pane: "heat", renderer: map.heat, className: "heat", interactive: false, stroke: false, fillColor: "url(#warm)",
+    fillOpacity: 1, radius: 11 + 18 * Math.sqrt(visits[i] / most) })));
   drawTrajectory(map, pair, layers);
   data.baselines.forEach(({ name, top }) => top[pair] >= 0 && point(top[pair]) && layers.push(
     sign(top[pair], "baseline", signOf(name), 34, `${name}: ${nameOf(top[pair])}`, 100)));
