@@ -17,7 +17,6 @@ OPTIONAL = type(None)
 TYPES = {"pair": (int,), "user": (int, OPTIONAL), "time": (str, OPTIONAL), "target": (int,),
          "current": (int, OPTIONAL), "rank": (int, OPTIONAL), "top": (list,), "km": (int, float, OPTIONAL)}
 LEAST = {"rank": 1, "km": 0, "current": 0}
-ROUNDING = 1e-12        # a difference this small is none: means of the same values, in another order
 
 
 def runs(text: str) -> list[Path]:
@@ -51,11 +50,9 @@ def compare(a: Sequence[Path], b: Sequence[Path]) -> str:
 def differences(a: Sequence[Path], b: Sequence[Path], draws: int = 10_000, seed: int = 0) -> dict[str, dict]:
     """{metric: {"n", "a", "b", "difference", "low", "high", "p"}}: B - A, with its 95 % percentile interval.
 
-    a, b: the files of each method's runs, over whose mean the metrics are; one of GenUP's (`published`) stands for a
-    run, too. Each draw takes the same pairs of all runs, and draws the runs of each method: one fewer than there are,
-    with replacement, because as many would show (k-1)/k of the variance between k runs, two thirds for three
-    (Rao and Wu 1988). Of a single run, what another seed would change is not in the interval.
-    p: twice the smaller share of draws at or beyond 0, counting the observed one too, at most 1. "mean km" is over the
+    a, b: the files of each method's runs, over whose mean the metrics are (`metrics.difference`); one of GenUP's
+    (`published`) stands for a run, too. Of a single run, what another seed would change is not in the interval. "mean
+    km" is over the
     pairs that have a distance in all runs. If a file holds sampled answers, metrics of ranks beyond the first are left
     out; beside published ones all but Acc@1 is.
     Raises UserError if a file is missing, a line is wrong, or the pairs are not the same.
@@ -66,28 +63,13 @@ def differences(a: Sequence[Path], b: Sequence[Path], draws: int = 10_000, seed:
 def _compared(a: Sequence[Path], b: Sequence[Path], draws: int = 10_000, seed: int = 0) -> tuple[dict, dict]:
     """What `differences` and `_read_all` return."""
     values, aligned = _values([*a, *b])
-    found = {}
-    for metric, runs_ in values.items():
-        random = np.random.default_rng([seed, 1])       # another stream than the pairs'
-        weights = np.concatenate([-_run_weights(len(a), draws, random), _run_weights(len(b), draws, random)])
-        row = (weights * metrics.resampled(runs_, draws, seed)).sum(axis=0)
-        low, high = np.percentile(row, [2.5, 97.5])
-        beyond = min((row <= ROUNDING).sum(), (row >= -ROUNDING).sum())
-        mean_a, mean_b = float(runs_[:len(a)].mean()), float(runs_[len(a):].mean())
-        found[metric] = {"n": runs_.shape[1], "a": mean_a, "b": mean_b, "difference": mean_b - mean_a,
-                         "low": float(low), "high": float(high), "p": float(min(1, 2 * (beyond + 1) / (draws + 1)))}
-    return found, aligned
+    return {metric: metrics.difference(runs_, len(a), draws, seed) for metric, runs_ in values.items()}, aligned
 
 
 def means(files: Sequence[Path], draws: int = 10_000, seed: int = 0) -> dict[str, dict]:
     """{metric: {"value", "low", "high"}}: a method's mean over its runs, with its 95 % interval, drawn as in
     `differences`. Raises UserError as it does."""
-    found = {}
-    for metric, runs_ in _values(files)[0].items():
-        weights = _run_weights(len(files), draws, np.random.default_rng([seed, 1]))
-        low, high = np.percentile((weights * metrics.resampled(runs_, draws, seed)).sum(axis=0), [2.5, 97.5])
-        found[metric] = {"value": float(runs_.mean()), "low": float(low), "high": float(high)}
-    return found
+    return {metric: metrics.mean(runs_, draws, seed) for metric, runs_ in _values(files)[0].items()}
 
 
 def _values(files: Sequence[Path]) -> tuple[dict[str, np.ndarray], dict]:
@@ -100,12 +82,6 @@ def _values(files: Sequence[Path]) -> tuple[dict[str, np.ndarray], dict]:
     km = np.stack([km for _, km in ranks_and_km])
     known = ~np.isnan(km).any(axis=0)
     return values | ({MEAN_KM: km[:, known]} if known.any() else {}), aligned
-
-
-def _run_weights(count: int, draws: int, random: np.random.Generator) -> np.ndarray:
-    """(runs, draws): each run's share in the mean of those drawn."""
-    size = max(1, count - 1)
-    return random.multinomial(size, [1 / count] * count, draws).T / size
 
 
 def _read_all(paths: Sequence[Path]) -> tuple[list[list[dict]], dict[Path, tuple[int, int]]]:

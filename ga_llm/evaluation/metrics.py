@@ -18,9 +18,11 @@ OF_ONE_ANSWER = ("Acc@1", *KM, WITHIN)
 
 NO_POI = -1                     # in a Ranking's tops: no candidate
 BLOCKS = (("Acc@1", "Acc@5", "Acc@10", "Acc@20"), ("MRR", "MRR@5", "MRR@10", "NDCG@10"), (*KM, WITHIN))
+COMPARED = ("Acc@1", "MRR")
 SHORT = ("Acc@1", "Acc@5", "Acc@10", "MRR")
 WIDTH = 80                      # of what is printed
 GROUP_SHARE = 0.3               # how much of the users, or pairs, is at either end (STHGCN, LLM4POI)
+ROUNDING = 1e-12                # a difference this small is none: means of the same values, in another order
 BLOCK_DRAWS = 2 ** 21           # pairs that are resampled at a time: bounds the memory
 
 
@@ -71,6 +73,37 @@ def resampled(values: np.ndarray, draws: int, seed: int = 0, statistic: Callable
     at_once = max(1, BLOCK_DRAWS // n)
     blocks = (random.integers(0, n, size=(min(at_once, draws - first), n)) for first in range(0, draws, at_once))
     return np.concatenate([np.stack([statistic(row[drawn], axis=-1) for row in values]) for drawn in blocks], axis=1)
+
+
+def difference(values: np.ndarray, of_a: int, draws: int = 10_000, seed: int = 0) -> dict:
+    """{"n", "a", "b", "difference", "low", "high", "p"}: how much better B's runs are than A's, on the same pairs.
+
+    values: (runs, pairs), of one metric, the first `of_a` runs being A's. Each draw takes the same pairs of all runs,
+    and draws the runs of each method: one fewer than there are, with replacement, because as many would show (k-1)/k of
+    the variance between k runs, two thirds for three (Rao and Wu 1988). low, high: the 95 % percentile interval. p:
+    twice the smaller share of draws at or beyond 0, counting the observed one too, at most 1.
+    """
+    random = np.random.default_rng([seed, 1])       # another stream than the pairs'
+    weights = np.concatenate([-_run_weights(of_a, draws, random), _run_weights(len(values) - of_a, draws, random)])
+    row = (weights * resampled(values, draws, seed)).sum(axis=0)
+    low, high = np.percentile(row, [2.5, 97.5])
+    beyond = min((row <= ROUNDING).sum(), (row >= -ROUNDING).sum())
+    a, b = float(values[:of_a].mean()), float(values[of_a:].mean())
+    return {"n": values.shape[1], "a": a, "b": b, "difference": b - a, "low": float(low), "high": float(high),
+            "p": float(min(1, 2 * (beyond + 1) / (draws + 1)))}
+
+
+def mean(values: np.ndarray, draws: int = 10_000, seed: int = 0) -> dict[str, float]:
+    """{"value", "low", "high"} of a method's runs, values: (runs, pairs), drawn as in `difference`."""
+    weights = _run_weights(len(values), draws, np.random.default_rng([seed, 1]))
+    low, high = np.percentile((weights * resampled(values, draws, seed)).sum(axis=0), [2.5, 97.5])
+    return {"value": float(values.mean()), "low": float(low), "high": float(high)}
+
+
+def _run_weights(count: int, draws: int, random: np.random.Generator) -> np.ndarray:
+    """(runs, draws): each run's share in the mean of those drawn."""
+    size = max(1, count - 1)
+    return random.multinomial(size, [1 / count] * count, draws).T / size
 
 
 def summary(ranks: Sequence[float], km: Sequence[float], draws: int = 1000, seed: int = 0) -> dict:
@@ -160,6 +193,7 @@ def report(test_prompts, model: Ranking, baselines: dict[str, Ranking], train: p
       baselines. A summary is {"n": pairs, metric: {"value", "low", "high"}}, low and high being the 95 % percentile
       bootstrap interval; the metrics are Acc@k, MRR, MRR@k, NDCG@10, and, from the POI ranked first to the true one,
       "mean km", "median km" and "share within 1 km"
+    - against: {baseline: {"Acc@1", "MRR": `difference` of the model's}}, over all pairs; MRR unless it is sampled
     - fits_released: the same over the pairs that the released code would count, whose prompt fits in its longer wording
       (`released.fitting`); null if that is not known
     - groups: {grouping: {group: {method: summary}}} (`groups`)
@@ -185,6 +219,8 @@ def report(test_prompts, model: Ranking, baselines: dict[str, Ranking], train: p
         "decoding": decoding,
         "target_time_given": sum(prompt.time is not None for prompt in test_prompts),
         "all": over(np.ones(len(test_prompts), dtype=bool)),
+        "against": {} if not test_prompts else {
+            name: _against(model.ranks, ranking.ranks, decoding == "sample") for name, ranking in baselines.items()},
         "fits": over(np.array([prompt.fits for prompt in test_prompts], dtype=bool)),
         "fits_released": None if fits_released is None else over(fits_released),
         "groups": {grouping: {group: over(pairs) for group, pairs in found.items()}
@@ -192,6 +228,13 @@ def report(test_prompts, model: Ranking, baselines: dict[str, Ranking], train: p
         "target_in_prompt": float(np.mean(in_prompt)) if in_prompt else None,
         "prompts_per_second": prompts_per_second,
     }
+
+
+def _against(model: np.ndarray, baseline: np.ndarray, of_one_answer: bool) -> dict[str, dict]:
+    nowhere = np.full(len(model), np.nan)       # no distances
+    theirs, ours = (per_pair(ranks, nowhere) for ranks in (baseline, model))
+    return {name: difference(np.stack([theirs[name], ours[name]]), 1) for name in COMPARED
+            if not of_one_answer or name in OF_ONE_ANSWER}
 
 
 def text(report: dict) -> str:
@@ -205,7 +248,7 @@ def text(report: dict) -> str:
     lines = [textwrap.fill(given, WIDTH, break_on_hyphens=False), "",
              "all pairs: the model's value [95 % interval], and others' values",
              narrow(report["all"], [column for block in BLOCKS for column in block]), "",
-             _group_table(report["groups"], [name for name in report["all"] if name != "model"]), ""]
+             *_against_lines(report["against"]), _group_table(report["groups"], [name for name in report["all"] if name != "model"]), ""]
     fits = {"the pairs whose prompt fits --seq_len": report["fits"],
             "the pairs whose prompt would fit it in the released code's wording": report["fits_released"]}
     for what, found in fits.items():
@@ -215,6 +258,13 @@ def text(report: dict) -> str:
         f"target among the prompt's check-ins: {'-' if share is None else format(share, '.3f')}; "
         f"{'-' if speed is None else format(speed, '.2f')} prompts per second",
         "all intervals, and all metrics by group: in metrics.json and report.py's page"])
+
+
+def _against_lines(against: dict[str, dict]) -> list[str]:
+    lines = [f"{metric:5}  {name:23} {found[metric]['difference']:+.4f} [{found[metric]['low']:+.4f}, "
+             f"{found[metric]['high']:+.4f}]  {found[metric]['p']:.4f}"
+             for metric in COMPARED for name, found in against.items() if metric in found]
+    return ["model - baseline [95 % interval], p (two-sided, paired bootstrap)", *lines, ""] if lines else []
 
 
 def narrow(rows: dict[str, dict], columns: Sequence[str]) -> str:
