@@ -161,7 +161,8 @@ def report(test_prompts, model: Ranking, baselines: dict[str, Ranking], train: p
       (`released.fitting`); null if that is not known
     - groups: {grouping: {group: {method: summary}}} (`groups`)
     - target_in_prompt: the share of pairs whose target is among the prompt's check-ins; null if there are no pairs
-    - prompts_per_second: of this run; null if an earlier one had predicted all
+    - prompts_per_second: of this run, of all its processes together ("machine" tells their number, "world_size"); null
+      if an earlier one had predicted all
 
     train: as `baselines.read_train` gives it; mapping: a GPSMapping.
     """
