@@ -5,8 +5,8 @@ import threading
 import pytest
 from torch.distributed import DistError, HashStore
 
-from ga_llm.evaluation.processes import Processes, join, set_device, together
 from ga_llm.base.cli import UserError
+from ga_llm.evaluation.processes import Processes, join, set_device, together
 
 
 def some(size):
