@@ -13,7 +13,8 @@ from commands import DATA, evaluation
 from harness import call, refusal
 from test_export import CHECKPOINT, EXPORT
 
-from ga_llm.serving import recommendation
+from ga_llm.serving import check_in_files, recommendation
+from ga_llm.serving.places import read_categories, read_places
 
 MODEL = "outputs/for_recommend"
 
@@ -42,7 +43,7 @@ def test_the_prompt_is_that_of_the_test_file(exported, tmp_path, monkeypatch, fi
     """Each test pair's own check-ins make the line that process_llm_gps.py wrote of them, up to the answer's id."""
     monkeypatch.chdir(exported)
     asking = recommendation.read_asking(exported / MODEL)
-    places, folder = recommendation.read_places("sample", "datasets", asking), exported / DATA
+    places, folder = read_places("sample", "datasets", asking.places, "sample"), exported / DATA
     if fields:
         folder = tmp_path / "sample/preprocessed"
         shutil.copytree(exported / DATA, folder)
@@ -54,8 +55,8 @@ def test_the_prompt_is_that_of_the_test_file(exported, tmp_path, monkeypatch, fi
     made, file = [], tmp_path / "mine.csv"
     for user, time, rows in histories(exported):
         rows.rename(columns={"PoiId": "GPS_id"})[["LocalTime", "GPS_id"]].to_csv(file, index=False)
-        at = recommendation.read_time(time)
-        past = recommendation.before(recommendation.read_check_ins(str(file), places, None), at, "it")
+        at = check_in_files.read_time(time)
+        past = check_in_files.before(check_in_files.read_check_ins(str(file), places, None), at, "it")
         made.append(recommendation.pair(past, at, user, places, asking).rpartition("POI id ")[0])
     assert made == [line.rpartition("POI id ")[0] for line in lines] and len(made) > 20
 
@@ -71,7 +72,7 @@ def test_the_prompt_is_that_of_the_test_file(exported, tmp_path, monkeypatch, fi
     ids=["a gap", "just no gap", "no current", "the latest", "a step", "no history", "a long current"])
 def test_history_and_current(hours, gap, most, step, with_history, history, current):
     now = datetime.datetime(2013, 1, 20)
-    rows = [recommendation.CheckIn(now - datetime.timedelta(hours=h), h) for h in hours]
+    rows = [check_in_files.CheckIn(now - datetime.timedelta(hours=h), h) for h in hours]
     asking = recommendation.Asking(64, "", "", {"max_history": most, "history_step": step}, 60 * gap, 500, with_history)
     found = recommendation.split(rows, now, asking)
     assert [[row.poi for row in part] for part in found] == [history, current]
@@ -112,22 +113,23 @@ def test_what_one_user_is_told(exported, tmp_path, caplog):
 
 def test_stdin_and_odd_files(exported, monkeypatch):
     monkeypatch.chdir(exported)
-    places = recommendation.read_places("sample", "datasets", recommendation.read_asking(exported / MODEL))
+    asking = recommendation.read_asking(exported / MODEL)
+    places = read_places("sample", "datasets", asking.places, "sample")
     raw = raw_ids(exported, "poi")
     text = ("\ufeffWhen,Venue ID,note\r\n2012-05-02T10:00:30Z," + raw[5] + ",b\r\n\r\n2012-05-02 10:00:30," + raw[7] +
             ',"two\nlines"\r\n2012-05-01 09:15,' + raw[6] + ",a\r\n2012-05-01 09:15,nowhere,a\r\n")
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(text.encode())))
-    found = recommendation.read_check_ins("-", places, None)
+    found = check_in_files.read_check_ins("-", places, None)
     second = datetime.datetime(2012, 5, 2, 10, 0, 30)
-    assert found == [recommendation.CheckIn(datetime.datetime(2012, 5, 1, 9, 15), 6), recommendation.CheckIn(second, 5),
-                     recommendation.CheckIn(second, 7)]
-    assert recommendation.before(found, second, "it") == found[:1]
+    assert found == [check_in_files.CheckIn(datetime.datetime(2012, 5, 1, 9, 15), 6), check_in_files.CheckIn(second, 5),
+                     check_in_files.CheckIn(second, 7)]
+    assert check_in_files.before(found, second, "it") == found[:1]
 
 
 def test_categories_and_hostile_names(tmp_path):
     file = tmp_path / "train.csv"
     file.write_text("PoiId,PoiCategoryId,PoiCategoryName\n1,2,Bar\n1,3,None\n1,3,None\n2,4,Zoo\n2,5,Park\n")
-    assert recommendation.read_categories(file, [1, 2, 3], 0) == {1: ("None", 3), 2: ("Zoo", 4), 3: ("unknown", 0)}
+    assert read_categories(file, [1, 2, 3], 0) == {1: ("None", 3), 2: ("Zoo", 4), 3: ("unknown", 0)}
     evil = "`${alert(1)}</script><b>\\"
     place = {"rank": 1, "id": evil, "category": evil, "probability": 0.5, "km": 1.0, "latitude": 1.0, "longitude": 2.0,
              "time": "2012"}
