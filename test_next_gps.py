@@ -88,6 +88,7 @@ def predict(args, processes, model, tokenizer, test_prompts, trie) -> tuple[pred
     processes.finish()
     if processes.rank == 0:
         store.read()
+        store.check(test_prompts)
     new = len(store.done) - len(done)
     return store, new / (time.perf_counter() - started) if new else None
 

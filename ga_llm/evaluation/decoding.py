@@ -24,7 +24,7 @@ def check_table(decoding: str, full: bool) -> None:
 
 
 def decode(decoding: str, model, tokenizer, trie: Trie, test_prompts: Sequence[TestPrompt], batch_size: int,
-           full: bool = False, done=frozenset(), seed: int = 0, processes: Processes = Processes()
+           full: bool = False, done=frozenset(), seed: int = 0, processes: Processes | None = None
            ) -> Iterator[tuple[list[TestPrompt], list[Ranked]]]:
     """Yield (prompts, their results) chunk by chunk, the longest first; pairs in `done` need no result.
 
@@ -32,8 +32,8 @@ def decode(decoding: str, model, tokenizer, trie: Trie, test_prompts: Sequence[T
     numbers on the chunk, so that an interrupted evaluation goes on with the same numbers, and several `processes`,
     which share out groups of chunks, get them, too.
     """
-    progress = tqdm(total=len(test_prompts), initial=len(done), unit="prompt",
-                    disable=not show_progress() or processes.rank > 0)
+    processes = processes or Processes()
+    progress = tqdm(total=len(test_prompts), initial=len(done), disable=not show_progress(), unit="prompt")
     if decoding == "rank":
         ranking.check(model, trie, min(test_prompts, key=lambda prompt: len(prompt.input_ids)))
         tail = ranking.TAIL_TOKENS if model.device.type == "cpu" else ranking.TAIL_TOKENS_GPU

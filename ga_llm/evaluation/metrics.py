@@ -205,9 +205,11 @@ def text(report: dict) -> str:
     else:
         lines += [f"the pairs whose prompt fits --seq_len: {fit} of {n}", *_blocks(report["fits"])]
     share, speed = report["target_in_prompt"], report["prompts_per_second"]
+    processes = report.get("machine", {}).get("world_size", 1)
     lines += [_group_table(report["groups"], [name for name in report["all"] if name != "model"]), "",
               f"target among the prompt's check-ins: {'-' if share is None else format(share, '.3f')}; "
-              f"{'-' if speed is None else format(speed, '.2f')} prompts per second"]
+              f"{'-' if speed is None else format(speed, '.2f')} prompts per second"
+              + f" by {processes} processes" * (processes > 1)]
     if report["fits_released"] and report["fits_released"]["model"]["n"] < n:
         counted = report["fits_released"]["model"]["n"]
         lines += ["", f"the pairs whose prompt would fit --seq_len in the released code's wording: {counted} of {n}",

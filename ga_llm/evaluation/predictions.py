@@ -99,6 +99,13 @@ class Store:
             writing.append(self.rows, b"".join(rows))
         writing.append(self.partial, "".join(lines))
 
+    def check(self, test_prompts: Iterable[TestPrompt]) -> None:
+        """Raises UserError if one has no prediction, as where a process has written its part elsewhere."""
+        missing = sum(prompt.pair not in self.done for prompt in test_prompts)
+        if missing:
+            raise UserError(f"{self.folder}: other processes have predicted {missing} pairs, which are not there; give "
+                            "an --output_dir that all nodes see, and start it again")
+
     def replace(self, test_prompts: Iterable[TestPrompt], results: Iterable[Ranked]) -> None:
         """Let other results stand for what was predicted, in memory: on disk the predictions stay until `finish`."""
         for prompt, result in zip(test_prompts, results):

@@ -15,6 +15,7 @@ import torch
 from torch.distributed import DistError, PrefixStore, rendezvous
 
 from ga_llm.base.cli import UserError
+from ga_llm.base.reading import reason
 
 LONGEST, SOON = datetime.timedelta(days=30), datetime.timedelta(seconds=10)     # that one waits for another
 
@@ -84,9 +85,14 @@ class Processes:
 def join() -> Processes:
     """Meet the other processes that torchrun has started, if it has. On GPUs each has the one of its LOCAL_RANK."""
     rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    if size == 1:
+    if size == 1 or "RANK" not in os.environ:
         return Processes()
-    store, _, _ = next(rendezvous("env://", timeout=LONGEST))
+    try:
+        store, _, _ = next(rendezvous("env://"))
+    except (DistError, ValueError) as error:
+        raise UserError(f"process {rank} of {size}: cannot meet the others ({reason(error)}); start them with torchrun"
+                        ) from None
+    store.set_timeout(LONGEST)
     found = Processes(rank, size, PrefixStore("evaluation", store))
     if rank > 0:        # what the first one says holds for all
         logging.disable(logging.WARNING)

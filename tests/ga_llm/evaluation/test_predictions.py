@@ -86,8 +86,12 @@ def test_parts_of_several_processes(tmp_path, lost):
     again = predictions.Store(folder, "k", (3, 4), 4)
     assert set(again.done) == {"": {0, 1, 2, 3}, "half a row": {0, 1, 2}}.get(lost, {0, 1})
     rest = predictions.Store(folder, "k", (3, 4), 4, part=1, done=dict.fromkeys(again.done))
+    if len(again.done) < 4:
+        with pytest.raises(UserError, match=f"{4 - len(again.done)} pairs, which are not there; give an --output_dir"):
+            again.check(PROMPTS)
     rest.add(PROMPTS, RESULTS)
     again.read()
+    again.check(PROMPTS)
     assert again.finish(PROMPTS, [0.0] * 4, {})
     for name in ("predictions.jsonl", "log_probabilities.npy"):
         assert (tmp_path / "whole" / name).read_bytes() == (folder / name).read_bytes()

@@ -72,6 +72,16 @@ def test_a_script_alone_fails_as_ever(monkeypatch):
         together(fail)()
 
 
+def test_processes_that_nothing_brings_together(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    assert join().size == 1         # the rest of the environment is another program's
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match="process 1 of 2: .*MASTER_ADDR.*; start them with torchrun"):
+        join()
+
+
 def test_more_processes_than_gpus(monkeypatch):
     given = []
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
