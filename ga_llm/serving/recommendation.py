@@ -186,7 +186,7 @@ class Recommender:
 
     def _prompt(self, user: int, past: Sequence[CheckIn], time: datetime.datetime):
         asked = pair(past, time, user, self.places, self.asking)
-        prompt, = self.spelled.prompts([asked], self.asking.context, "the question")
+        prompt, = self.spelled.prompts([asked], self.asking.context, "the question", tried=self.checked)
         prompt = dataclasses.replace(prompt, target=metrics.NO_POI)     # none to search the rank of
         if self.has_pointer:
             (prompt, at, _), = pointed.positions([prompt], self.token_ids)
