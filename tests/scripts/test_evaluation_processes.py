@@ -1,9 +1,14 @@
 """Evaluation by several processes: the files of one, also after a kill and with another number of processes."""
 import functools
 import json
+import os
+import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import forked
@@ -33,13 +38,19 @@ class Copies:
             shutil.copytree(self.checkpoint, copy, ignore=shutil.ignore_patterns(*NAMES, ".*"))
         return copy
 
-    def run(self, processes, name, *hooks, flags=()):
-        """The exit codes of evaluating copy `name`, and what was logged."""
-        command = ["test_next_gps.py", "--output_dir", self.copy(name), "--batch_size", "2", *self.flags, *flags]
+    def command(self, name, *flags):
+        return ["test_next_gps.py", "--output_dir", self.copy(name), "--batch_size", "2", *self.flags, *flags]
+
+    def start(self, processes, name, *hooks, flags=()):
+        """The started processes that evaluate copy `name`, and their log."""
         port, log = free_port(), self.folder / f"{name}.log"
         log.unlink(missing_ok=True)
-        started = [forked.launch(self.repo, command, log, *hooks, **forked.ranks(rank, processes, port))
-                   for rank in range(processes)]
+        return [forked.launch(self.repo, self.command(name, *flags), log, *hooks, **forked.ranks(rank, processes, port))
+                for rank in range(processes)], log
+
+    def run(self, processes, name, *hooks, flags=()):
+        """The exit codes of evaluating copy `name`, and what was logged."""
+        started, log = self.start(processes, name, *hooks, flags=flags)
         for process in started:
             process.join(300)
         return [process.exitcode for process in started], log.read_text() if log.exists() else ""
@@ -61,6 +72,9 @@ class Copies:
         """Each process is killed before it writes its `call`-th chunk; returns how many predictions are left."""
         codes, told = self.run(processes, name, functools.partial(forked.tell, ADD, call, signal.SIGKILL))
         assert -signal.SIGKILL in codes and "Traceback" not in told, told
+        return self.predicted(name)
+
+    def predicted(self, name):
         parts = list(self.copy(name).glob(f"**/.{artifacts.PREDICTIONS}.*"))
         return sum(path.read_bytes().count(b"\n") for path in parts)
 
@@ -94,14 +108,56 @@ def test_any_number_of_processes(repo, pointed, tmp_path, checkpoint, flags):  #
 
 
 @pytest.mark.slow
+def test_killed_again_and_again(repo, tmp_path):
+    """Now two processes, now one, now three, when some more predictions are there."""
+    tested, chance, left = Copies(repo, tmp_path, flags=[*TABLE, "--batch_size", "1"]), random.Random(0), [0]
+    one = tested.by(1)
+    for processes in (2, 1, 3):
+        started, _ = tested.start(processes, "killed")
+        goal = left[-1] + chance.randint(1, 3)
+        while tested.predicted("killed") < goal and any(process.is_alive() for process in started):
+            time.sleep(0.001)
+        for process in started:
+            process.kill()
+        for process in started:
+            process.join(60)
+        left.append(tested.predicted("killed"))
+    assert left == sorted(left) and 0 < left[1] < left[-1]
+    assert tested.by(2, "killed") == one and f"going on behind {left[-1]} pairs" in tested.told
+
+
+TORCHRUN = ["torchrun", "--nproc_per_node=2", f"--master_port={free_port()}"]
+
+
+@pytest.mark.slow
 def test_under_torchrun(repo, tmp_path):
     tested = Copies(repo, tmp_path)
-    one, command = tested.by(1), ["torchrun", "--nproc_per_node=2", f"--master_port={free_port()}", "test_next_gps.py"]
-    result = run(repo, *command, "--output_dir", tested.copy("two"), "--batch_size", "2")
+    one = tested.by(1)
+    result = run(repo, *TORCHRUN, *tested.command("two"))
     assert (tested.copy("two") / artifacts.PREDICTIONS).read_bytes() == one[artifacts.PREDICTIONS]
     assert result.stdout.count("wrote ") == result.stdout.count("protocol ga-llm") == 1
-    wrong = run(repo, *command, "--output_dir", tested.copy("two"), "--base_model", "nowhere/there", check=False)
+    wrong = run(repo, *TORCHRUN, *tested.command("two"), "--base_model", "nowhere/there", check=False)
     assert wrong.returncode == 1 and wrong.stderr.count("error: ") == 1 and "nowhere/there" in wrong.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_torchrun_ends_all_if_one_is_killed(repo, tmp_path, rank):
+    """And the others' predictions count when it is started again. Beams take long enough."""
+    tested = Copies(repo, tmp_path, flags=["--decoding", "beam"])
+    one, killed = tested.by(1), tested.copy("killed")
+    before = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    with open(tmp_path / "told", "w") as told:
+        running = subprocess.Popen([*map(str, [*TORCHRUN, *tested.command("killed")])], cwd=repo, stdout=told,
+                                   stderr=told, env={**os.environ, "PATH": before})
+    while running.poll() is None and len(list(killed.glob(f"*/.{artifacts.PREDICTIONS}.*"))) < 2:
+        time.sleep(0.02)
+    for process in Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split():
+        if f"RANK={rank}".encode() in Path(f"/proc/{process}/environ").read_bytes().split(b"\0"):
+            os.kill(int(process), signal.SIGKILL)
+    assert running.wait(120) == 1, (tmp_path / "told").read_text()
+    assert not list(killed.glob(f"*/{artifacts.METRICS}"))
+    assert tested.by(1, "killed") == one and "going on behind" in tested.told
 
 
 @pytest.mark.parametrize("hook, line", [
