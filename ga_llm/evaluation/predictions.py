@@ -78,8 +78,8 @@ class Store:
         """(pairs, candidates) log-probabilities, NaN for pairs that the protocol leaves out."""
         table = np.full((self.pairs, len(self.candidates)), np.nan, np.float32)
         for partial, rows in self._parts():
-            if partial.exists():
-                own = [json.loads(line)["pair"] for line in partial.read_bytes().splitlines()]
+            own = [json.loads(line)["pair"] for line in partial.read_bytes().splitlines()] if partial.exists() else []
+            if own:
                 table[own] = np.fromfile(rows, np.float32).reshape(-1, len(self.candidates))
         return table
 

@@ -102,6 +102,8 @@ def test_pairs_left_out_have_no_probabilities(tmp_path):
     store = predictions.Store(tmp_path, "k", (3, 4), 4)
     store.add(PROMPTS[1:2], RESULTS[1:2])
     np.testing.assert_array_equal(store.table(), [[np.nan] * 2, [2, 3], [np.nan] * 2, [np.nan] * 2])
+    store.rows.unlink()
+    assert np.isnan(predictions.Store(tmp_path, "k", (3, 4), 4).table()).all()
 
 
 def test_another_evaluation_begins_anew_and_loses_nothing(tmp_path):
