@@ -9,7 +9,7 @@
 The checkpoint remembers what the second command says of the training; a flag overrides it, and is checked.
 Ranks every POI exactly (--decoding rank), or searches beams or samples one answer, as others do. Prints the metrics,
 beside three baselines on the same pairs, and writes metrics.json and predictions.jsonl. Killed, it goes on where it
-stopped when it is started again.
+stopped when it is started again. torchrun --nproc_per_node=8 test_next_gps.py … shares the prompts out to 8 GPUs.
 
     python test_next_gps.py --compare A/predictions.jsonl B/predictions.jsonl
 
@@ -23,8 +23,9 @@ import torch
 
 from ga_llm.base import artifacts, writing
 from ga_llm.base.cli import Parser, UserError, boolean, run, share, token_count, whole_number
-from ga_llm.evaluation import (baselines, comparison, decoding, ensemble, history, metrics, pointed, predictions,
-                               protocols, ranking, released, trained)
+from ga_llm.evaluation import (baselines, comparison, decoding, ensemble, metrics, pointed, predictions, protocols,
+                               ranking, released, trained)
+from ga_llm.evaluation.processes import Processes, together
 from ga_llm.llm import backbone, tree_attention
 from ga_llm.pairs import sft_data, spelling
 from ga_llm.training import run_log
@@ -71,38 +72,31 @@ def arguments() -> tuple[argparse.Namespace, dict]:
     return args, agreement
 
 
-def predict(args, model, tokenizer, test_prompts, trie) -> tuple[predictions.Store, float | None]:
-    """Rank the POIs for every prompt, and count the prompts per second; what an interrupted run left is kept."""
+def predict(args, processes, model, tokenizer, test_prompts, trie) -> tuple[predictions.Store, float | None]:
+    """Rank the POIs for every prompt, and count the prompts per second; what an interrupted run left is kept.
+
+    The first of several processes has all predictions in the end.
+    """
     key = predictions.key(vars(args), [args.test_file, args.gps_mapping_path], trained.files(args))
     store = predictions.Store(args.results, key, trie.candidates if args.full_table else (),
-                              1 + max(prompt.pair for prompt in test_prompts))
-    started, first = time.perf_counter(), len(store.done)
+                              1 + max(prompt.pair for prompt in test_prompts), processes.rank)
+    store.done = {pair: store.done.get(pair) for pair in processes.agree(list(store.done))}
+    started, done = time.perf_counter(), frozenset(store.done)
     for chunk, results in decoding.decode(args.decoding, model, tokenizer, trie, test_prompts, args.batch_size,
-                                          args.full_table, frozenset(store.done), args.seed):
+                                          args.full_table, done, args.seed, processes):
         store.add(chunk, results)
-    new = len(store.done) - first
+    processes.finish()
+    if processes.rank == 0:
+        store.read()
+        store.check(test_prompts)
+    new = len(store.done) - len(done)
     return store, new / (time.perf_counter() - started) if new else None
 
 
-def mixed(args, store: predictions.Store, test_prompts, candidates, others: dict) -> tuple:
-    """What --average_with and --history_weight make of the model's probabilities, and what it stands beside."""
-    alone, table = store.ranking(test_prompts), store.rows[[prompt.pair for prompt in test_prompts]]
-    if args.average_with:
-        table = ensemble.average([table, *(ensemble.read(path, test_prompts, candidates)
-                                           for path in args.average_with)])
-    if args.history_weight:
-        shares = history.probabilities(args.folder / artifacts.SAMPLE, test_prompts, candidates)
-        store.replace(test_prompts, ensemble.rank(history.mix(table, shares, 1.0), test_prompts, candidates))
-        others = {"history by hour and recency": store.ranking(test_prompts), **others}
-        table = history.mix(table, shares, args.history_weight)
-    store.replace(test_prompts, ensemble.rank(table, test_prompts, candidates))
-    return store.ranking(test_prompts), {"model alone": alone, **others}
-
-
-def main():
+def main(processes: Processes):
     args, agreement = arguments()
     if args.compare:
-        return print(comparison.compare(*args.compare))
+        return print(comparison.compare(*args.compare)) if processes.rank == 0 else None
     torch.manual_seed(args.seed)
     injection.check_paths(args)
     mapping = gps_tokens.read_gps_mapping(args.gps_mapping_path)
@@ -113,7 +107,8 @@ def main():
     end = spelling.read_answers(pairs, args.test_file)
     train = baselines.read_train(args.folder / artifacts.split_sample("train"))
 
-    writing.hold(args.results)
+    if processes.rank == 0:
+        writing.hold(args.results)
     # Ranking hands the model a mask of the trie, which flash-attn does not take.
     attention = (tree_attention.TREE if args.decoding == "rank" else
                  backbone.training_attention(args.flash_attn, full=True))
@@ -129,13 +124,15 @@ def main():
     fits = released.fitting(test_prompts, tokenizer, length, args.folder / artifacts.SAMPLE)
     test_prompts = pointed.prepare(args, model, test_prompts, mapping, tokenizer)
     trie = ranking.Trie(spelled.tokens)
-    store, speed = predict(args, model, tokenizer, test_prompts, trie)
+    store, speed = predict(args, processes, model, tokenizer, test_prompts, trie)
+    if processes.rank > 0:
+        return
 
     found, others = store.ranking(test_prompts), baselines.rankings(train, test_prompts)
     if args.history_weight or args.average_with:
-        found, others = mixed(args, store, test_prompts, trie.candidates, others)
+        found, others = ensemble.mixed(args, store, test_prompts, trie.candidates, others)
     report = metrics.report(test_prompts, found, others, train, mapping, speed, args.protocol, args.decoding, fits)
-    report |= run_log.describe_evaluation()
+    report |= run_log.describe_evaluation(processes.size)
     published = protocols.published(args.folder / artifacts.STATS, args.protocol, args.split)
     report |= {"split": args.split, "published_n": published}
     report["settings"] = {name: str(value) for name, value in vars(args).items()}
@@ -146,4 +143,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(together(main))

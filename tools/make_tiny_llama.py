@@ -97,7 +97,7 @@ def main():
     mapping = None if places is None else read_gps_mapping(places)
     category_of = None
     if categories is not None:
-        from ga_llm.serving.recommendation import read_categories       # here, for it takes seconds to import
+        from ga_llm.serving.places import read_categories       # here, for it takes seconds to import
         category_of = {poi: category for poi, (_, category) in
                        read_categories(categories, mapping.ids.tolist(), unseen=-1).items()}
     model = make_tiny_llama(folder, corpus=corpus, places=mapping, category_of=category_of, **options)

@@ -23,7 +23,7 @@ OWN_KEYS = {"gowalla": ("keep_states",), "tist2015": ("bounding_box",), "snap": 
 OPTIONAL_KEYS = {"snap": ("time_zone",), "csv": ("time_zone",)}
 BOX = {"south": 90, "west": 180, "north": 90, "east": 180}      # degrees at most
 CSV_COLUMNS = ("user", "poi", "lat", "lon", "time")
-CSV_OPTIONAL = ("category", "offset", "split", "trajectory")
+CSV_OPTIONAL = ("category", "name", "offset", "split", "trajectory")
 # What stats.json counts by split, and what `published` may hold.
 COUNTS = ("users", "pois", "categories", "trajectories", "check_ins")
 PROTOCOLS = ("llm4poi", "sthgcn")       # `published` may also hold how many pairs these have
@@ -186,8 +186,8 @@ def load(path: Path | str, datasets: Path | str = artifacts.DATASETS) -> Config:
     check(all(Path(name).name for name in names), "raw", "a file's path for each")
     check(len({os.path.realpath(name) for name in names}) == len(names), "raw", "another file for each")
     if "columns" in needed:
-        apart = [column for role, column in values["columns"].items() if role != "category"]
-        check(len(set(apart)) == len(apart), "columns", "another column for each (but for category)")
+        apart = [column for role, column in values["columns"].items() if role not in ("category", "name")]
+        check(len(set(apart)) == len(apart), "columns", "another column for each (but for category and name)")
         check(not (in_files and "split" in columns), "columns", "no split where raw names a file for each")
         check(not ("time_zone" in values and "offset" in columns), "time_zone", "none where columns has an offset")
     check(_is_line(values["raw_from"]), "raw_from", "a line of text")

@@ -1,8 +1,8 @@
-"""The GPS mapping: where each POI lies, by its id."""
+"""The GPS mapping: where each POI lies, by its id; and the places' own names."""
 import numpy as np
 import pandas as pd
 
-from ga_llm.base import globe
+from ga_llm.base import artifacts, globe
 
 
 def places(train: pd.DataFrame) -> pd.DataFrame:
@@ -24,6 +24,17 @@ def places(train: pd.DataFrame) -> pd.DataFrame:
         means.loc[at_pole, "Latitude"] = np.degrees(np.arctan2(points["z"], np.hypot(points["x"], points["y"])))
         means.loc[at_pole, "Longitude"] = np.degrees(np.arctan2(points["y"], points["x"]))
     return means.rename_axis("GPS_id").reset_index()
+
+
+def names(train: pd.DataFrame) -> pd.DataFrame:
+    """poi (as in the raw file), name: of each POI of train that has names the most frequent, of equals the first.
+
+    In the order of the ids. It is no part of the released mapping, so it has a file of its own.
+    """
+    named = train[train["PoiName"] != ""]
+    counts = named.groupby(["PoiId", "PoiName"], sort=False).size().reset_index(name="n")
+    best = counts.sort_values("n", ascending=False, kind="stable").drop_duplicates("PoiId").sort_values("PoiId")
+    return best[["PoiId", "PoiName"]].set_axis(artifacts.NAME_COLUMNS, axis=1)
 
 
 def _on_sphere(latitude: pd.Series, longitude: pd.Series) -> pd.DataFrame:

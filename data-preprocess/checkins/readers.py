@@ -1,8 +1,8 @@
 """Raw files of each format → one table of check-ins.
 
 The table's columns: UserId, PoiId, PoiCategoryId (as in the file), PoiCategoryName, Latitude and Longitude (degrees),
-LocalTime (datetime64, whole seconds); Split and Trajectory (text) where the files have their own. Whatever a file has
-wrong raises a UserError of one line with its name and the line's number. Any file may be given as `.gz`.
+LocalTime (datetime64, whole seconds); Split, Trajectory and PoiName (text) where the files have their own. Whatever a
+file has wrong raises a UserError of one line with its name and the line's number. Any file may be given as `.gz`.
 
 Files of the known formats go round in variants: with a header or none, with commas or tabs, their columns in another
 order, under other names and with others between, and times written otherwise. All are read (see `files.tables`).
@@ -185,8 +185,10 @@ def _own(path: Path, config: Config, rows_needed: bool = True) -> pd.DataFrame:
     """One CSV of one's own."""
     column = config.columns
     names = list(dict.fromkeys(column.values()))
-    text = tuple(column[role] for role in ("user", "poi", "category", "time", "split", "trajectory") if role in column)
-    frame, = [*files.tables(path, keep=names, text=text, rows_needed=rows_needed)] or [pd.DataFrame(columns=names)]
+    text = tuple(name for role, name in column.items() if role not in ("lat", "lon", "offset"))
+    empty = {column["name"]} - {column[role] for role in column if role != "name"} if "name" in column else ()
+    frame, = [*files.tables(path, keep=names, text=text, empty=empty, rows_needed=rows_needed)] or [
+        pd.DataFrame(columns=names)]
     if "category" in column:
         category = frame[column["category"]]
     else:
@@ -200,6 +202,8 @@ def _own(path: Path, config: Config, rows_needed: bool = True) -> pd.DataFrame:
         files.reject(split.isna(), path,
                      lambda line: f"{given.name} {short(given[line])} is none of {', '.join(SPLIT_NAMES)}")
         found["Split"] = split
+    if "name" in column:        # for people alone: no prompt shows it
+        found["PoiName"] = cells.by_value(frame[column["name"]].fillna(""), lambda name: " ".join(name.split()))
     if "trajectory" in column:
         found["Trajectory"] = frame[column["trajectory"]]
     return found

@@ -24,6 +24,7 @@ class Samples:
     places: pd.DataFrame                        # the GPS mapping
     encodings: dict[str, encoding.Encoding]     # user, poi, category
     stats: dict                                 # split -> counts
+    names: pd.DataFrame | None = None           # of the places, where the raw files have them
 
 
 def make(config: Config) -> Samples:
@@ -41,6 +42,7 @@ def make(config: Config) -> Samples:
 
     train = check_ins[check_ins["Split"] == "train"]
     encodings = {field: encoding.Encoding.fit(train[column], config.first_id) for field, column in ENCODED.items()}
+    names = mapping.names(train) if "PoiName" in train else None
     check_ins = check_ins.assign(**{column: encodings[field].encode(check_ins[column])
                                     for field, column in ENCODED.items()})
     places = mapping.places(check_ins[check_ins["Split"] == "train"])
@@ -56,12 +58,13 @@ def make(config: Config) -> Samples:
             raise UserError(f"{config.path}: no check-ins left for {split}; give more data"
                             + ("" if own_split else ", or lower min_poi_freq and min_user_freq"))
     stats = {split: _counts(rows) for split, rows in by_split.items()}
-    return Samples(sample, by_split, places, encodings, stats)
+    return Samples(sample, by_split, places, encodings, stats, names)
 
 
 def write(config: Config, samples: Samples) -> None:
     """Write all of a data set's samples; the files appear together, when all are complete."""
     tables = {artifacts.SAMPLE: samples.sample, artifacts.gps_mapping(config.dataset_name): samples.places}
+    tables |= {} if samples.names is None else {artifacts.poi_names(config.dataset_name): samples.names}
     tables |= {artifacts.split_sample(split): rows for split, rows in samples.splits.items()}
     objects = {artifacts.LABEL_ENCODING: {field: e.to_json() for field, e in samples.encodings.items()},
                artifacts.STATS: {"dataset": config.dataset_name, **samples.stats, "published": config.published}}

@@ -17,6 +17,7 @@ SAMPLE = "sample.csv"
 LABEL_ENCODING = "label_encoding.json"
 STATS = "stats.json"
 GPS_COLUMNS = ["GPS_id", "Latitude", "Longitude"]    # of the GPS mapping; GPS_id is the encoded POI id
+NAME_COLUMNS = ["poi", "name"]      # of the places' names; poi is the raw id, which another encoding leaves as it is
 
 MERGED_ENCODER = "geo_encoder_merged.pth"
 FINAL_ENCODER = "geo_encoder_final_merged.pth"
@@ -87,6 +88,11 @@ def split_sample(split: str) -> str:
 
 def gps_mapping(dataset: str) -> str:
     return f"{dataset}_gps_mapping.csv"
+
+
+def poi_names(dataset: str) -> str:
+    """The places' own names, where the raw data or the user has them; beside the GPS mapping."""
+    return f"{dataset}_poi_names.csv"
 
 
 def dataset_of(mapping: Path | str) -> tuple[str, Path] | None:

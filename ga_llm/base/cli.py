@@ -96,7 +96,7 @@ def run(main) -> None:
             setattr(sys, name, open(os.devnull, "w"))
         getattr(sys, name).reconfigure(errors="backslashreplace")   # a terminal that knows no "–" is no reason to fail
     sys.stdout.reconfigure(write_through=False)     # so that it is _flush that writes, whatever PYTHONUNBUFFERED says
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    level = logging.INFO if _is_first() else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     try:
         try:
@@ -134,5 +134,10 @@ def _flush() -> None:
 
 
 def show_progress() -> bool:
-    """Progress bars belong on a terminal; under nohup, log lines are enough."""
-    return sys.stderr.isatty()
+    """Progress bars belong on a terminal, those of the first process; under nohup, log lines are enough."""
+    return sys.stderr.isatty() and _is_first()
+
+
+def _is_first() -> bool:
+    """Of torchrun's processes."""
+    return os.environ.get("RANK", "0") == "0"

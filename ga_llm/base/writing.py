@@ -85,9 +85,9 @@ def _unstopped():
             signal.raise_signal(number)
 
 
-def append(path: Path | str, text: str) -> None:
+def append(path: Path | str, content: str | bytes) -> None:
     """Add whole lines to a file, on disk when this returns; where the disk is full none of them, and an OSError."""
-    rest = text.encode()
+    rest = content.encode() if isinstance(content, str) else content
     with naming(path), open(path, "ab", buffering=0) as file:
         before = file.tell()
         try:

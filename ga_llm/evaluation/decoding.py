@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from ga_llm.base.cli import UserError, show_progress
 from ga_llm.evaluation import ranking
+from ga_llm.evaluation.processes import Processes
 from ga_llm.evaluation.ranking import Ranked, Trie
 from ga_llm.pairs.spelling import TestPrompt
 
@@ -23,26 +24,30 @@ def check_table(decoding: str, full: bool) -> None:
 
 
 def decode(decoding: str, model, tokenizer, trie: Trie, test_prompts: Sequence[TestPrompt], batch_size: int,
-           full: bool = False, done=frozenset(), seed: int = 0) -> Iterator[tuple[list[TestPrompt], list[Ranked]]]:
+           full: bool = False, done=frozenset(), seed: int = 0, processes: Processes | None = None
+           ) -> Iterator[tuple[list[TestPrompt], list[Ranked]]]:
     """Yield (prompts, their results) chunk by chunk, the longest first; pairs in `done` need no result.
 
     Which prompts share a chunk depends on the prompts, `batch_size` and the kind of device alone, and the random
-    numbers on the chunk, so that an interrupted evaluation goes on with the same numbers.
+    numbers on the chunk, so that an interrupted evaluation goes on with the same numbers, and several `processes`,
+    which share out groups of chunks, get them, too.
     """
+    processes = processes or Processes()
     progress = tqdm(total=len(test_prompts), initial=len(done), disable=not show_progress(), unit="prompt")
     if decoding == "rank":
         ranking.check(model, trie, min(test_prompts, key=lambda prompt: len(prompt.input_ids)))
         tail = ranking.TAIL_TOKENS if model.device.type == "cpu" else ranking.TAIL_TOKENS_GPU
-        chunks = (found for group in ranking.plan(test_prompts, batch_size, tail)
+        chunks = (found for group in processes.each(ranking.plan(test_prompts, batch_size, tail))
                   for found in ranking.rank(model, trie, group, full=full, done=done))
     else:
         answer = {"beam": beam, "sample": sample}[decoding]
         by_length = sorted(test_prompts, key=lambda prompt: -len(prompt.input_ids))
         batches = [by_length[i:i + batch_size] for i in range(0, len(by_length), batch_size)]
-        chunks = ((batch, answer(model, tokenizer, trie, batch, seed)) for batch in batches
+        chunks = ((batch, answer(model, tokenizer, trie, batch, seed)) for batch in processes.each(batches)
                   if not all(prompt.pair in done for prompt in batch))
     for chunk, results in chunks:
-        progress.update(sum(prompt.pair not in done for prompt in chunk))
+        all_done = len(done) + processes.count(sum(prompt.pair not in done for prompt in chunk))
+        progress.update(all_done - progress.n)
         yield chunk, results
     progress.close()
 

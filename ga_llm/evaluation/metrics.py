@@ -198,7 +198,8 @@ def report(test_prompts, model: Ranking, baselines: dict[str, Ranking], train: p
       (`released.fitting`); null if that is not known
     - groups: {grouping: {group: {method: summary}}} (`groups`)
     - target_in_prompt: the share of pairs whose target is among the prompt's check-ins; null if there are no pairs
-    - prompts_per_second: of this run; null if an earlier one had predicted all
+    - prompts_per_second: of this run, of all its processes together ("machine" tells their number, "world_size"); null
+      if an earlier one had predicted all
 
     train: as `baselines.read_train` gives it; mapping: a GPSMapping.
     """
@@ -245,10 +246,12 @@ def text(report: dict) -> str:
              f"{report['target_time_given']} of {n} questions (GA-LLM's and LLM4POI's name it; STHGCN and GETNext "
              "never see it)")
     share, speed = report["target_in_prompt"], report["prompts_per_second"]
+    processes = report.get("machine", {}).get("world_size", 1)
     lines = [textwrap.fill(given, WIDTH, break_on_hyphens=False), "",
              "all pairs: the model's value [95 % interval], and others' values",
              narrow(report["all"], [column for block in BLOCKS for column in block]), "",
-             *_against_lines(report["against"]), _group_table(report["groups"], [name for name in report["all"] if name != "model"]), ""]
+             *_against_lines(report["against"]),
+             _group_table(report["groups"], [name for name in report["all"] if name != "model"]), ""]
     fits = {"the pairs whose prompt fits --seq_len": report["fits"],
             "the pairs whose prompt would fit it in the released code's wording": report["fits_released"]}
     for what, found in fits.items():
@@ -256,7 +259,8 @@ def text(report: dict) -> str:
             lines += [f"{what}: {found['model']['n']} of {n}", *[narrow(found, SHORT)] * bool(found["model"]["n"]), ""]
     return "\n".join(lines + ["every prompt fits --seq_len"] * (fit == n) + [
         f"target among the prompt's check-ins: {'-' if share is None else format(share, '.3f')}; "
-        f"{'-' if speed is None else format(speed, '.2f')} prompts per second",
+        f"{'-' if speed is None else format(speed, '.2f')} prompts per second"
+        + f" by {processes} processes" * (processes > 1),
         "all intervals, and all metrics by group: in metrics.json and report.py's page"])
 
 

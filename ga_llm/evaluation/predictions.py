@@ -26,61 +26,85 @@ class Store:
     A record has pair (line of the test file, from 0), user, time (the target's, local), target, current (how many
     check-ins its trajectory has before the target), fits (whether nothing was cut from the prompt), rank (null: none)
     and top, [[POI id, log-probability], …].
+
+    On disk each process has a part, whose number is its rank: a file of records, and one of their rows of the table of
+    all log-probabilities. The first process alone reads them, `read`, its own and what other runs have left.
     """
     folder: Path
     key: str                            # names what the predictions depend on; another key, another evaluation
     candidates: Sequence[int] = ()      # given: keep the table of all log-probabilities too, one column for each
     pairs: int = 0                      # rows of that table
+    part: int = 0
+    done: dict[int, dict] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.partial = self.folder / f".{artifacts.PREDICTIONS}.{self.key}.partial"
-        self.table = self.folder / f".{artifacts.LOG_PROBABILITIES}.{self.key}.partial"
-        self.done = {}
-        if self.partial.exists() and (not len(self.candidates) or self.table.exists()):
-            complete = self.partial.read_bytes().rpartition(b"\n")
-            try:
-                self.done = {record["pair"]: record for record in map(json.loads, complete[0].splitlines())}
-            except (ValueError, TypeError, KeyError):
-                raise UserError(f"{self.partial}: damaged; delete it, and the evaluation starts over") from None
-            os.truncate(self.partial, len(complete[0]) + len(complete[1]))      # a line that was cut off
-        if self.done:
-            log.info("going on behind %d pairs that are already predicted", len(self.done))
-        else:
-            self.partial.write_bytes(b"")
-        if len(self.candidates):
-            if not self.done:
-                self._make_table()
-            self.rows = np.lib.format.open_memmap(self.table, "r+")
+        self.partial, self.rows = self._files(self.part)
+        if self.part == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.read()
+            if self.done:
+                log.info("going on behind %d pairs that are already predicted", len(self.done))
 
-    def _make_table(self) -> None:
-        """A table of NaN, which stays where the protocol leaves pairs out."""
-        try:
-            with writing.naming(self.table):
-                rows = np.lib.format.open_memmap(self.table, "w+", np.float32, (self.pairs, len(self.candidates)))
-                with open(self.table, "rb+") as file:
-                    # A disk that turns out full when the mapped memory is written kills the process (SIGBUS).
-                    os.posix_fallocate(file.fileno(), 0, os.path.getsize(self.table))
-            rows[:] = np.nan
-        except OSError:
-            self.table.unlink(missing_ok=True)
-            raise
+    def _files(self, part: int | str) -> tuple[Path, Path]:
+        """Where a part's records lie, and its rows."""
+        return tuple(self.folder / f".{name}.{self.key}.{part}.partial" for name in (artifacts.PREDICTIONS,
+                                                                                     artifacts.LOG_PROBABILITIES))
+
+    def _parts(self) -> list[tuple[Path, Path]]:
+        """Those on disk, of whatever processes."""
+        numbers = {path.name.split(".")[-2] for files in self._files("*") for path in self.folder.glob(files.name)}
+        return [self._files(number) for number in sorted(numbers)]
+
+    def read(self) -> None:
+        """Add what lies on disk to `done`; a record or row that was cut off is removed."""
+        for partial, rows in self._parts():
+            content = partial.read_bytes() if partial.exists() else b""
+            lines = content[:content.rfind(b"\n") + 1].splitlines(keepends=True)
+            if self.candidates:
+                lines = lines[:rows.stat().st_size // self._row_bytes if rows.exists() else 0]
+            try:
+                self.done |= {record["pair"]: record for record in map(json.loads, lines)}
+            except (ValueError, TypeError, KeyError):
+                raise UserError(f"{partial}: damaged; delete it, and its part of the evaluation starts over") from None
+            for path, size in ((partial, sum(map(len, lines))), (rows, len(lines) * self._row_bytes)):
+                if path.exists():
+                    os.truncate(path, size)
+
+    @property
+    def _row_bytes(self) -> int:
+        return np.dtype(np.float32).itemsize * len(self.candidates)
+
+    def table(self) -> np.ndarray:
+        """(pairs, candidates) log-probabilities, NaN for pairs that the protocol leaves out."""
+        table = np.full((self.pairs, len(self.candidates)), np.nan, np.float32)
+        for partial, rows in self._parts():
+            own = [json.loads(line)["pair"] for line in partial.read_bytes().splitlines()] if partial.exists() else []
+            if own:
+                table[own] = np.fromfile(rows, np.float32).reshape(-1, len(self.candidates))
+        return table
 
     def add(self, chunk: Iterable[TestPrompt], results: Iterable[Ranked]) -> None:
         """Keep the results of a chunk: on disk when this returns."""
-        lines = []
+        lines, rows = [], []
         for prompt, result in zip(chunk, results):
             if prompt.pair in self.done:
                 continue
             record = {"pair": prompt.pair, "user": prompt.user, "time": prompt.time, "target": prompt.target,
                       "current": len(prompt.current), "fits": prompt.fits, **self._found(result)}
-            if len(self.candidates):
-                self.rows[prompt.pair] = result.log_probs
             self.done[prompt.pair] = record
             lines.append(json.dumps(record) + "\n")
-        if len(self.candidates):
-            self.rows.flush()
+            if self.candidates:
+                rows.append(np.asarray(result.log_probs, np.float32).tobytes())
+        if self.candidates:        # before the records: what a kill leaves of them is cut off
+            writing.append(self.rows, b"".join(rows))
         writing.append(self.partial, "".join(lines))
+
+    def check(self, test_prompts: Iterable[TestPrompt]) -> None:
+        """Raises UserError if one has no prediction, as where a process has written its part elsewhere."""
+        missing = sum(prompt.pair not in self.done for prompt in test_prompts)
+        if missing:
+            raise UserError(f"{self.folder}: other processes have predicted {missing} pairs, which are not there; give "
+                            "an --output_dir that all nodes see, and start it again")
 
     def replace(self, test_prompts: Iterable[TestPrompt], results: Iterable[Ranked]) -> None:
         """Let other results stand for what was predicted, in memory: on disk the predictions stay until `finish`."""
@@ -99,12 +123,13 @@ class Store:
                        np.array([record["top"][0][0] if record["top"] else NO_POI for record in records]))
 
     def finish(self, test_prompts: Iterable[TestPrompt], km: Iterable[float], report: dict) -> list[str]:
-        """Write `report` to metrics.json and, in the order of the pairs, predictions.jsonl, which appear together.
+        """Write `report` to metrics.json, in the order of the pairs predictions.jsonl, and the table if there is one;
+        they appear together.
 
         km: each top-1 place's distance to the true one. Returns the names of the files written. Call it last: until
         here a killed evaluation can go on.
         """
-        written = [artifacts.METRICS, artifacts.PREDICTIONS]
+        written = [artifacts.METRICS, artifacts.PREDICTIONS, *[artifacts.LOG_PROBABILITIES] * bool(self.candidates)]
         with writing.together() as new_file:
             with new_file(self.folder / artifacts.METRICS) as file:
                 json.dump(report, file, indent=2)
@@ -112,10 +137,15 @@ class Store:
                 for prompt, distance in zip(test_prompts, km):
                     distance = None if np.isnan(distance) else round(float(distance), 3)
                     file.write(json.dumps({**self.done[prompt.pair], "km": distance}) + "\n")
-        if len(self.candidates):
-            os.replace(self.table, self.folder / artifacts.LOG_PROBABILITIES)
-            written.append(artifacts.LOG_PROBABILITIES)
-        self.partial.unlink()
+            if self.candidates:
+                table = self.table()
+                with new_file(self.folder / artifacts.LOG_PROBABILITIES, "wb") as file:
+                    # numpy's own `save` says of a full disk nothing that tells it from another error.
+                    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(table))
+                    file.write(table.data)
+        for files in self._parts():
+            for path in files:
+                path.unlink(missing_ok=True)
         return written
 
 

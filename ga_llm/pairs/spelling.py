@@ -97,13 +97,14 @@ class Spelling:
                 last = len(ids)
             yield poi, ids[first:] + ([] if self.end else [self.tokenizer.eos_token_id]), last - first
 
-    def prompts(self, pairs: Sequence[str], max_length: int, source="the test file") -> list[TestPrompt]:
+    def prompts(self, pairs: Sequence[str], max_length: int, source="the test file", tried: bool = False
+                ) -> list[TestPrompt]:
         """Cut joined pairs before their answers' ids. source: the file they are from, for error messages.
 
         Raises UserError if ids are not spelled there as they are alone: every candidate is tried in the first answer,
-        and in each answer its own target.
+        unless an earlier call has `tried` them, and in each answer its own target.
         """
-        if pairs:
+        if pairs and not tried:
             start, _, _ = answer_id(pairs[0])
             before = prompts.split(pairs[0][:start])[1]
             for poi, ids, _ in self._spell(list(self.full), before):

@@ -16,7 +16,7 @@ from ga_llm.base.cli import UserError
 from ga_llm.base.reading import read_json
 from ga_llm.evaluation import baselines, comparison, metrics
 from ga_llm.pairs import sft_data, spelling
-from ga_llm.serving.recommendation import UNKNOWN, read_categories
+from ga_llm.serving.places import UNKNOWN, read_categories
 from ga_llm.tables import chain, results
 from ga_llm.training import run_log
 from geo_encoder.gps_tokens import GPSMapping, read_gps_mapping

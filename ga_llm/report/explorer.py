@@ -26,7 +26,7 @@ from ga_llm.evaluation import baselines, comparison, metrics
 from ga_llm.report import contents
 from ga_llm.report.contents import OUTCOMES, Baseline, Evaluation
 from ga_llm.report.markup import visible
-from ga_llm.serving.recommendation import UNKNOWN, read_categories
+from ga_llm.serving.places import UNKNOWN, read_categories
 from geo_encoder.gps_tokens import GPSMapping
 
 WEB = Path(__file__).with_name("web")

@@ -344,7 +344,7 @@ def origin_section(evaluation: Evaluation) -> list[str]:
             "processor": ", ".join(map(str, [machine.get("cpu", NONE), f"{machine.get('cores', NONE)} cores",
                                              *(machine.get("gpus") if isinstance(machine.get("gpus"), list) else [])])),
             "protocol": found.get("protocol"), "decoding": found.get("decoding"),
-            "prompts per second": found.get("prompts_per_second"),
+            "prompts per second": found.get("prompts_per_second"), "by processes": machine.get("world_size"),
             "target in the prompt": found.get("target_in_prompt"),
             "stage 2 started": start.get("time"), "its seed": start.get("seed"), "its base model": base.get("path"),
             "its command": start.get("command")}

@@ -13,7 +13,7 @@ LEAST, MOST = 20, 56    # pixels across of a recommended place
 
 
 def draw(found: Sequence[dict], past: Sequence[dict], title: str) -> str:
-    """The page. found: as `recommendation.describe` gives it; past: {latitude, longitude, category, id, time} in order.
+    """The page. found: as `recommendation.describe` gives it; past: `visits`, in order.
 
     The best place is the largest, the others' areas are in proportion to their probability, down to a least size.
     """
@@ -28,10 +28,10 @@ def draw(found: Sequence[dict], past: Sequence[dict], title: str) -> str:
         times = f"{visits[place]} check-ins, the last" if visits[place] > 1 else "check-in"
         folium.CircleMarker(place, radius=7 if is_last else 5, color=LAST if is_last else PAST, weight=2, fill=True,
                             fill_opacity=0.9 if is_last else 0.5,
-                            tooltip=_safe(f"{row['category']} ({row['id']}): {times} {row['time']}")).add_to(page)
+                            tooltip=_safe(f"{_called(row)} ({row['id']}): {times} {row['time']}")).add_to(page)
     for row in found:
         size = round(max(LEAST, MOST * math.sqrt(row["probability"] / found[0]["probability"])))
-        text = f"{row['rank']}. {row['category']} ({row['id']}): {100 * row['probability']:.2f} %, {row['km']:.2f} km"
+        text = f"{row['rank']}. {_called(row)} ({row['id']}): {100 * row['probability']:.2f} %, {row['km']:.2f} km"
         icon = folium.DivIcon(icon_size=(size, size), icon_anchor=(size // 2, size // 2), class_name="place",
                               html=str(row["rank"]))
         folium.Marker((row["latitude"], row["longitude"]), icon=icon, tooltip=_safe(text),
@@ -58,10 +58,15 @@ div.leaflet-marker-icon.place {{ display: flex; align-items: center; justify-con
 
 
 def _legend(found: Sequence[dict], title: str) -> str:
-    rows = "".join(f"<li>{_safe(row['category'])}, {100 * row['probability']:.2f} %, {row['km']:.2f} km</li>"
+    rows = "".join(f"<li>{_safe(_called(row))}, {100 * row['probability']:.2f} %, {row['km']:.2f} km</li>"
                    for row in found)
     return (f'<div id="legend"><b>{_safe(title)}</b><ol>{rows}</ol><i style="background:{PAST}"></i>check-ins '
             f'<i style="background:{LAST}"></i>the last one; km are from there</div>')
+
+
+def _called(row: dict) -> str:
+    """Its name, where it has one, and its category."""
+    return f"{row['name']}, {row['category']}" if row.get("name") else row["category"]
 
 
 def _safe(text: str) -> str:

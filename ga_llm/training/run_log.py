@@ -291,10 +291,10 @@ def data_sha256(trainer: Trainer) -> str:
     return getattr(dataset, "sha256", None) or sha256(trainer.args.data_path)
 
 
-def describe_evaluation() -> dict:
+def describe_evaluation(processes: int = 1) -> dict:
     """What a figure must be given with: when it was measured, by which command and code, and on what."""
     return {"date": datetime.date.today().isoformat(), "command": shlex.join(["python", *sys.argv]),
-            "git": git_state(ROOT), "machine": machine()}
+            "git": git_state(ROOT), "machine": {**machine(), "world_size": processes}}
 
 
 def machine() -> dict:

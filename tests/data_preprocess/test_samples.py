@@ -172,6 +172,34 @@ def test_own_splits_and_trajectories_with_users_that_are_text(settings, script, 
     assert len(pairs) == 2
 
 
+@pytest.mark.parametrize("in_files", [True, False])
+def test_names_of_places(settings, script, in_files):
+    """The most frequent in train, of equals the first, by raw ids, in a file of its own; all else is as without."""
+    visits = [("007", "Café <b>Ü", "train"), ("x", "", "train"), ("b", "Two", "train"), ("b", "One", "train"),
+              ("007", "Late", "train"), ("007", "Café <b>Ü", "train"), ("b", "One", "test"), ("007", "Late", "test")]
+    header, columns = "user,poi,called,lat,lon,time,trip,part\n", ("user", "poi", "lat", "lon", "time")
+    rows = [f"ann,{poi},{name},1,2,2024-01-01 10:{i:02},{split},{split}\n"
+            for i, (poi, name, split) in enumerate(visits)]
+    without = {key: None for key in ("min_poi_freq", "min_user_freq", "split_at", "isolation_hours", "passes",
+                                     "session_time_interval")}
+    roles = {role: role for role in columns} | {"trajectory": "trip"}
+    if in_files:
+        without["raw"] = {"train": "train.csv", "test": "test.csv"}
+        for split in without["raw"]:
+            Path(f"{split}.csv").write_text(header + "".join(row for row in rows if split in row))
+    else:
+        roles["split"] = "part"
+        Path("raw.csv").write_text(header + "".join(rows))
+    script("run.py", "-f", str(settings("csv", columns=roles, **without)))
+    alone = {path.name: path.read_bytes() for path in FOLDER.iterdir()}
+    assert "city_poi_names.csv" not in alone
+    script("run.py", "-f", str(settings("csv", columns=roles | {"name": "called"}, **without)))
+    named = {path.name: path.read_bytes() for path in FOLDER.iterdir()}
+    assert named.pop("city_poi_names.csv").decode() == "poi,name\n007,Café <b>Ü\nb,Two\n" and named == alone
+    script("run.py", "-f", str(settings("csv", columns=roles | {"name": "poi", "category": "poi"}, **without)))
+    assert (FOLDER / "city_poi_names.csv").read_text() == "poi,name\n007,007\nb,b\nx,x\n"
+
+
 def test_own_split_files_may_lack_validation(settings, script):
     header = "user,poi,lat,lon,time,trip\n"
     columns = {role: role for role in ("user", "poi", "lat", "lon", "time")} | {"trajectory": "trip"}

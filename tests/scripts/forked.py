@@ -23,6 +23,7 @@ from commands import FLAGS, README_FLAGS, ROOT, SCRIPTS, evaluation, free_port, 
 from harness import Result
 
 from ga_llm.base import writing
+from ga_llm.base.cli import UserError
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 OPERATIONS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.fsync"}
@@ -154,6 +155,20 @@ def tell(function, call, *signals, rank=None):
         return before(*args, **kwargs)
 
     setattr(owner, name, told)
+
+
+def fail(function, rank):
+    """Let "module:function" raise a UserError in the process of this rank."""
+    where, name = function.rsplit("." if "." in function.partition(":")[2] else ":", 1)
+    owner = pkgutil.resolve_name(where)
+
+    def failing(*args, **kwargs):
+        if int(os.environ["RANK"]) == rank:
+            raise UserError(f"rank {rank} has no model; give it one")
+        return before(*args, **kwargs)
+
+    before = getattr(owner, name)
+    setattr(owner, name, failing)
 
 
 def limit_files(size):

@@ -153,18 +153,26 @@ def test_recommendations_are_those_of_the_evaluation(trained, tmp_path, kind, ou
     train, test = (pd.read_csv(trained / DATA / f"{split}_sample.csv") for split in ("train", "test"))
     of_pair = {(user, own["LocalTime"].max()): own for (user, _), own in test.groupby(["UserId", "TrajectoryId"])}
     encoding = json.loads((trained / DATA / "label_encoding.json").read_text())["user"]
+    ids = np.sort(pd.read_csv(trained / DATA / "sample_gps_mapping.csv")["GPS_id"].to_numpy())
     for prediction in predictions[:3]:
         user, time = prediction["user"], prediction["time"]
         rows = pd.concat([train[train["UserId"] == user], of_pair[user, time]])
         rows.rename(columns={"PoiId": "GPS_id"})[["LocalTime", "GPS_id"]].to_csv(tmp_path / "mine.csv", index=False)
-        result = call(trained, "recommend.py", "--model", exported, "--check_ins", str(tmp_path / "mine.csv"), "--time",
-                      time, "-k", "5", "--json", "--data_path", kind, "--user",
-                      str(encoding["values"][user - encoding["first_id"]]))
+        flags = ["--model", exported, "--check_ins", str(tmp_path / "mine.csv"), "--time", time, "-k", "5",
+                 "--data_path", kind, "--user", str(encoding["values"][user - encoding["first_id"]])]
+        result = call(trained, "recommend.py", *flags, "--json")
         assert result.code == 0, result.err
         found = json.loads(result.out)["places"]
+        assert json.loads(result.out)["pointer"] is True
         table = np.load(trained / checkpoint / artifacts.LOG_PROBABILITIES)[prediction["pair"]].astype(np.float64)
         probabilities = np.sort(np.exp(table) / np.exp(table).sum())[::-1][:5]
         assert [place["probability"] for place in found] == pytest.approx(probabilities.tolist(), rel=1e-3)
+        new = ~np.isin(ids, rows[rows["LocalTime"] < time]["PoiId"])
+        found = json.loads(call(trained, "recommend.py", *flags, "--json", "--exclude", "visited").out)["places"]
+        best = np.flatnonzero(new)[np.argsort(-table[new])][:5]
+        assert [place["poi"] for place in found] == ids[best].tolist()
+        assert [place["probability"] for place in found] == pytest.approx(np.exp(table[best]).tolist(), rel=1e-3)
+    assert "by the LLM and its pointer" in " ".join(call(trained, "recommend.py", *flags).out.split())
 
 
 def test_other_places_than_the_trainings_are_refused(trained, tmp_path):

@@ -180,7 +180,10 @@ def test_text(make_prompt):
     assert median[2:5] == [f"{APART / 2:.2f}", "[0.00,", f"{APART:.2f}]"]
     for metric in ("Acc@1", "Acc@5", "Acc@10", "Acc@20", "MRR", "MRR@5", "MRR@10", "NDCG@10", "mean km", "median km",
                    "share within 1 km"):
-        assert sum(line.startswith(f"{metric}  ") for line in lines) == 1 + (metric in metrics.SHORT)
+        assert sum(line.startswith(f"{metric}  ") for line in lines) == (
+            1 + (metric in metrics.SHORT) + (metric in metrics.COMPARED))
+    assert [line.split()[2] for line in lines if line.split()[1:2] == ["popularity"] and "[" in line] == [
+        "+0.0000", "-0.2500"]
     assert "the pairs whose prompt fits --seq_len: 1 of 2" in lines
     assert "  not in prompt       1  0.0000 [0.0000, 0.0000]    1.0000      0.0000    1.0000" in lines
     assert "  normal              0  -                               -           -         -" in lines

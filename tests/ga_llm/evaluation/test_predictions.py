@@ -69,6 +69,43 @@ def test_goes_on_after_a_kill_in_the_middle_of_a_line(tmp_path, cut):
     np.testing.assert_array_equal(np.load(tmp_path / "killed/log_probabilities.npy"), np.arange(8).reshape(4, 2))
 
 
+@pytest.mark.parametrize("lost", ["", "records", "rows", "half a row"])
+def test_parts_of_several_processes(tmp_path, lost):
+    """Read by the first, whoever has written them; a record without its row counts as none, and a row without it."""
+    whole, folder = predictions.Store(tmp_path / "whole", "k", (3, 4), 4), tmp_path / "parts"
+    whole.add(PROMPTS, RESULTS)
+    whole.finish(PROMPTS, [0.0] * 4, {})
+    first = predictions.Store(folder, "k", (3, 4), 4)
+    others = [predictions.Store(folder, "k", (3, 4), 4, part=part) for part in (1, 10)]
+    for store, prompt, result in zip([others[1], first, others[0], others[0]], PROMPTS, RESULTS):
+        store.add([prompt], [result])
+    if lost == "records":
+        others[0].partial.unlink()
+    elif lost:
+        others[0].rows.write_bytes(others[0].rows.read_bytes()[:0 if lost == "rows" else 12])
+    again = predictions.Store(folder, "k", (3, 4), 4)
+    assert set(again.done) == {"": {0, 1, 2, 3}, "half a row": {0, 1, 2}}.get(lost, {0, 1})
+    rest = predictions.Store(folder, "k", (3, 4), 4, part=1, done=dict.fromkeys(again.done))
+    if len(again.done) < 4:
+        with pytest.raises(UserError, match=f"{4 - len(again.done)} pairs, which are not there; give an --output_dir"):
+            again.check(PROMPTS)
+    rest.add(PROMPTS, RESULTS)
+    again.read()
+    again.check(PROMPTS)
+    assert again.finish(PROMPTS, [0.0] * 4, {})
+    for name in ("predictions.jsonl", "log_probabilities.npy"):
+        assert (tmp_path / "whole" / name).read_bytes() == (folder / name).read_bytes()
+    assert not list(folder.glob(".*"))
+
+
+def test_pairs_left_out_have_no_probabilities(tmp_path):
+    store = predictions.Store(tmp_path, "k", (3, 4), 4)
+    store.add(PROMPTS[1:2], RESULTS[1:2])
+    np.testing.assert_array_equal(store.table(), [[np.nan] * 2, [2, 3], [np.nan] * 2, [np.nan] * 2])
+    store.rows.unlink()
+    assert np.isnan(predictions.Store(tmp_path, "k", (3, 4), 4).table()).all()
+
+
 def test_another_evaluation_begins_anew_and_loses_nothing(tmp_path):
     predictions.Store(tmp_path, "a").add(PROMPTS[:1], RESULTS[:1])
     assert predictions.Store(tmp_path, "b").done == {}
