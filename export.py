@@ -29,7 +29,7 @@ from ga_llm.base import artifacts  # noqa: E402
 from ga_llm.base.cli import Parser, UserError, run  # noqa: E402
 from ga_llm.evaluation import trained  # noqa: E402
 from ga_llm.llm import backbone, pointing  # noqa: E402
-from ga_llm.serving import export, model_card  # noqa: E402
+from ga_llm.serving import export, model_card, transformers_4  # noqa: E402
 from ga_llm.training import checkpoints, run_log  # noqa: E402
 from geo_encoder import gps_tokens, injection  # noqa: E402
 
@@ -84,7 +84,8 @@ def main():
         encoders=["GCIM"] * bool(args.geoencoder_path) + ["PAM"] * bool(args.projector_path), places=len(mapping.ids),
         first=int(mapping.ids[first]), last=int(mapping.ids.max()), latitude=float(mapping.latitude[first]),
         longitude=float(mapping.longitude[first]),
-        pointer=pointer is not None, alone=export.read_metrics(checkpoint / artifacts.LLM_ALONE))
+        older=bool(transformers_4.positions(model.config.to_dict())), pointer=pointer is not None,
+        alone=export.read_metrics(checkpoint / artifacts.LLM_ALONE))
     with export.new_folder(args.export_dir) as folder:
         export.save(model, tokenizer, context, folder, pointer)
         (folder / checkpoints.AGREEMENT).write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
 """A trained model as a plain Hugging Face folder, which needs nothing of this project.
 
-    E/config.json, model.safetensors, tokenizer…, generation_config.json    what transformers and vLLM read
+    E/config.json, model.safetensors, tokenizer…, generation_config.json    what transformers 5 and 4.5x, and vLLM, read
     E/README.md                                                             the model card
     E/ga_llm.json                                                           how it is asked, for recommend.py
     E/pointer.safetensors                                                   the pointer, if there is one, for it alone
@@ -22,6 +22,7 @@ from ga_llm.base.cli import UserError
 from ga_llm.base.prompts import ORDER
 from ga_llm.base.reading import WAY_OUT, read_json
 from ga_llm.llm import pointing
+from ga_llm.serving import transformers_4
 from ga_llm.training import run_log
 from ga_llm.training.checkpoints import AGREEMENT
 
@@ -64,6 +65,7 @@ def save(model: nn.Module, tokenizer, context: int, folder: Path, pointer: nn.Mo
         if pointer is not None:
             state = {f"{pointing.MODULE}.{name}": tensor.contiguous() for name, tensor in pointer.state_dict().items()}
             save_file(state, folder / artifacts.POINTER)
+        transformers_4.readable(folder)
     for file in folder.glob("*.safetensors"):       # which only this user may read
         shutil.copymode(folder / "config.json", file)
 

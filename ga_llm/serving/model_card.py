@@ -25,7 +25,8 @@ class Model:
     flags: of the training, as the checkpoint or its run.json tells them; step: the checkpoint's; processes: of the
     training; metrics: of metrics.json; each None where it is not told.
     encoders: the names of the modules whose vectors stand in the embedding; first, last: POI ids; places: their number;
-    latitude, longitude: of the first, degrees. pointer: whether it has one; alone: the metrics without it.
+    latitude, longitude: of the first, degrees. older: whether transformers 4.5x reads its positions. pointer: whether
+    it has one; alone: the metrics without it.
     """
     folder: Path
     base: str
@@ -48,6 +49,7 @@ class Model:
     last: int
     latitude: float
     longitude: float
+    older: bool = True
     pointer: bool = False
     alone: dict | None = None
 
@@ -94,7 +96,7 @@ tags: [next-poi-recommendation, geography, ga-llm]
 {model.base}, fine-tuned to predict the next point of interest (POI) of a user from check-ins, by GA-LLM
 ("Geography-Aware Large Language Models for Next POI Recommendation", arXiv 2505.13526).
 Data set: `{model.dataset}`, {model.places:,} POIs. It is a plain Hugging Face model, which
-`AutoModelForCausalLM` and vLLM read without GA-LLM's code. {_vectors(model)}
+`AutoModelForCausalLM` and vLLM read without GA-LLM's code. {_older(model)} {_vectors(model)}
 
 ## How to ask it
 
@@ -140,6 +142,13 @@ all of them before you share it.
 """
 
 
+def _older(model: Model) -> str:
+    if model.older:
+        return ("Its files are written by transformers 5, and also have the keys that 4.5x looks for (`rope_theta`, "
+                "`rope_scaling`): with 4.57, tiny models of Llama's, Mistral's and Qwen's kinds gave the same logits.")
+    return "**It needs transformers 5**: its layers scale positions in different ways, which 4.5x would read over."
+
+
 def _vectors(model: Model) -> str:
     what = {"GCIM": "for `<GPS n>` GCIM's encoding of the place's coordinates",
             "PAM": "for `<POI n>` PAM's projection of the POI's transitions"}
@@ -164,8 +173,7 @@ def _served(model: Model) -> str:
     """How a stock server serves it."""
     request = json.dumps({"model": model.folder.name, "prompt": "<question>: … <answer>:", "temperature": 0,
                           "max_tokens": 64}, ensure_ascii=False)
-    return f"""With vLLM (not tried by those who wrote this card; it must be a version that reads `rope_parameters` of
-config.json, as transformers 5 writes it, for older ones pass over the scaling of positions):
+    return f"""With vLLM (not tried by those who wrote this card):
 
 ```bash
 {serve_command(model, model.folder.name)}

@@ -1,11 +1,10 @@
 """export.py: what stock transformers reproduces, what the folder holds, and what is refused."""
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+import stock
 import torch
 from commands import EMBEDDINGS, MAPPING
 from harness import call, refusal
@@ -24,17 +23,6 @@ CHECKPOINT = "outputs/llm/checkpoint-6"
 EXPORT = ["export.py", "--base_model", "models/tiny", "--output_dir", CHECKPOINT, "--dataset_name", "sample",
           "--context_size", "4096", "--geoencoder_path", GEO, "--gps_mapping_path", MAPPING]
 TEXT = "<question>: POI id 12 <POI 12> <GPS 5>, then POI id 5 <POI 5> <GPS 12>. <answer>: POI id 7."
-# What a stranger runs: transformers alone; an import of a module that is None fails.
-STOCK = """
-import sys
-sys.modules.update(dict.fromkeys(("ga_llm", "geo_encoder", "peft")))
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-for folder in sys.argv[2:]:
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
-    with torch.no_grad():
-        torch.save(model(**tokenizer(sys.argv[1], return_tensors="pt")).logits, folder + ".pt")
-"""
 
 
 def a_trained_model(base, mapping, modules, lora):
@@ -72,9 +60,9 @@ def test_stock_transformers_reproduces_the_logits(tiny_llama, mapping_csv, tmp_p
             export.save(export.plain(model, torch.float32), tokenizer, 1024, folder)
         config = json.loads((folders[-1] / "config.json").read_text())
         assert config["rope_parameters"]["factor"] == 2.0 and not config["tie_word_embeddings"]
-    subprocess.run([sys.executable, "-c", STOCK, TEXT, *map(str, folders)], check=True, cwd=tmp_path)
+    found = stock.read(TEXT, folders, tmp_path / "found.pt")
     for folder, before in zip(folders, expected, strict=True):
-        after = torch.load(f"{folder}.pt", weights_only=True)
+        after = found[str(folder)]["logits"]
         assert before.abs().max() > 0.1 and (before - after).abs().max() < 1e-4, folder
 
 

@@ -69,3 +69,8 @@ def test_where_it_was_measured():
     told = card(metrics=found | {"settings": {"test_file": "datasets/nyc/preprocessed/validate_qa.txt"}})
     assert "On the questions of `validate_qa.txt`, n = 40 (protocol sthgcn, decoding rank)" in told
     assert "questions of which no file is told, n = 40" in card(metrics=found)
+
+
+def test_which_transformers_reads_it():
+    assert "also have the keys that 4.5x looks for" in card() and "needs transformers 5" not in card()
+    assert "**It needs transformers 5**" in card(older=False) and "keys that 4.5x" not in card(older=False)
