@@ -29,7 +29,7 @@ from ga_llm.base import artifacts  # noqa: E402
 from ga_llm.base.cli import Parser, UserError, run  # noqa: E402
 from ga_llm.evaluation import trained  # noqa: E402
 from ga_llm.llm import backbone, pointing  # noqa: E402
-from ga_llm.serving import export, model_card, transformers_4  # noqa: E402
+from ga_llm.serving import export, hub, model_card, transformers_4  # noqa: E402
 from ga_llm.training import checkpoints, run_log  # noqa: E402
 from geo_encoder import gps_tokens, injection  # noqa: E402
 
@@ -75,7 +75,9 @@ def main():
     asked |= {"beside": {pointing.MODULE: agreement["beside"][pointing.MODULE]}} if pointer is not None else {}
     first = mapping.ids.argmin()
     about = model_card.Model(
-        folder=args.export_dir, base=export.base_name(args.base_model), dataset=args.dataset_name,
+        folder=args.export_dir, base=export.base_name(args.base_model), base_on_hub=hub.name_on_hub(args.base_model),
+        licence=hub.licence(args.base_model, args.cache_dir), dataset=args.dataset_name,
+        counts=export.read_counts(artifacts.preprocessed(args.dataset_name, args.data_path)),
         quantization=agreement.get("quantization"), rounded=whole.load_in_4bit, raw_from=dataset.raw_from,
         questions=questions, context=context, dtype=dtype,
         full=checkpoints.holds_full_model(checkpoint), trained=agreement.get("trained", []), metrics=metrics,

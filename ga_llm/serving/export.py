@@ -22,7 +22,7 @@ from ga_llm.base.cli import UserError
 from ga_llm.base.prompts import ORDER
 from ga_llm.base.reading import WAY_OUT, read_json
 from ga_llm.llm import pointing
-from ga_llm.serving import transformers_4
+from ga_llm.serving import hub, transformers_4
 from ga_llm.training import run_log
 from ga_llm.training.checkpoints import AGREEMENT
 
@@ -142,7 +142,16 @@ def check_questions(found: dict, where: Path) -> None:
 
 def base_name(path: str) -> str:
     """A base model as a card may name it: by the hub's name, or of a local folder by the last part alone."""
-    return Path(path).resolve().name if Path(path).is_dir() else path
+    return hub.name_on_hub(path) or (Path(path).resolve().name if Path(path).is_dir() else path)
+
+
+def read_counts(folder: Path) -> dict[str, dict[str, int]]:
+    """{split: {kind: number}} of a data set's preprocessed folder; {} if it has no stats.json, or of another make."""
+    path = folder / artifacts.STATS
+    found = read_json(path) if path.exists() else {}
+    counts = {split: found.get(split) for split in artifacts.SPLITS}
+    whole = all(isinstance(kinds, dict) and all(type(n) is int for n in kinds.values()) for kinds in counts.values())
+    return counts if whole else {}
 
 
 def read_run(checkpoint: Path) -> dict | None:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 from ga_llm.base import prompts
 from ga_llm.llm import four_bits
+from ga_llm.serving import hub
 
 README = "README.md"
 METRICS = ("Acc@1", "Acc@5", "MRR")
 BASELINE = "user-history frequency"
+MIXTURES = {"--history_weight": "0.0", "--average_with": "[]"}     # flags of the evaluation, and what mixes nothing
 LOSS = {"answer": "Loss on the answers alone", "poi_ids": "Loss on every POI id, the questions' too"}
 SHOWN = ("lora_r", "lora_alpha", "learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs",
          "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
@@ -19,7 +21,8 @@ EXAMPLE = ("2013-01-05 12:00:00", "2013-01-05 18:00:00")
 
 @dataclasses.dataclass
 class Model:
-    """What the card tells. base: a hub's name or a folder's; raw_from: where the check-ins are to be had.
+    """What the card tells. base: a hub's name or a folder's; base_on_hub: the hub's alone, if it is known; licence: as
+    `hub.licence` found it; raw_from: where the check-ins are to be had; counts: {split: {kind: number}} of them.
 
     quantization: of the base in training, None if that is not known; rounded: whether its weights here are of 4 bits.
     flags: of the training, as the checkpoint or its run.json tells them; step: the checkpoint's; processes: of the
@@ -50,6 +53,9 @@ class Model:
     latitude: float
     longitude: float
     older: bool = True
+    base_on_hub: str | None = None
+    licence: dict[str, str] = dataclasses.field(default_factory=dict)
+    counts: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     pointer: bool = False
     alone: dict | None = None
 
@@ -83,13 +89,9 @@ def card(model: Model) -> str:
     """README.md, with the front matter of the Hugging Face hub."""
     then, now = EXAMPLE
     name = model.folder.name
-    base = json.dumps(model.base)       # a text in YAML, too
+    front = hub.front(name, model.base_on_hub, model.licence, _results(model))
     return f"""---
-base_model: {base}
-base_model_relation: finetune
-library_name: transformers
-pipeline_tag: text-generation
-tags: [next-poi-recommendation, geography, ga-llm]
+{front}
 ---
 # {name}
 
@@ -137,9 +139,49 @@ python recommend.py --model {shlex.quote(name)} --check_ins my.csv --time "{now[
 
 The check-ins are those of `{model.dataset}` ({model.raw_from}). They keep their own terms; those of Foursquare and
 Gowalla may not be redistributed. The weights hold a vector of each place and may hold more of the training's
-check-ins, which are people's whereabouts. The base model's licence holds for this one, too. See to
-all of them before you share it.
-"""
+check-ins, which are people's whereabouts. {_licence(model)}
+See to all of them before you share it.
+{_counts(model)}"""
+
+
+def _results(model: Model) -> list[hub.EvalResult]:
+    """For the hub's `model-index`."""
+    if model.metrics is None:
+        return []
+    parts = {_mixed(model.metrics): model.metrics}
+    if model.pointer:
+        parts = {f", with the pointer{_mixed(model.metrics)}": model.metrics}
+        if model.alone:
+            parts[f", the LLM alone{_mixed(model.alone)}"] = model.alone
+    return hub.results(parts, model.dataset, model.places, BASELINE)
+
+
+def _mixed(metrics: dict) -> str:
+    """What the model's probabilities were mixed with before they were measured."""
+    settings = metrics.get("settings") or {}
+    found = [f", {flag} {settings[flag.strip('-')]}" for flag, none in MIXTURES.items()
+             if settings.get(flag.strip("-"), none) != none]
+    return "".join(found)
+
+
+def _licence(model: Model) -> str:
+    """What is known of the base's."""
+    if model.licence:
+        named = model.licence.get("license_name", model.licence["license"])
+        return f"The base model's licence (`{named}`, as the base's files tell it) holds for this one, too."
+    return ("The base model's licence holds for this one, too; which one that is, none of the base's files told, so "
+            "this card has no `license` field: add it.")
+
+
+def _counts(model: Model) -> str:
+    """The data set's, of its stats.json."""
+    kinds = next(iter(model.counts.values()), {})
+    if not kinds:
+        return ""
+    lines = [f"| split | {' | '.join(kind.replace('_', '-') for kind in kinds)} |", "|---" * (1 + len(kinds)) + "|",
+             *(f"| {split} | {' | '.join(f'{count:,}' for count in counts.values())} |"
+               for split, counts in model.counts.items())]
+    return "\n" + "\n".join(lines) + "\n"
 
 
 def _older(model: Model) -> str:
@@ -235,9 +277,9 @@ def _metrics(model: Model) -> str:
     file = (model.metrics.get("settings") or {}).get("test_file")
     file = f"the questions of `{Path(file).name}`" if file else "questions of which no file is told"
     lines = [f"On {file}, n = {n:,} (protocol {model.metrics.get('protocol', 'not told')}, decoding "
-             f"{model.metrics.get('decoding', 'not told')}), value [95 % bootstrap interval], before merging. The "
-             "baseline counts the user's own visits, and needs no model.", "", f"| | {' | '.join(METRICS)} |",
-             "|---" * (1 + len(METRICS)) + "|"]
+             f"{model.metrics.get('decoding', 'not told')}), value [95 % bootstrap interval], before merging"
+             f"{_mixed(model.metrics)}. The baseline counts the user's own visits, and needs no model.", "",
+             f"| | {' | '.join(METRICS)} |", "|---" * (1 + len(METRICS)) + "|"]
     for name in ("model", BASELINE):
         row = found.get(name, {})
         lines.append(f"| {name} | {' | '.join(_cell(row.get(metric)) for metric in METRICS)} |")

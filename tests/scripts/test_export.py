@@ -2,6 +2,7 @@
 import json
 import shutil
 
+import huggingface_hub
 import numpy as np
 import pytest
 import stock
@@ -82,7 +83,8 @@ def test_what_an_export_holds(repo, exported):
     assert not [word for word in (str(repo), "/tmp", "quantization_config", "adapter", "attn_impl", "_name_or_path")
                 if word in told]
     card = (exported / "README.md").read_text()
-    assert card.startswith('---\nbase_model: "tiny"\n') and "`<GPS n>`" in card and "max_steps 6" in card
+    assert card.startswith("---\nlibrary_name: transformers\n") and "`<GPS n>`" in card and "max_steps 6" in card
+    assert "tiny, fine-tuned" in card and "| split | users | pois |" in card and "has no `license` field" in card
     asked = json.loads((exported / "ga_llm.json").read_text())["questions"]
     assert asked["max_history"] == 10 and "gps" in asked["fields"]
 
@@ -102,6 +104,9 @@ def test_the_card_tells_the_metrics_beside_the_baseline(repo, tmp_path):
     assert "n = 40 (protocol ga-llm, decoding rank)" in card and "| model | 0.2000 [0.1000, 0.3000] |" in card
     assert "| user-history frequency | 0.5000 [0.4000, 0.6000] |" in card and "worse than the baseline" in card
     assert "merged into these weights; the rest is rounding" in card
+    found = huggingface_hub.ModelCard(card).data.eval_results
+    assert [(result.metric_name, result.metric_value) for result in found] == [
+        (f"{name} (user-history frequency: 0.5000)", .2) for name in ("Acc@1", "Acc@5", "MRR")]
 
 
 def test_bfloat16_of_converted_weights(repo, exported, tmp_path):
