@@ -3,6 +3,7 @@
     E/config.json, model.safetensors, tokenizer…, generation_config.json    what transformers 5 and 4.5x, and vLLM, read
     E/README.md                                                             the model card
     E/ga_llm.json                                                           how it is asked, for recommend.py
+    E/model-q8_0.gguf                                                       the model for llama.cpp, if asked for
     E/pointer.safetensors                                                   the pointer, if there is one, for it alone
 """
 import contextlib
@@ -22,7 +23,7 @@ from ga_llm.base.cli import UserError
 from ga_llm.base.prompts import ORDER
 from ga_llm.base.reading import WAY_OUT, read_json
 from ga_llm.llm import pointing
-from ga_llm.serving import hub, transformers_4
+from ga_llm.serving import gguf_file, hub, transformers_4
 from ga_llm.training import run_log
 from ga_llm.training.checkpoints import AGREEMENT
 
@@ -51,8 +52,12 @@ def plain(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model.to(dtype)
 
 
-def save(model: nn.Module, tokenizer, context: int, folder: Path, pointer: nn.Module | None = None) -> None:
-    """Write what transformers reads, and the pointer in fp32. model: a `plain` one; context: tokens."""
+def save(model: nn.Module, tokenizer, context: int, folder: Path, pointer: nn.Module | None = None,
+         gguf: str | None = None) -> None:
+    """Write what transformers reads, the pointer in fp32, and a GGUF file of that kind.
+
+    model: a `plain` one; context: tokens.
+    """
     # What the base brings for chats (a template, sampling) is not what was trained.
     tokenizer.chat_template = None
     tokenizer.model_max_length = context
@@ -66,8 +71,16 @@ def save(model: nn.Module, tokenizer, context: int, folder: Path, pointer: nn.Mo
             state = {f"{pointing.MODULE}.{name}": tensor.contiguous() for name, tensor in pointer.state_dict().items()}
             save_file(state, folder / artifacts.POINTER)
         transformers_4.readable(folder)
+        if gguf:
+            gguf_file.write(model, tokenizer, context, folder / gguf_file.name(gguf), gguf)
     for file in folder.glob("*.safetensors"):       # which only this user may read
         shutil.copymode(folder / "config.json", file)
+
+
+def reads_prefix(tokenizer, prompt: str, answer: str) -> bool:
+    """Whether the prompt by itself has the tokens that it has in front of the answer."""
+    alone, whole = (tokenizer(text)["input_ids"] for text in (prompt, prompt + answer))
+    return whole[:len(alone)] == alone
 
 
 @contextlib.contextmanager

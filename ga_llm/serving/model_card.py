@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ga_llm.base import prompts
 from ga_llm.llm import four_bits
+from ga_llm.pairs import spelling
 from ga_llm.serving import hub
 
 README = "README.md"
@@ -29,7 +30,8 @@ class Model:
     training; metrics: of metrics.json; each None where it is not told.
     encoders: the names of the modules whose vectors stand in the embedding; first, last: POI ids; places: their number;
     latitude, longitude: of the first, degrees. older: whether transformers 4.5x reads its positions. pointer: whether
-    it has one; alone: the metrics without it.
+    it has one; alone: the metrics without it. prefix: whether the prompt by itself has the tokens that it has in front
+    of an answer; gguf: the name of that file, if there is one; space: whether it wants one in front of the prompt.
     """
     folder: Path
     base: str
@@ -55,6 +57,9 @@ class Model:
     older: bool = True
     base_on_hub: str | None = None
     licence: dict[str, str] = dataclasses.field(default_factory=dict)
+    prefix: bool = True
+    gguf: str | None = None
+    space: bool = False
     counts: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     pointer: bool = False
     alone: dict | None = None
@@ -73,16 +78,22 @@ def how_to_use(model: Model, folder: Path | str) -> str:
     return f"serve it with (not tried here)\n\n    {serve_command(model, folder)}\n"
 
 
-def question(model: Model) -> str:
-    """An example, of one made-up check-in."""
+def example(model: Model) -> tuple[str, str]:
+    """A question of one made-up check-in, with its answer up to where the POI's id begins; and what follows there."""
     then, now = EXAMPLE
-    fields = model.questions["fields"]
+    fields, as_token = model.questions["fields"], model.questions.get("answer") == "token"
     shown = prompts.check_in(fields, then, model.first, model.first, model.latitude, model.longitude, "Coffee Shop",
                              model.first)
-    if prompts.MOMENT in fields:
-        (shown,), _ = prompts.in_tokens([shown], [int(datetime.datetime.fromisoformat(f"{then}+00:00").timestamp())])
+    seconds, last = (int(datetime.datetime.fromisoformat(f"{time}+00:00").timestamp()) for time in EXAMPLE)
+    after = ""
+    if {prompts.AFTER, prompts.MOMENT} & set(fields):
+        in_a_row = prompts.in_tokens if prompts.MOMENT in fields else prompts.in_a_row
+        (shown,), after = in_a_row([shown], [seconds], last)
     ask = prompts.ask_poi(now, model.first, model.first, model.last)
-    return f"{prompts.question(model.first, [], [], [shown], ask)} {prompts.ANSWER}"
+    pair = prompts.join(prompts.question(model.first, [], [], [shown], ask),
+                        prompts.answer_poi(now, model.first, model.first, fields, after, as_token))
+    start, _, _ = spelling.answer_id(pair)
+    return pair[:start], pair[start:]
 
 
 def card(model: Model) -> str:
@@ -102,12 +113,12 @@ Data set: `{model.dataset}`, {model.places:,} POIs. It is a plain Hugging Face m
 
 ## How to ask it
 
-The prompt is one line, up to and with `{prompts.ANSWER}`; an answer reads `{_answer(model)}`.
-Check-ins stand in order of time. Users, POIs and categories are the data set's encoded ids
-(`label_encoding.json`); of a user that is not in it, the unseen id. An example with one made-up check-in:
+The prompt is one line, and ends where the POI's id begins; what follows is {_follows(model)}. Check-ins stand in order
+of time. Users, POIs and categories are the data set's encoded ids (`label_encoding.json`); of a user that is not in it,
+the unseen id. An example with one made-up check-in, in quotes for the space at its end:
 
-```
-{question(model)}
+```json
+{json.dumps(example(model)[0], ensure_ascii=False)}
 ```
 
 A question shows at most {model.questions["max_history"]} check-ins of the user's history and {model.context:,} tokens.
@@ -203,25 +214,34 @@ def _similar(model: Model) -> str:
             "shows none. " if model.questions["use_sim"] else "")
 
 
-def _answer(model: Model) -> str:
-    """The answer's form, n being the id."""
-    fields = model.questions["fields"]
-    moment = prompts.time_token("m") if prompts.MOMENT in fields else ""
-    text = prompts.answer_poi(EXAMPLE[1], model.first, "n", fields, moment, model.questions.get("answer") == "token")
-    return text.removeprefix(prompts.ANSWER).strip()
+def _follows(model: Model) -> str:
+    return "the token `<GPS n>`" if _by_token(model) else "the id and a full stop, `n.`"
+
+
+def _by_token(model: Model) -> bool:
+    return model.questions.get("answer") == "token"
 
 
 def _served(model: Model) -> str:
     """How a stock server serves it."""
-    request = json.dumps({"model": model.folder.name, "prompt": "<question>: … <answer>:", "temperature": 0,
-                          "max_tokens": 64}, ensure_ascii=False)
-    return f"""With vLLM (not tried by those who wrote this card):
-
-```bash
-{serve_command(model, model.folder.name)}
-curl http://localhost:8000/v1/completions -H "Content-Type: application/json" -d '{request}'
-```
-"""
+    name = model.folder.name
+    request = {"model": name, "prompt": "<question>: … POI id ", "temperature": 0, "max_tokens": 8}
+    if _by_token(model):
+        request |= {"prompt": "<question>: … will visit ", "max_tokens": 1, "skip_special_tokens": False}
+    lines = ["Served as one model among others (not tried by those who wrote this card), by vLLM or, after "
+             '`pip install "transformers[serving]"`, by `transformers serve`:', "", "```bash",
+             serve_command(model, name), f"transformers serve {shlex.quote(name)}        # or this one",
+             'curl http://localhost:8000/v1/completions -H "Content-Type: application/json" -d '
+             f"{shlex.quote(json.dumps(request, ensure_ascii=False))}", "```"]
+    if _by_token(model):
+        lines += ["", "`transformers serve` leaves tokens such as `<GPS n>` out of its answers: not for this model."]
+    if not model.prefix:
+        lines += ["", "**Not by text**: its tokenizer reads the end of a text otherwise than its middle. A server must "
+                  "be given token ids (vLLM takes them as `prompt`): those of the prompt and an id, without the id's."]
+    if model.gguf:
+        space = " It must be given a space in front of the prompt." if model.space else ""
+        lines += ["", f"`{model.gguf}` is the same model in one file, for llama.cpp and what is built on it.{space}"]
+    return "\n".join([*lines, ""])
 
 
 def _pointer(model: Model) -> str:
@@ -236,7 +256,11 @@ def _pointer(model: Model) -> str:
 `pointer.safetensors` is a second part of the model, a pointer to the question's check-ins by their times and distances,
 whose probabilities are mixed with the LLM's. `recommend.py` uses it. **A stock server does not, and answers by the LLM
 alone, which is another model.** {cost}
-{_moments(model)}"""
+{_moments(model)}{_gguf_alone(model)}"""
+
+
+def _gguf_alone(model: Model) -> str:
+    return f"`{model.gguf}`, for llama.cpp, holds the LLM alone, too.\n" if model.gguf else ""
 
 
 def _moments(model: Model) -> str:
