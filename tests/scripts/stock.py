@@ -1,11 +1,13 @@
 """What a stranger reads from an exported folder: transformers alone, of another version if wanted."""
+import importlib.util
 import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
-# An import of a module that is None fails. bos, eos, pad: as what a prompt begins and an answer ends with.
+# An import of a module that is None fails.
 READ = """
 import sys
 sys.modules.update(dict.fromkeys(("ga_llm", "geo_encoder", "peft")))
@@ -32,3 +34,14 @@ def read(text, folders, out, packages=None) -> dict[str, dict]:
     subprocess.run([sys.executable, "-c", READ, str(out), text, *map(str, folders)], check=True, cwd=out.parent,
                    env=environment)
     return torch.load(out, weights_only=True)
+
+
+def installed(folder, *requirements, modules=(), options=()):
+    """A folder to go before our packages, with these by pip; None where the `modules` are there. Skips without pip."""
+    if modules and all(importlib.util.find_spec(module) for module in modules):
+        return None
+    made = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *options, "--target", folder,
+                           *requirements], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"pip cannot install {' '.join(requirements)}: {made.stderr.strip().splitlines()[-1]}")
+    return folder

@@ -1,7 +1,4 @@
 """Exports are the same model to transformers 5, which writes them, and to 4.57."""
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import stock
@@ -35,12 +32,7 @@ LEARNED = ("llama-3.2", "yarn")     # whose positions are scaled already
 @pytest.fixture(scope="module")
 def older(tmp_path_factory):
     """A folder with transformers 4.57, which goes before ours; torch is ours."""
-    folder = tmp_path_factory.mktemp("transformers_4")
-    made = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, *OLDER],
-                          capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"pip cannot install {OLDER[0]}: {made.stderr.strip().splitlines()[-1]}")
-    return folder
+    return stock.installed(tmp_path_factory.mktemp("transformers_4"), *OLDER, options=["--no-deps"])
 
 
 @pytest.mark.slow
