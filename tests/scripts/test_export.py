@@ -116,12 +116,16 @@ def test_bfloat16_of_converted_weights(repo, exported, tmp_path):
              **load_file(checkpoint / "trainable_params.safetensors")}
     torch.save(state, checkpoint / "pytorch_model.bin")
     (checkpoint / "trainable_params.safetensors").unlink()
-    result = call(repo, *EXPORT, "--output_dir", checkpoint, "--dtype", "bfloat16", "--export_dir", tmp_path / "half")
+    result = call(repo, *EXPORT, "--output_dir", checkpoint, "--dtype", "bfloat16", "--gguf", "f16", "--export_dir",
+                  tmp_path / "half")
     assert result.code == 0, result.err
     whole, half = (load_file(folder / "model.safetensors") for folder in (exported, tmp_path / "half"))
     assert whole.keys() == half.keys() and "lm_head.weight" in whole
     assert all(torch.equal(tensor.bfloat16(), half[name]) for name, tensor in whole.items())
     assert json.loads((tmp_path / "half/config.json").read_text())["dtype"] == "bfloat16"
+    assert (tmp_path / "half/model-f16.gguf").stat().st_mode == (tmp_path / "half/config.json").stat().st_mode
+    card = (tmp_path / "half/README.md").read_text()
+    assert "`model-f16.gguf` is the same model" in card and "Not by text" not in card
 
 
 def test_whole_or_not_at_all(tmp_path):

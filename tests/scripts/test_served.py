@@ -1,4 +1,7 @@
-"""Stock servers answer from an exported folder as recommend.py's LLM does: `transformers serve`, and llama.cpp."""
+"""Stock servers answer from an exported folder as recommend.py's LLM does: `transformers serve`, llama.cpp, vLLM.
+
+vLLM in a Python of its own, whose package for CPUs goes with our torch, or not at all: GA_LLM_VLLM=V/bin/python.
+"""
 import contextlib
 import json
 import os
@@ -19,6 +22,7 @@ import torch
 from commands import DATA, free_port
 from harness import call
 from llama_cpp_python import MOST, rounding
+from make_tiny_llama import make_tiny_llama
 
 from ga_llm.llm import backbone, tree_attention
 from ga_llm.pairs import spelling
@@ -41,7 +45,8 @@ def exported(repo, tmp_path_factory):
     result = call(repo, "data-preprocess/process_llm_gps.py", "-dataset_name", "sample", "-datasets", str(root),
                   "-fields", "poi", "-max_history", "3")
     assert result.code == 0, result.err
-    forked.train(repo, 2, "outputs/served", *TRAINING, "--data_path", next(data.glob("train_qa_*_llm_*_gps.json")),
+    make_tiny_llama(root / "tiny", hidden=32, heads=1)      # vLLM has no narrower heads on a CPU
+    forked.train(repo, 2, "outputs/served", *TRAINING, "--model_name_or_path", root / "tiny", "--data_path", next(data.glob("train_qa_*_llm_*_gps.json")),
                  "--gps_mapping_path", data / "sample_gps_mapping.csv")
     folder = root / "exported"
     result = call(repo, "export.py", "--output_dir", "outputs/served/checkpoint-400", "--dtype", "float32",
@@ -150,9 +155,31 @@ def test_llama_cpp(exported, asked, tmp_path):
     print("\n".join(told))
 
 
-def test_what_vllm_reads_of_the_config(exported):
-    """It would allow the context's length without --max-model-len, too."""
-    config = json.loads((exported[0] / "config.json").read_text())
-    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0} and config["rope_theta"] == 10000.0
-    assert config["max_position_embeddings"] * config["rope_scaling"]["factor"] == 4096
-    assert config["architectures"] == ["LlamaForCausalLM"] and config["dtype"] == config["torch_dtype"] == "float32"
+VLLM = """
+import json, sys
+if __name__ == "__main__":      # it starts processes that import this
+    from vllm import LLM, SamplingParams
+    folder, out = sys.argv[1:]
+    llm = LLM(folder, dtype="float32", enforce_eager=True, max_num_seqs=4)
+    answers = llm.generate(json.load(sys.stdin), SamplingParams(temperature=0, max_tokens=8, logprobs=1))
+    with open(out, "w") as file:
+        json.dump({"length": llm.model_config.max_model_len,
+                   "tokens": [list(answer.prompt_token_ids) for answer in answers],
+                   "text": [answer.outputs[0].text for answer in answers]}, file)
+"""
+
+
+def test_vllm(exported, asked, tmp_path):
+    """The prompts' tokens, every greedy id, and the length that it finds by itself: positions are scaled by two."""
+    python = os.environ.get("GA_LLM_VLLM")
+    if not python:
+        pytest.skip("vLLM is not here: GA_LLM_VLLM names no Python that has it")
+    folder, prompts = exported[0], [prompt for prompt, _ in asked]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
+        "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    (tmp_path / "ask.py").write_text(VLLM)
+    subprocess.run([python, tmp_path / "ask.py", folder, tmp_path / "out.json"], input=json.dumps(prompts), text=True,
+                   check=True, env=environment)
+    found, tokenizer = json.loads((tmp_path / "out.json").read_text()), backbone.load_tokenizer(str(folder))
+    assert found["tokens"] == tokenizer(prompts)["input_ids"] and found["length"] == 4096
+    assert [answered_id(text) for text in found["text"]] == [poi for _, poi in asked]
