@@ -75,7 +75,7 @@ def how_to_use(model: Model, folder: Path | str) -> str:
     if model.pointer:
         return (f"ask it with\n\n    python recommend.py --model {shlex.quote(str(folder))} --check_ins my.csv --time "
                 f"\"{EXAMPLE[1][:-3]}\"\n")
-    return f"serve it with (not tried here)\n\n    {serve_command(model, folder)}\n"
+    return f"serve it with vLLM or others (README.md there):\n\n    {serve_command(model, folder)}\n"
 
 
 def example(model: Model) -> tuple[str, str]:

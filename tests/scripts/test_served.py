@@ -46,8 +46,8 @@ def exported(repo, tmp_path_factory):
                   "-fields", "poi", "-max_history", "3")
     assert result.code == 0, result.err
     make_tiny_llama(root / "tiny", hidden=32, heads=1)      # vLLM has no narrower heads on a CPU
-    forked.train(repo, 2, "outputs/served", *TRAINING, "--model_name_or_path", root / "tiny", "--data_path", next(data.glob("train_qa_*_llm_*_gps.json")),
-                 "--gps_mapping_path", data / "sample_gps_mapping.csv")
+    forked.train(repo, 2, "outputs/served", *TRAINING, "--model_name_or_path", root / "tiny", "--data_path",
+                 next(data.glob("train_qa_*_llm_*_gps.json")), "--gps_mapping_path", data / "sample_gps_mapping.csv")
     folder = root / "exported"
     result = call(repo, "export.py", "--output_dir", "outputs/served/checkpoint-400", "--dtype", "float32",
                   "--export_dir", folder, "--gguf", "q8_0")
