@@ -27,6 +27,8 @@ from make_tiny_llama import make_tiny_llama
 from ga_llm.llm import backbone, tree_attention
 from ga_llm.pairs import spelling
 from ga_llm.serving import gguf_file, recommendation
+from ga_llm.serving.check_in_files import CheckIn, read_time
+from ga_llm.serving.places import read_places
 
 pytestmark = pytest.mark.slow
 QUESTIONS = 50
@@ -60,7 +62,7 @@ def asked(exported):
     """[(a prompt up to its id, the id that recommend.py's LLM answers greedily)]: as it loads it and cuts the text."""
     folder, root = exported
     asking = recommendation.read_asking(folder)
-    places = recommendation.read_places("sample", str(root), asking)
+    places = read_places("sample", str(root), asking.places, asking.dataset)
     tokenizer = backbone.load_tokenizer(str(folder))
     model = backbone.load_llm(str(folder), asking.context, tree_attention.TREE, torch.float32).eval()
     spelled = spelling.Spelling(tokenizer, places.mapping.ids.tolist(), recommendation.END)
@@ -84,8 +86,8 @@ def histories(folder):
     for (user, _), at in rows.groupby(["UserId", "TrajectoryId"])["LocalTime"].max().sort_values().items():
         before = rows[(rows["UserId"] == user) & (rows["LocalTime"] < at)].tail(20)
         if len(before):
-            yield user, recommendation.read_time(at), [
-                recommendation.CheckIn(recommendation.read_time(row.LocalTime), row.PoiId)
+            yield user, read_time(at), [
+                CheckIn(read_time(row.LocalTime), row.PoiId)
                 for row in before.itertuples()]
 
 
