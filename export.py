@@ -26,10 +26,10 @@ import torch  # noqa: E402
 
 from checkins import config  # noqa: E402
 from ga_llm.base import artifacts  # noqa: E402
-from ga_llm.base.cli import Parser, UserError, run  # noqa: E402
+from ga_llm.base.cli import Parser, UserError, needed, run  # noqa: E402
 from ga_llm.evaluation import trained  # noqa: E402
 from ga_llm.llm import backbone, pointing  # noqa: E402
-from ga_llm.serving import export, model_card  # noqa: E402
+from ga_llm.serving import export, gguf_file, hub, model_card, transformers_4  # noqa: E402
 from ga_llm.training import checkpoints, run_log  # noqa: E402
 from geo_encoder import gps_tokens, injection  # noqa: E402
 
@@ -43,7 +43,10 @@ def arguments() -> tuple[argparse.Namespace, dict]:
     parser.add_argument("--questions", type=Path, metavar="FILE.settings.json",
                         help="what the training's questions showed, where the checkpoint does not say it")
     parser.add_argument("--export_dir", type=Path, help="the folder to make; it must not be there")
+    parser.add_argument("--gguf", choices=gguf_file.TYPES, help="also write one file for llama.cpp, with such weights")
     args = parser.parse_args()
+    if args.gguf:
+        needed("gguf", "--gguf")
     if not args.export_dir:
         raise UserError("--export_dir is required; see python export.py --help")
     return args, trained.fill_in(args)
@@ -64,9 +67,11 @@ def main():
     whole = argparse.Namespace(**{**vars(args), "dtype": "float32"})
     model, tokenizer = trained.load(whole, agreement, mapping, "sdpa", to_merge=True)
     pointer = pointing.remove(model)
+    context = agreement.get("model_max_length", args.context_size)
+    if args.gguf:
+        gguf_file.check(model.config, tokenizer, context)
     model = export.plain(model, getattr(torch, dtype))
 
-    context = agreement.get("model_max_length", args.context_size)
     asked = {"model_max_length": context, "dataset": args.dataset_name, "places": mapping.digest,
              "questions": questions,
              "trajectories": {"session_time_interval": dataset.session_time_interval or export.DAY,
@@ -75,7 +80,9 @@ def main():
     asked |= {"beside": {pointing.MODULE: agreement["beside"][pointing.MODULE]}} if pointer is not None else {}
     first = mapping.ids.argmin()
     about = model_card.Model(
-        folder=args.export_dir, base=export.base_name(args.base_model), dataset=args.dataset_name,
+        folder=args.export_dir, base=export.base_name(args.base_model), base_on_hub=hub.name_on_hub(args.base_model),
+        licence=hub.licence(args.base_model, args.cache_dir), dataset=args.dataset_name,
+        counts=export.read_counts(artifacts.preprocessed(args.dataset_name, args.data_path)),
         quantization=agreement.get("quantization"), rounded=whole.load_in_4bit, raw_from=dataset.raw_from,
         questions=questions, context=context, dtype=dtype,
         full=checkpoints.holds_full_model(checkpoint), trained=agreement.get("trained", []), metrics=metrics,
@@ -84,9 +91,13 @@ def main():
         encoders=["GCIM"] * bool(args.geoencoder_path) + ["PAM"] * bool(args.projector_path), places=len(mapping.ids),
         first=int(mapping.ids[first]), last=int(mapping.ids.max()), latitude=float(mapping.latitude[first]),
         longitude=float(mapping.longitude[first]),
-        pointer=pointer is not None, alone=export.read_metrics(checkpoint / artifacts.LLM_ALONE))
+        older=bool(transformers_4.positions(model.config.to_dict())), pointer=pointer is not None,
+        alone=export.read_metrics(checkpoint / artifacts.LLM_ALONE))
+    about.prefix = export.reads_prefix(tokenizer, *model_card.example(about))
+    if args.gguf:
+        about.gguf, about.space = gguf_file.name(args.gguf), gguf_file.needs_space(tokenizer)
     with export.new_folder(args.export_dir) as folder:
-        export.save(model, tokenizer, context, folder, pointer)
+        export.save(model, tokenizer, context, folder, pointer, args.gguf)
         (folder / checkpoints.AGREEMENT).write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
         (folder / model_card.README).write_text(model_card.card(about), encoding="utf-8")
     size = sum(file.stat().st_size for file in args.export_dir.iterdir())

@@ -1,8 +1,9 @@
 """A trained model as a plain Hugging Face folder, which needs nothing of this project.
 
-    E/config.json, model.safetensors, tokenizer…, generation_config.json    what transformers and vLLM read
+    E/config.json, model.safetensors, tokenizer…, generation_config.json    what transformers 5 and 4.5x, and vLLM, read
     E/README.md                                                             the model card
     E/ga_llm.json                                                           how it is asked, for recommend.py
+    E/model-q8_0.gguf                                                       the model for llama.cpp, if asked for
     E/pointer.safetensors                                                   the pointer, if there is one, for it alone
 """
 import contextlib
@@ -22,6 +23,7 @@ from ga_llm.base.cli import UserError
 from ga_llm.base.prompts import ORDER
 from ga_llm.base.reading import WAY_OUT, read_json
 from ga_llm.llm import pointing
+from ga_llm.serving import gguf_file, hub, transformers_4
 from ga_llm.training import run_log
 from ga_llm.training.checkpoints import AGREEMENT
 
@@ -50,8 +52,12 @@ def plain(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model.to(dtype)
 
 
-def save(model: nn.Module, tokenizer, context: int, folder: Path, pointer: nn.Module | None = None) -> None:
-    """Write what transformers reads, and the pointer in fp32. model: a `plain` one; context: tokens."""
+def save(model: nn.Module, tokenizer, context: int, folder: Path, pointer: nn.Module | None = None,
+         gguf: str | None = None) -> None:
+    """Write what transformers reads, the pointer in fp32, and a GGUF file of that kind.
+
+    model: a `plain` one; context: tokens.
+    """
     # What the base brings for chats (a template, sampling) is not what was trained.
     tokenizer.chat_template = None
     tokenizer.model_max_length = context
@@ -64,8 +70,17 @@ def save(model: nn.Module, tokenizer, context: int, folder: Path, pointer: nn.Mo
         if pointer is not None:
             state = {f"{pointing.MODULE}.{name}": tensor.contiguous() for name, tensor in pointer.state_dict().items()}
             save_file(state, folder / artifacts.POINTER)
+        transformers_4.readable(folder)
+        if gguf:
+            gguf_file.write(model, tokenizer, context, folder / gguf_file.name(gguf), gguf)
     for file in folder.glob("*.safetensors"):       # which only this user may read
         shutil.copymode(folder / "config.json", file)
+
+
+def reads_prefix(tokenizer, prompt: str, answer: str) -> bool:
+    """Whether the prompt by itself has the tokens that it has in front of the answer."""
+    alone, whole = (tokenizer(text)["input_ids"] for text in (prompt, prompt + answer))
+    return whole[:len(alone)] == alone
 
 
 @contextlib.contextmanager
@@ -140,7 +155,16 @@ def check_questions(found: dict, where: Path) -> None:
 
 def base_name(path: str) -> str:
     """A base model as a card may name it: by the hub's name, or of a local folder by the last part alone."""
-    return Path(path).resolve().name if Path(path).is_dir() else path
+    return hub.name_on_hub(path) or (Path(path).resolve().name if Path(path).is_dir() else path)
+
+
+def read_counts(folder: Path) -> dict[str, dict[str, int]]:
+    """{split: {kind: number}} of a data set's preprocessed folder; {} if it has no stats.json, or of another make."""
+    path = folder / artifacts.STATS
+    found = read_json(path) if path.exists() else {}
+    counts = {split: found.get(split) for split in artifacts.SPLITS}
+    whole = all(isinstance(kinds, dict) and all(type(n) is int for n in kinds.values()) for kinds in counts.values())
+    return counts if whole else {}
 
 
 def read_run(checkpoint: Path) -> dict | None:

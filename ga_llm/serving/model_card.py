@@ -7,10 +7,13 @@ from pathlib import Path
 
 from ga_llm.base import prompts
 from ga_llm.llm import four_bits
+from ga_llm.pairs import spelling
+from ga_llm.serving import hub
 
 README = "README.md"
 METRICS = ("Acc@1", "Acc@5", "MRR")
 BASELINE = "user-history frequency"
+MIXTURES = {"--history_weight": "0.0", "--average_with": "[]"}     # flags of the evaluation, and what mixes nothing
 LOSS = {"answer": "Loss on the answers alone", "poi_ids": "Loss on every POI id, the questions' too"}
 SHOWN = ("lora_r", "lora_alpha", "learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs",
          "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
@@ -19,13 +22,16 @@ EXAMPLE = ("2013-01-05 12:00:00", "2013-01-05 18:00:00")
 
 @dataclasses.dataclass
 class Model:
-    """What the card tells. base: a hub's name or a folder's; raw_from: where the check-ins are to be had.
+    """What the card tells. base: a hub's name or a folder's; base_on_hub: the hub's alone, if it is known; licence: as
+    `hub.licence` found it; raw_from: where the check-ins are to be had; counts: {split: {kind: number}} of them.
 
     quantization: of the base in training, None if that is not known; rounded: whether its weights here are of 4 bits.
     flags: of the training, as the checkpoint or its run.json tells them; step: the checkpoint's; processes: of the
     training; metrics: of metrics.json; each None where it is not told.
     encoders: the names of the modules whose vectors stand in the embedding; first, last: POI ids; places: their number;
-    latitude, longitude: of the first, degrees. pointer: whether it has one; alone: the metrics without it.
+    latitude, longitude: of the first, degrees. older: whether transformers 4.5x reads its positions. pointer: whether
+    it has one; alone: the metrics without it. prefix: whether the prompt by itself has the tokens that it has in front
+    of an answer; gguf: the name of that file, if there is one; space: whether it wants one in front of the prompt.
     """
     folder: Path
     base: str
@@ -48,6 +54,13 @@ class Model:
     last: int
     latitude: float
     longitude: float
+    older: bool = True
+    base_on_hub: str | None = None
+    licence: dict[str, str] = dataclasses.field(default_factory=dict)
+    prefix: bool = True
+    gguf: str | None = None
+    space: bool = False
+    counts: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     pointer: bool = False
     alone: dict | None = None
 
@@ -62,48 +75,50 @@ def how_to_use(model: Model, folder: Path | str) -> str:
     if model.pointer:
         return (f"ask it with\n\n    python recommend.py --model {shlex.quote(str(folder))} --check_ins my.csv --time "
                 f"\"{EXAMPLE[1][:-3]}\"\n")
-    return f"serve it with (not tried here)\n\n    {serve_command(model, folder)}\n"
+    return f"serve it with vLLM or others (README.md there):\n\n    {serve_command(model, folder)}\n"
 
 
-def question(model: Model) -> str:
-    """An example, of one made-up check-in."""
+def example(model: Model) -> tuple[str, str]:
+    """A question of one made-up check-in, with its answer up to where the POI's id begins; and what follows there."""
     then, now = EXAMPLE
-    fields = model.questions["fields"]
+    fields, as_token = model.questions["fields"], model.questions.get("answer") == "token"
     shown = prompts.check_in(fields, then, model.first, model.first, model.latitude, model.longitude, "Coffee Shop",
                              model.first)
-    if prompts.MOMENT in fields:
-        (shown,), _ = prompts.in_tokens([shown], [int(datetime.datetime.fromisoformat(f"{then}+00:00").timestamp())])
+    seconds, last = (int(datetime.datetime.fromisoformat(f"{time}+00:00").timestamp()) for time in EXAMPLE)
+    after = ""
+    if {prompts.AFTER, prompts.MOMENT} & set(fields):
+        in_a_row = prompts.in_tokens if prompts.MOMENT in fields else prompts.in_a_row
+        (shown,), after = in_a_row([shown], [seconds], last)
     ask = prompts.ask_poi(now, model.first, model.first, model.last)
-    return f"{prompts.question(model.first, [], [], [shown], ask)} {prompts.ANSWER}"
+    pair = prompts.join(prompts.question(model.first, [], [], [shown], ask),
+                        prompts.answer_poi(now, model.first, model.first, fields, after, as_token))
+    start, _, _ = spelling.answer_id(pair)
+    return pair[:start], pair[start:]
 
 
 def card(model: Model) -> str:
     """README.md, with the front matter of the Hugging Face hub."""
     then, now = EXAMPLE
     name = model.folder.name
-    base = json.dumps(model.base)       # a text in YAML, too
+    front = hub.front(name, model.base_on_hub, model.licence, _results(model))
     return f"""---
-base_model: {base}
-base_model_relation: finetune
-library_name: transformers
-pipeline_tag: text-generation
-tags: [next-poi-recommendation, geography, ga-llm]
+{front}
 ---
 # {name}
 
 {model.base}, fine-tuned to predict the next point of interest (POI) of a user from check-ins, by GA-LLM
 ("Geography-Aware Large Language Models for Next POI Recommendation", arXiv 2505.13526).
 Data set: `{model.dataset}`, {model.places:,} POIs. It is a plain Hugging Face model, which
-`AutoModelForCausalLM` and vLLM read without GA-LLM's code. {_vectors(model)}
+`AutoModelForCausalLM` and vLLM read without GA-LLM's code. {_older(model)} {_vectors(model)}
 
 ## How to ask it
 
-The prompt is one line, up to and with `{prompts.ANSWER}`; an answer reads `{_answer(model)}`.
-Check-ins stand in order of time. Users, POIs and categories are the data set's encoded ids
-(`label_encoding.json`); of a user that is not in it, the unseen id. An example with one made-up check-in:
+The prompt is one line, and ends where the POI's id begins; what follows is {_follows(model)}. Check-ins stand in order
+of time. Users, POIs and categories are the data set's encoded ids (`label_encoding.json`); of a user that is not in it,
+the unseen id. An example with one made-up check-in, in quotes for the space at its end:
 
-```
-{question(model)}
+```json
+{json.dumps(example(model)[0], ensure_ascii=False)}
 ```
 
 A question shows at most {model.questions["max_history"]} check-ins of the user's history and {model.context:,} tokens.
@@ -135,9 +150,56 @@ python recommend.py --model {shlex.quote(name)} --check_ins my.csv --time "{now[
 
 The check-ins are those of `{model.dataset}` ({model.raw_from}). They keep their own terms; those of Foursquare and
 Gowalla may not be redistributed. The weights hold a vector of each place and may hold more of the training's
-check-ins, which are people's whereabouts. The base model's licence holds for this one, too. See to
-all of them before you share it.
-"""
+check-ins, which are people's whereabouts. {_licence(model)}
+See to all of them before you share it.
+{_counts(model)}"""
+
+
+def _results(model: Model) -> list[hub.EvalResult]:
+    """For the hub's `model-index`."""
+    if model.metrics is None:
+        return []
+    parts = {_mixed(model.metrics): model.metrics}
+    if model.pointer:
+        parts = {f", with the pointer{_mixed(model.metrics)}": model.metrics}
+        if model.alone:
+            parts[f", the LLM alone{_mixed(model.alone)}"] = model.alone
+    return hub.results(parts, model.dataset, model.places, BASELINE)
+
+
+def _mixed(metrics: dict) -> str:
+    """What the model's probabilities were mixed with before they were measured."""
+    settings = metrics.get("settings") or {}
+    found = [f", {flag} {settings[flag.strip('-')]}" for flag, none in MIXTURES.items()
+             if settings.get(flag.strip("-"), none) != none]
+    return "".join(found)
+
+
+def _licence(model: Model) -> str:
+    """What is known of the base's."""
+    if model.licence:
+        named = model.licence.get("license_name", model.licence["license"])
+        return f"The base model's licence (`{named}`, as the base's files tell it) holds for this one, too."
+    return ("The base model's licence holds for this one, too; which one that is, none of the base's files told, so "
+            "this card has no `license` field: add it.")
+
+
+def _counts(model: Model) -> str:
+    """The data set's, of its stats.json."""
+    kinds = next(iter(model.counts.values()), {})
+    if not kinds:
+        return ""
+    lines = [f"| split | {' | '.join(kind.replace('_', '-') for kind in kinds)} |", "|---" * (1 + len(kinds)) + "|",
+             *(f"| {split} | {' | '.join(f'{count:,}' for count in counts.values())} |"
+               for split, counts in model.counts.items())]
+    return "\n" + "\n".join(lines) + "\n"
+
+
+def _older(model: Model) -> str:
+    if model.older:
+        return ("Its files are written by transformers 5, and also have the keys that 4.5x looks for (`rope_theta`, "
+                "`rope_scaling`): with 4.57, tiny models of Llama's, Mistral's and Qwen's kinds gave the same logits.")
+    return "**It needs transformers 5**: its layers scale positions in different ways, which 4.5x would read over."
 
 
 def _vectors(model: Model) -> str:
@@ -152,26 +214,34 @@ def _similar(model: Model) -> str:
             "shows none. " if model.questions["use_sim"] else "")
 
 
-def _answer(model: Model) -> str:
-    """The answer's form, n being the id."""
-    fields = model.questions["fields"]
-    moment = prompts.time_token("m") if prompts.MOMENT in fields else ""
-    text = prompts.answer_poi(EXAMPLE[1], model.first, "n", fields, moment, model.questions.get("answer") == "token")
-    return text.removeprefix(prompts.ANSWER).strip()
+def _follows(model: Model) -> str:
+    return "the token `<GPS n>`" if _by_token(model) else "the id and a full stop, `n.`"
+
+
+def _by_token(model: Model) -> bool:
+    return model.questions.get("answer") == "token"
 
 
 def _served(model: Model) -> str:
     """How a stock server serves it."""
-    request = json.dumps({"model": model.folder.name, "prompt": "<question>: … <answer>:", "temperature": 0,
-                          "max_tokens": 64}, ensure_ascii=False)
-    return f"""With vLLM (not tried by those who wrote this card; it must be a version that reads `rope_parameters` of
-config.json, as transformers 5 writes it, for older ones pass over the scaling of positions):
-
-```bash
-{serve_command(model, model.folder.name)}
-curl http://localhost:8000/v1/completions -H "Content-Type: application/json" -d '{request}'
-```
-"""
+    name = model.folder.name
+    request = {"model": name, "prompt": "<question>: … POI id ", "temperature": 0, "max_tokens": 8}
+    if _by_token(model):
+        request |= {"prompt": "<question>: … will visit ", "max_tokens": 1, "skip_special_tokens": False}
+    lines = ["Served as one model among others (not tried by those who wrote this card), by vLLM or, after "
+             '`pip install "transformers[serving]"`, by `transformers serve`:', "", "```bash",
+             serve_command(model, name), f"transformers serve {shlex.quote(name)}        # or this one",
+             'curl http://localhost:8000/v1/completions -H "Content-Type: application/json" -d '
+             f"{shlex.quote(json.dumps(request, ensure_ascii=False))}", "```"]
+    if _by_token(model):
+        lines += ["", "`transformers serve` leaves tokens such as `<GPS n>` out of its answers: not for this model."]
+    if not model.prefix:
+        lines += ["", "**Not by text**: its tokenizer reads the end of a text otherwise than its middle. A server must "
+                  "be given token ids (vLLM takes them as `prompt`): those of the prompt and an id, without the id's."]
+    if model.gguf:
+        space = " It must be given a space in front of the prompt." if model.space else ""
+        lines += ["", f"`{model.gguf}` is the same model in one file, for llama.cpp and what is built on it.{space}"]
+    return "\n".join([*lines, ""])
 
 
 def _pointer(model: Model) -> str:
@@ -186,7 +256,11 @@ def _pointer(model: Model) -> str:
 `pointer.safetensors` is a second part of the model, a pointer to the question's check-ins by their times and distances,
 whose probabilities are mixed with the LLM's. `recommend.py` uses it. **A stock server does not, and answers by the LLM
 alone, which is another model.** {cost}
-{_moments(model)}"""
+{_moments(model)}{_gguf_alone(model)}"""
+
+
+def _gguf_alone(model: Model) -> str:
+    return f"`{model.gguf}`, for llama.cpp, holds the LLM alone, too.\n" if model.gguf else ""
 
 
 def _moments(model: Model) -> str:
@@ -227,9 +301,9 @@ def _metrics(model: Model) -> str:
     file = (model.metrics.get("settings") or {}).get("test_file")
     file = f"the questions of `{Path(file).name}`" if file else "questions of which no file is told"
     lines = [f"On {file}, n = {n:,} (protocol {model.metrics.get('protocol', 'not told')}, decoding "
-             f"{model.metrics.get('decoding', 'not told')}), value [95 % bootstrap interval], before merging. The "
-             "baseline counts the user's own visits, and needs no model.", "", f"| | {' | '.join(METRICS)} |",
-             "|---" * (1 + len(METRICS)) + "|"]
+             f"{model.metrics.get('decoding', 'not told')}), value [95 % bootstrap interval], before merging"
+             f"{_mixed(model.metrics)}. The baseline counts the user's own visits, and needs no model.", "",
+             f"| | {' | '.join(METRICS)} |", "|---" * (1 + len(METRICS)) + "|"]
     for name in ("model", BASELINE):
         row = found.get(name, {})
         lines.append(f"| {name} | {' | '.join(_cell(row.get(metric)) for metric in METRICS)} |")

@@ -1,11 +1,11 @@
 """export.py: what stock transformers reproduces, what the folder holds, and what is refused."""
 import json
 import shutil
-import subprocess
-import sys
 
+import huggingface_hub
 import numpy as np
 import pytest
+import stock
 import torch
 from commands import EMBEDDINGS, MAPPING
 from harness import call, refusal
@@ -24,17 +24,6 @@ CHECKPOINT = "outputs/llm/checkpoint-6"
 EXPORT = ["export.py", "--base_model", "models/tiny", "--output_dir", CHECKPOINT, "--dataset_name", "sample",
           "--context_size", "4096", "--geoencoder_path", GEO, "--gps_mapping_path", MAPPING]
 TEXT = "<question>: POI id 12 <POI 12> <GPS 5>, then POI id 5 <POI 5> <GPS 12>. <answer>: POI id 7."
-# What a stranger runs: transformers alone; an import of a module that is None fails.
-STOCK = """
-import sys
-sys.modules.update(dict.fromkeys(("ga_llm", "geo_encoder", "peft")))
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-for folder in sys.argv[2:]:
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
-    with torch.no_grad():
-        torch.save(model(**tokenizer(sys.argv[1], return_tensors="pt")).logits, folder + ".pt")
-"""
 
 
 def a_trained_model(base, mapping, modules, lora):
@@ -72,9 +61,9 @@ def test_stock_transformers_reproduces_the_logits(tiny_llama, mapping_csv, tmp_p
             export.save(export.plain(model, torch.float32), tokenizer, 1024, folder)
         config = json.loads((folders[-1] / "config.json").read_text())
         assert config["rope_parameters"]["factor"] == 2.0 and not config["tie_word_embeddings"]
-    subprocess.run([sys.executable, "-c", STOCK, TEXT, *map(str, folders)], check=True, cwd=tmp_path)
+    found = stock.read(TEXT, folders, tmp_path / "found.pt")
     for folder, before in zip(folders, expected, strict=True):
-        after = torch.load(f"{folder}.pt", weights_only=True)
+        after = found[str(folder)]["logits"]
         assert before.abs().max() > 0.1 and (before - after).abs().max() < 1e-4, folder
 
 
@@ -94,7 +83,8 @@ def test_what_an_export_holds(repo, exported):
     assert not [word for word in (str(repo), "/tmp", "quantization_config", "adapter", "attn_impl", "_name_or_path")
                 if word in told]
     card = (exported / "README.md").read_text()
-    assert card.startswith('---\nbase_model: "tiny"\n') and "`<GPS n>`" in card and "max_steps 6" in card
+    assert card.startswith("---\nlibrary_name: transformers\n") and "`<GPS n>`" in card and "max_steps 6" in card
+    assert "tiny, fine-tuned" in card and "| split | users | pois |" in card and "has no `license` field" in card
     asked = json.loads((exported / "ga_llm.json").read_text())["questions"]
     assert asked["max_history"] == 10 and "gps" in asked["fields"]
 
@@ -114,6 +104,9 @@ def test_the_card_tells_the_metrics_beside_the_baseline(repo, tmp_path):
     assert "n = 40 (protocol ga-llm, decoding rank)" in card and "| model | 0.2000 [0.1000, 0.3000] |" in card
     assert "| user-history frequency | 0.5000 [0.4000, 0.6000] |" in card and "worse than the baseline" in card
     assert "merged into these weights; the rest is rounding" in card
+    found = huggingface_hub.ModelCard(card).data.eval_results
+    assert [(result.metric_name, result.metric_value) for result in found] == [
+        (f"{name} (user-history frequency: 0.5000)", .2) for name in ("Acc@1", "Acc@5", "MRR")]
 
 
 def test_bfloat16_of_converted_weights(repo, exported, tmp_path):
@@ -123,12 +116,16 @@ def test_bfloat16_of_converted_weights(repo, exported, tmp_path):
              **load_file(checkpoint / "trainable_params.safetensors")}
     torch.save(state, checkpoint / "pytorch_model.bin")
     (checkpoint / "trainable_params.safetensors").unlink()
-    result = call(repo, *EXPORT, "--output_dir", checkpoint, "--dtype", "bfloat16", "--export_dir", tmp_path / "half")
+    result = call(repo, *EXPORT, "--output_dir", checkpoint, "--dtype", "bfloat16", "--gguf", "f16", "--export_dir",
+                  tmp_path / "half")
     assert result.code == 0, result.err
     whole, half = (load_file(folder / "model.safetensors") for folder in (exported, tmp_path / "half"))
     assert whole.keys() == half.keys() and "lm_head.weight" in whole
     assert all(torch.equal(tensor.bfloat16(), half[name]) for name, tensor in whole.items())
     assert json.loads((tmp_path / "half/config.json").read_text())["dtype"] == "bfloat16"
+    assert (tmp_path / "half/model-f16.gguf").stat().st_mode == (tmp_path / "half/config.json").stat().st_mode
+    card = (tmp_path / "half/README.md").read_text()
+    assert "`model-f16.gguf` is the same model" in card and "Not by text" not in card
 
 
 def test_whole_or_not_at_all(tmp_path):

@@ -1,5 +1,6 @@
 """A model with a pointer, from its questions to its recommendations."""
 import json
+import re
 import shutil
 
 import forked
@@ -148,7 +149,8 @@ def test_recommendations_are_those_of_the_evaluation(trained, tmp_path, kind, ou
     assert not any("pointer" in name for name in load_file(trained / exported / "model.safetensors"))
     card = (trained / exported / "README.md").read_text()
     assert "## The pointer" in card and "which is another model" in card and "vllm" not in card
-    assert ("will visit <TIME m><GPS n>." if kind == "tokens" else "will visit <TIME m>POI id n.") in card
+    assert ("what follows is the token `<GPS n>`" if kind == "tokens" else "what follows is the id") in card
+    assert re.search(r'will visit <TIME \d+>"' if kind == "tokens" else r'will visit <TIME \d+>POI id "', card)
     assert "recommend.py" in result.out
     train, test = (pd.read_csv(trained / DATA / f"{split}_sample.csv") for split in ("train", "test"))
     of_pair = {(user, own["LocalTime"].max()): own for (user, _), own in test.groupby(["UserId", "TrajectoryId"])}

@@ -1,10 +1,12 @@
 """Every sentence of an exported model's card is taken from what training and evaluation recorded."""
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
+from make_tiny_llama import byte_level_tokenizer, sample_prompts, words_tokenizer
 
-from ga_llm.serving import model_card
+from ga_llm.serving import export, model_card
 
 FLAGS = {"loss_on": "answer", "use_full_attn": False, "label_smoothing_factor": 0.0, "init_from": None, "lora_r": 8,
          "lora_alpha": 16, "learning_rate": 2e-5, "lr_scheduler_type": "constant", "max_steps": -1,
@@ -69,3 +71,37 @@ def test_where_it_was_measured():
     told = card(metrics=found | {"settings": {"test_file": "datasets/nyc/preprocessed/validate_qa.txt"}})
     assert "On the questions of `validate_qa.txt`, n = 40 (protocol sthgcn, decoding rank)" in told
     assert "questions of which no file is told, n = 40" in card(metrics=found)
+
+
+def test_which_transformers_reads_it():
+    assert "also have the keys that 4.5x looks for" in card() and "needs transformers 5" not in card()
+    assert "**It needs transformers 5**" in card(older=False) and "keys that 4.5x" not in card(older=False)
+
+
+@pytest.mark.parametrize("questions, ends, follows, tokens", [
+    ({"fields": ["poi", "gps"]}, "<answer>: At 2013-01-05 18:00:00, user 1 will visit POI id ", "`n.`", 8),
+    ({"fields": ["after", "week", "poi", "gps"]}, "user 1 will visit after 4h Sat 18h POI id ", "`n.`", 8),
+    ({"fields": ["moment", "gps"], "answer": "token"}, ">", "the token `<GPS n>`", 1)],
+    ids=["id", "after", "token"])
+def test_how_it_is_asked(questions, ends, follows, tokens):
+    """The prompt ends where the id begins; of a time, its words or token stand before."""
+    prompt, answer = model_card.example(dataclasses.replace(MODEL, questions=MODEL.questions | questions))
+    assert prompt.endswith(ends) and prompt.startswith("<question>: ")
+    assert answer == ("<GPS 1>." if questions.get("answer") else "1.")
+    text = model_card.card(dataclasses.replace(MODEL, questions=MODEL.questions | questions))
+    assert json.dumps(prompt, ensure_ascii=False) in text and follows in text and f'"max_tokens": {tokens}' in text
+    assert ('"skip_special_tokens": false' in text) == ("not for this model" in text) == ("answer" in questions)
+
+
+def test_what_servers_must_know():
+    assert "Not by text" in card(prefix=False) and "Not by text" not in card()
+    assert "for llama.cpp" not in card() and "`model-f16.gguf` is the same model" in card(gguf="model-f16.gguf")
+    assert "a space in front" in card(gguf="model-f16.gguf", space=True)
+    assert "a space in front" not in card(gguf="model-f16.gguf")
+    assert "`model-f16.gguf`, for llama.cpp, holds the LLM alone" in card(gguf="model-f16.gguf", pointer=True)
+
+
+def test_a_tokenizer_that_reads_the_end_otherwise():
+    text = "<question>: POI id 3 POI id 4 <answer>: POI id "
+    assert export.reads_prefix(byte_level_tokenizer(sample_prompts(0, 20), 700), text, "3.")
+    assert not export.reads_prefix(words_tokenizer([text + "3"], 700), text, "3.")
