@@ -82,28 +82,35 @@ class Pointer(nn.Module):
         self.query = nn.Linear(width, heads * KEY)
         self.key = nn.Linear(width, heads * KEY, bias=False)
         self.gates, self.visible = nn.Linear(width, heads + 1), _table(VISIBLE, heads + 1)
-        # Biases of the heads for a pair: the moment that is asked about, and an earlier check-in.
-        self.clock, self.recency = _table(CLOCK, heads), _table(AGES, heads)
-        self.distance, self.context = _table(DISTANCES * GAPS, heads), _table(DISTANCES * GAPS, heads)
-        self.same_before, self.same_category = _table(2, heads), _table(2, heads)
+        # Biases of the heads for a pair: the moment that is asked about, and an earlier check-in. None: left out.
+        self.clock, self.recency = self._of("clock", CLOCK, heads), self._of("recency", AGES, heads)
+        self.distance, self.context = (self._of("distance", DISTANCES * GAPS, heads) for _ in range(2))
+        self.same_before, self.same_category = (self._of("context", 2, heads) for _ in range(2))
         # Pooled by place: how far each head is trusted, and what the last visit to the place tells.
         self.trust = nn.Linear(width, heads)
         self.pool1, self.pool2 = nn.Linear(heads + 2, POOL), nn.Linear(POOL, 1, bias=False)
         self.last_clock, self.last_recency, self.last_distance = (
-            _table(rows, 1) for rows in (CLOCK, 2 * AGES, DISTANCES * GAPS))
+            self._of(group, rows, 1) for group, rows in (("clock", CLOCK), ("recency", 2 * AGES),
+                                                         ("distance", DISTANCES * GAPS)))
         self.last_count, self.last_share = _table(VISITS, 1), _table(SHARES, 1)
         for zero in (*self.trust.parameters(), *self.pool2.parameters()):
             nn.init.zeros_(zero)
         self._begin_different()
+
+    def _of(self, group: str, rows: int, columns: int) -> nn.Parameter | None:
+        return _table(rows, columns) if getattr(self.config, group) else None
 
     @torch.no_grad()
     def _begin_different(self) -> None:
         """How narrow each head is by the clock, how steep by recency; every fourth likes the same place before."""
         apart, age = torch.arange(CLOCK) % (HALF_HOURS // 2 + 1), torch.arange(AGES)
         for head in range(self.config.heads):
-            self.clock[:, head] = -(apart / (3, math.inf, 1.5, 6)[head % 4]).clamp(max=4)
-            self.recency[:, head] = -age / (24, 4, 12, 6)[head % 4]
-            self.same_before[1, head] = 2. * (head % 4 == 1)
+            if self.config.clock:
+                self.clock[:, head] = -(apart / (3, math.inf, 1.5, 6)[head % 4]).clamp(max=4)
+            if self.config.recency:
+                self.recency[:, head] = -age / (24, 4, 12, 6)[head % 4]
+            if self.config.context:
+                self.same_before[1, head] = 2. * (head % 4 == 1)
 
     @property
     def biases(self) -> list[nn.Parameter]:

@@ -162,10 +162,22 @@ def test_what_is_left_out_has_no_part(city, name):
     of = {"clock": ("clock", "last_clock"), "recency": ("recency", "last_recency"),
           "distance": ("distance", "context", "last_distance"), "context": ("same_before", "same_category")}[name]
     whole, without, given = made(city), made(city, **{name: False}), inputs()
+    assert whole.state_dict().keys() - without.state_dict().keys() == set(of)
+    without.load_state_dict({key: whole.state_dict()[key] for key in without.state_dict()})
     assert not torch.allclose(whole(*given).share, without(*given).share, atol=1e-3)
     for table in of:
         getattr(whole, table).data.zero_()
     assert torch.allclose(whole(*given).share, without(*given).share, atol=1e-6)
+
+
+@pytest.mark.parametrize("without", [(), ("clock",), ("recency",), ("distance",), ("context",),
+                                     ("clock", "recency", "distance", "context")])
+def test_all_that_there_is_learns(city, without):
+    """Several processes refuse a weight that the loss does not reach."""
+    model = made(city, **{name: False for name in without})
+    found = model(*inputs())
+    (found.share.clamp(min=1e-6).log().sum() + found.log_gate.sum()).backward()
+    assert [name for name, weight in model.named_parameters() if weight.grad is None] == []
 
 
 @torch.no_grad()
