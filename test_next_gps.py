@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from ga_llm.base import artifacts, writing
-from ga_llm.base.cli import Parser, UserError, boolean, run, share, token_count, whole_number
+from ga_llm.base.cli import Parser, UserError, boolean, run, token_count, whole_number
 from ga_llm.evaluation import (baselines, comparison, decoding, ensemble, metrics, pointed, predictions, protocols,
                                ranking, released, trained)
 from ga_llm.evaluation.processes import Processes, together
@@ -45,8 +45,6 @@ def arguments() -> tuple[argparse.Namespace, dict]:
     parser.add_argument("--decoding", choices=decoding.DECODINGS, default="rank")
     parser.add_argument("--always_end", type=boolean, default=False, help="log P of the whole answer, its '.' included")
     parser.add_argument("--full_table", type=boolean, default=False, help="write log P of every POI, too")
-    parser.add_argument("--history_weight", type=share, default=0.0, metavar="W",
-                        help="mix W of the user's history by hour and recency with 1-W of the model (rank only)")
     parser.add_argument("--average_with", nargs="+", default=[], metavar="FILE.npy",
                         help="log_probabilities.npy of other runs: average their probabilities with this one's")
     released.add_flags(parser)
@@ -60,7 +58,7 @@ def arguments() -> tuple[argparse.Namespace, dict]:
     if args.compare:
         return args, {}
     agreement = trained.fill_in(args)
-    args.full_table |= args.history_weight > 0 or bool(args.average_with)       # every POI's probability
+    args.full_table |= bool(args.average_with)       # every POI's probability
     for path in args.average_with:
         artifacts.require(path, ensemble.MADE_BY)
     decoding.check_table(args.decoding, args.full_table)
@@ -129,8 +127,8 @@ def main(processes: Processes):
         return
 
     found, others = store.ranking(test_prompts), baselines.rankings(train, test_prompts)
-    if args.history_weight or args.average_with:
-        found, others = ensemble.mixed(args, store, test_prompts, trie.candidates, others)
+    if args.average_with:
+        found, others = ensemble.averaged(args.average_with, store, test_prompts, trie.candidates, others)
     report = metrics.report(test_prompts, found, others, train, mapping, speed, args.protocol, args.decoding, fits)
     report |= run_log.describe_evaluation(processes.size)
     published = protocols.published(args.folder / artifacts.STATS, args.protocol, args.split)

@@ -14,10 +14,8 @@ makes instead a tokenizer for the prompts of that question file alone, in which 
 for each POI id, one for all that stands before it.
 """
 import collections
-import functools
 import json
 import logging
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -60,8 +58,6 @@ def main():
     parser.add_argument("--places", type=Path, help="with --words: the GPS mapping; ids of near places begin alike")
     parser.add_argument("--categories", type=Path,
                         help="with --places: train_sample.csv; ids of a category begin alike, too")
-    parser.add_argument("--joined", type=cli.boolean, default=False,
-                        help="with --words: \"after 2h Tue 13h\" is one token, not two; those of a time begin alike")
     parser.add_argument("--vocab_size", type=whole_number(300, 2**24), default=1024, help="at most so many tokens")
     parser.add_argument("--hidden", type=whole_number(2, 2**20), default=64)
     parser.add_argument("--intermediate", type=whole_number(1, 2**20),
@@ -84,8 +80,6 @@ def main():
         raise UserError("--places: goes with --words, which makes every POI id a token; give both, or neither")
     if categories is not None and places is None:
         raise UserError("--categories: goes with --places; give both, or neither")
-    if args.joined and words is None:
-        raise UserError("--joined: goes with --words; give both, or neither")
     if words is not None:
         if corpus is not None:
             raise UserError("--words, --corpus: exclude each other; give one of them")
@@ -109,21 +103,20 @@ def make_tiny_llama(folder: Path | str, *, style: str = STYLES[0], corpus: Itera
                     vocab_size: int = 1024, hidden: int = 64, intermediate: int | None = None, layers: int = 2,
                     heads: int = 4, kv_heads: int | None = None, max_position: int = 2048,
                     tie_embeddings: bool = False, seed: int = 0, places: GPSMapping | None = None,
-                    category_of: dict[int, int] | None = None, joined: bool = False,
+                    category_of: dict[int, int] | None = None,
                     initializer_range: float = .02) -> LlamaForCausalLM:
     """Write a random float32 Llama and its tokenizer into `folder` and return the model.
 
     `corpus` yields texts to train the tokenizer on; by default prompts with random places. places: whose ids begin
     alike where they are near, category_of: or of one category ({POI id: category id}; `neighbours_alike`).
-    joined: as `words_tokenizer` takes it (`times_alike`). The global random state of torch is left as it was. Raises
-    UserError for sizes that do not make a Llama.
+    The global random state of torch is left as it was. Raises UserError for sizes that do not make a Llama.
     """
     kv_heads = kv_heads or heads
     if hidden % (2 * heads) or heads % kv_heads:
         raise UserError(f"--hidden {hidden} must be a multiple of twice --heads {heads} (RoPE turns pairs), "
                         f"and --heads one of --kv_heads {kv_heads}; give others")
     train = {"llama3": byte_level_tokenizer, "sentencepiece": sentencepiece_tokenizer,
-             WORDS: functools.partial(words_tokenizer, joined=joined)}[style]
+             WORDS: words_tokenizer}[style]
     tokenizer = train(corpus if corpus is not None else sample_prompts(seed), vocab_size)
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
                "pad_token_id": tokenizer.pad_token_id}
@@ -135,8 +128,6 @@ def make_tiny_llama(folder: Path | str, *, style: str = STYLES[0], corpus: Itera
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-        if joined:
-            times_alike(model, tokenizer)
         if places is not None:
             neighbours_alike(model, tokenizer, places, category_of)
     model.generation_config = GenerationConfig(**special)
@@ -165,19 +156,6 @@ def neighbours_alike(model, tokenizer, places: GPSMapping, category_of: dict[int
     known = torch.tensor([token is not None for token in ids])
     rows = torch.tensor([token or 0 for token in ids])[known]
     model.get_input_embeddings().weight[rows] += model.config.initializer_range * vectors[known]
-
-
-@torch.no_grad()
-def times_alike(model, tokenizer) -> None:
-    """Add to the row of each token that holds "after 2h Tue 13h" a random vector for "after 2h", one for "Tue 13h"."""
-    by_row = sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
-    words = {row: found for token, row in by_row
-             if (found := re.fullmatch(rf"Ġ{prompts.AFTER}Ġ(\w+)Ġ(\w+Ġ\w+)ĠPOIĠidĠ", token))}
-    rows = torch.tensor(list(words), dtype=torch.long)
-    for part in (1, 2):
-        _, which = np.unique([found[part] for found in words.values()], return_inverse=True)
-        vectors = torch.randn(len(rows), model.config.hidden_size)      # of which as many are taken as there are words
-        model.get_input_embeddings().weight[rows] += model.config.initializer_range * vectors[torch.from_numpy(which)]
 
 
 def byte_level_tokenizer(corpus: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -217,22 +195,21 @@ def sentencepiece_tokenizer(corpus: Iterable[str], vocab_size: int) -> LlamaToke
 PASSED_OVER = (r"At [0-9: -]{19}, which POI will user [0-9]+ visit\? POI ids range from [0-9]+ to [0-9]+\. "
                r"<answer>: At [0-9: -]{19}, user [0-9]+ will visit ", r"\.(?= )")
 # What is a token by itself; all between two of them is another.
-ALONE = r"(?<=POI id )[0-9]+|user [0-9]+:?"
-ALONE_TOO = rf" ?{prompts.AFTER} [0-9a-z]+"       # unless it is joined with the weekday and hour behind it
+ALONE = rf"(?<=POI id )[0-9]+|user [0-9]+:?| ?{prompts.AFTER} [0-9a-z]+"
 
 
-def words_tokenizer(corpus: Iterable[str], vocab_size: int, joined: bool = False) -> PreTrainedTokenizerFast:
+def words_tokenizer(corpus: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Joined pairs as whole words: each POI id, each user, each "after 2h", and all between two of them, is one token.
 
     The most frequent pieces become words, POI ids before all others; what is none is spelled in bytes. It is made for
     questions whose check-ins begin with their time (`-fields after,week,gps`): of the question and the answer it reads
-    only what a check-in would show. joined: "after 2h" is one with what stands behind it.
+    only what a check-in would show.
     """
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
     tokenizer.normalizer = normalizers.Sequence([*(normalizers.Replace(Regex(part), "") for part in PASSED_OVER),
                                                  normalizers.Strip(left=False, right=True)])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(ALONE if joined else f"{ALONE}|{ALONE_TOO}"), "isolated"),
+        pre_tokenizers.Split(Regex(ALONE), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     counts = collections.Counter()

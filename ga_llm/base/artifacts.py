@@ -169,11 +169,10 @@ def results(test: dict) -> str:
     """
     named = [test[flag] for flag, default in (("split", "test"), ("test_type", "llm"), ("decoding", "rank"),
                                               ("protocol", "ga-llm")) if test.get(flag, default) != default]
-    weight, others = test.get("history_weight"), test.get("average_with")
+    others = test.get("average_with")
     return "_".join([*named, *[LLM_ALONE] * (not test.get("pointer", True)),
                      *(flag for flag in ("always_end", "released_prompt", "base_norms") if test.get(flag)),
                      *[f"average{1 + len(others or ())}"] * bool(others),
-                     *[f"history{weight or 0:g}"] * bool(weight),
                      *(f"{flag}{test[flag]}" for flag in ("limit", "draw") if test.get(flag))])
 
 

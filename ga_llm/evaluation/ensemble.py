@@ -1,5 +1,4 @@
 """Several evaluations of the same pairs as one: the mean of their probabilities, by which runs of other seeds gain.
-And a model's probabilities mixed with the user's history's.
 
 What single runs disagree in is mostly chance, and the mean takes it out (Lakshminarayanan et al., NeurIPS 2017).
 """
@@ -8,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ga_llm.base.artifacts import SAMPLE, require
+from ga_llm.base.artifacts import require
 from ga_llm.base.cli import UserError
-from ga_llm.evaluation import history
 from ga_llm.evaluation.metrics import Ranking
 from ga_llm.evaluation.predictions import Store
 from ga_llm.evaluation.ranking import TOP, Ranked
@@ -62,16 +60,10 @@ def rank(log_probs: np.ndarray, test_prompts: Sequence[TestPrompt], candidates: 
     return found
 
 
-def mixed(args, store: Store, test_prompts: Sequence[TestPrompt], candidates: Sequence[int],
-          others: dict[str, Ranking]) -> tuple[Ranking, dict[str, Ranking]]:
-    """What --average_with and --history_weight make of the model's probabilities, and what it stands beside."""
+def averaged(paths: Sequence[str], store: Store, test_prompts: Sequence[TestPrompt], candidates: Sequence[int],
+             others: dict[str, Ranking]) -> tuple[Ranking, dict[str, Ranking]]:
+    """What --average_with makes of the model's probabilities, and what it stands beside."""
     alone, table = store.ranking(test_prompts), store.table()[[prompt.pair for prompt in test_prompts]]
-    if args.average_with:
-        table = average([table, *(read(path, test_prompts, candidates) for path in args.average_with)])
-    if args.history_weight:
-        shares = history.probabilities(args.folder / SAMPLE, test_prompts, candidates)
-        store.replace(test_prompts, rank(history.mix(table, shares, 1.0), test_prompts, candidates))
-        others = {"history by hour and recency": store.ranking(test_prompts), **others}
-        table = history.mix(table, shares, args.history_weight)
+    table = average([table, *(read(path, test_prompts, candidates) for path in paths)])
     store.replace(test_prompts, rank(table, test_prompts, candidates))
     return store.ranking(test_prompts), {"model alone": alone, **others}

@@ -71,10 +71,8 @@ def in_short(evaluation: Evaluation, baseline: Callable[[], Baseline], encoder: 
 
 def mixture(evaluation: Evaluation) -> str:
     """What the model's probabilities were mixed with, as the test was told; empty if they are its own."""
-    others, weight = (evaluation.settings.get(name, "") for name in ("average_with", "history_weight"))
-    parts = [f"the mean of its probabilities and of {others}"] if others not in ("", "None", "[]") else []
-    parts += [f"{weight} of the user's visits by recency and hour"] if weight not in ("", "None", "0", "0.0") else []
-    return ", with ".join(parts)
+    others = evaluation.settings.get("average_with", "")
+    return "" if others in ("", "None", "[]") else f"the mean of its probabilities and of {others}"
 
 
 def verdict(evaluation: Evaluation, baseline: Baseline) -> str:

@@ -13,7 +13,7 @@ from ga_llm.serving import hub
 README = "README.md"
 METRICS = ("Acc@1", "Acc@5", "MRR")
 BASELINE = "user-history frequency"
-MIXTURES = {"--history_weight": "0.0", "--average_with": "[]"}     # flags of the evaluation, and what mixes nothing
+MIXTURES = {"--average_with": "[]"}     # flags of the evaluation, and what mixes nothing
 LOSS = {"answer": "Loss on the answers alone", "poi_ids": "Loss on every POI id, the questions' too"}
 SHOWN = ("lora_r", "lora_alpha", "learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs",
          "per_device_train_batch_size", "gradient_accumulation_steps", "seed")

@@ -236,11 +236,11 @@ def chain_of(experiment: Experiment, scale: Scale, raw: Callable, work_dir: Path
 
 
 def _table(member: Experiment, scale: Scale) -> str:
-    """Where its test leaves the table of its own probabilities. Raises UserError for a mean or mixture."""
+    """Where its test leaves the table of its own probabilities. Raises UserError for a mean."""
+    if member.members:
+        raise UserError(f"{member.path}: others are averaged with a model's own probabilities; leave members out, or "
+                        "name another member")
     flags = merged(scale.sections, member.sections)["test"]
-    if member.members or flags.get("history_weight"):
-        raise UserError(f"{member.path}: others are averaged with a model's own probabilities; leave members and "
-                        "history_weight out, or name another member")
     return str(Path(CHECKPOINT, artifacts.results(flags), artifacts.LOG_PROBABILITIES))
 
 

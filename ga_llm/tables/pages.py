@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from ga_llm.base.cli import UserError
 from ga_llm.tables.results import COMPARED, METRICS, MODEL, NONE, Row, verdict
 
-BASELINES = ("user-history frequency", "history by hour and recency", "Markov chain", "popularity")     # where they are
+BASELINES = ("user-history frequency", "Markov chain", "popularity")
 APART = ("target's check-ins in train", "target in the user's history")     # of metrics.groups
 # The rows of the short table, where they are kept; experiments of any scale.
 SHORT = tuple(f"{name}_{dataset}" for dataset in ("nyc", "tky", "ca")
-              for name in ("main", "without_gcim", "without_pam", "without_both", "mean", "mean_history", "pointer",
+              for name in ("main", "without_gcim", "without_pam", "without_both", "mean", "pointer",
                            "pointer_mean"))
 SEEDS = ("Acc@1", "Acc@5", "MRR")       # of each seed
 COMMAND = "python results.py --readme README.md --tables docs/tables.md"

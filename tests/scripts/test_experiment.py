@@ -64,7 +64,7 @@ def known_flags():
     return found
 
 
-@pytest.mark.parametrize("scale", ["cpu", "cpu_joined", "cpu_pretrained", "gpu", "gpu_released"])
+@pytest.mark.parametrize("scale", ["cpu", "cpu_pointer_alone", "cpu_pretrained", "gpu", "gpu_released"])
 def test_every_row_can_be_planned(place, known_flags, scale):
     """All rows at once, by one command; each command names a script and flags that there are."""
     result = call(place, "run_experiment.py", *(f"experiments/{name}" for name in ROWS), "--scale", scale, "--plan",
@@ -114,17 +114,16 @@ def test_a_scale_like_another_has_its_flags_save_its_own(place):
         assert found.code == 0, found.err
         return found.out
 
-    cpu, joined = (yaml.safe_load((place / f"experiments/scales/{name}.yml").read_text())
-                   for name in ("cpu", "cpu_joined"))
-    assert joined.keys() == {"like", "model"}
-    full = yaml.safe_dump({**cpu, "model": joined["model"]}, sort_keys=False)
-    (place / "experiments/scales/full.yml").write_text(full)
-    assert plan("full") == plan("cpu_joined") != plan("cpu")
+    cpu = yaml.safe_load((place / "experiments/scales/cpu.yml").read_text())
+    model = ["tools/make_tiny_llama.py", "--words", "{questions}"]
+    for name, scale in (("full", {**cpu, "model": model}), ("other", {"like": "cpu", "model": model})):
+        (place / f"experiments/scales/{name}.yml").write_text(yaml.safe_dump(scale, sort_keys=False))
+    assert plan("full") == plan("other") != plan("cpu")
     (place / "experiments/scales/more.yml").write_text("like: cpu\ngcim: {max_steps: 7}\n")
     assert plan("cpu").count(" --max_steps 300 ") == plan("more").count(" --max_steps 300 ") + 1
     assert plan("more").count(" --max_steps 7 ") == 1
-    for text, names in (("like: nothing\n", ["like", "cpu_joined"]), ("like: cpu_joined\n", ["unknown key like"]),
-                        ("model: m\n", ["backbone"]), ("like: cpu\nprocesses: 0\n", ["processes"])):
+    for text, names in (("like: nothing\n", ["like", "cpu_pretrained"]),
+                        ("like: cpu_pointer_alone\n", ["unknown key like"]), ("model: m\n", ["backbone"]), ("like: cpu\nprocesses: 0\n", ["processes"])):
         (place / "experiments/scales/bad.yml").write_text(text)
         refusal(call(place, "run_experiment.py", "experiments/main_nyc.yml", "--scale", "bad", "--plan"), *names)
 

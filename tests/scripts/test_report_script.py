@@ -150,8 +150,7 @@ def test_what_is_absent_is_one_line(tmp_path, no_pictures):
 
 @pytest.mark.parametrize("changes, said, source", [
     ({}, None, "the LLM's own of the id"),
-    ({"average_with": "[]", "history_weight": "0.0"}, None, "the LLM's own of the id"),
-    ({"history_weight": "0.3"}, "a mixture here: 0.3 of the user's visits by recency and hour.", "the mixture's"),
+    ({"average_with": "[]"}, None, "the LLM's own of the id"),
     ({"average_with": "['A.npy']"}, "a mixture here: the mean of its probabilities and of ['A.npy'].", "the mixture's"),
 ])
 def test_what_the_probabilities_are(tmp_path, no_pictures, changes, said, source):

@@ -1,5 +1,4 @@
 """A tokenizer of whole words: few tokens, the same in check-in and answer, and an exact ranking all the same."""
-import functools
 import json
 
 import numpy as np
@@ -147,33 +146,12 @@ def test_ids_of_a_category_begin_alike(tmp_path):
     assert not torch.allclose(added[one], added[third], atol=1e-2) and not added[absent].any()
 
 
-@pytest.mark.parametrize("joined, pieces", [(False, [" after 2h", " Sun 07h POI id "]),
-                                            (True, [" after 2h Sun 07h POI id "])])
-def test_how_long_after_is_a_token_or_joined_with_the_hour(tmp_path, joined, pieces):
+def test_how_long_after_is_a_token(tmp_path):
     corpus = ["<question>: user 3: after 2h Sun 07h POI id 5."]
-    make_tiny_llama(tmp_path / "m", style="words", corpus=corpus, joined=joined)
+    make_tiny_llama(tmp_path / "m", style="words", corpus=corpus)
     tokenizer = load_tokenizer(str(tmp_path / "m"))
     found = [tokenizer.decode([i]) for i in tokenizer("user 3: after 2h Sun 07h POI id 5 <GPS 5>.")["input_ids"]]
-    assert found[:2 + len(pieces)] == ["user 3:", *pieces, "5"]
-
-
-def test_joined_times_begin_alike(tmp_path):
-    """Rows that share the hour, or how long after, are alike; those that share neither are not."""
-    corpus = [f"user 3: {text} POI id 5." for text in ("after 2h Sun 07h", "after 2h Mon 08h", "after 1d Sun 07h",
-                                                       "after 1w Tue 23h")]
-    options = {"style": "words", "corpus": corpus, "hidden": 512, "heads": 4, "joined": True}
-    rows = make_tiny_llama(tmp_path / "m", **options).get_input_embeddings().weight
-    tokenizer = load_tokenizer(str(tmp_path / "m"))
-    base, after, hour, other = (rows[tokenizer(text.removeprefix("user 3:"))["input_ids"][0]] for text in corpus)
-    cosine = functools.partial(torch.cosine_similarity, dim=0)
-    assert cosine(base, after) > 0.2 and cosine(base, hour) > 0.2 and abs(cosine(base, other)) < 0.15
-
-
-def test_joined_needs_words(tmp_path, monkeypatch):
-    import make_tiny_llama as tool
-    monkeypatch.setattr("sys.argv", ["x", "--joined", "True", "--output_dir", str(tmp_path / "o")])
-    with pytest.raises(UserError, match="--joined: goes with --words"):
-        tool.main()
+    assert found[:4] == ["user 3:", " after 2h", " Sun 07h POI id ", "5"]
 
 
 def test_categories_need_places(tmp_path, monkeypatch):

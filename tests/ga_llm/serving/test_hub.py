@@ -69,12 +69,12 @@ def test_with_a_pointer_both_models_are_told_apart():
 
 
 def test_a_mixture_is_told():
-    settings = {"test_file": "test_qa.txt", "history_weight": "0.3", "average_with": "[]"}
+    settings = {"test_file": "test_qa.txt", "average_with": "['A.npy']"}
     mixed = metrics(.4, settings=settings)
-    assert read(metrics=mixed).eval_results[0].metric_name.startswith("Acc@1, --history_weight 0.3 (")
-    assert "before merging, --history_weight 0.3." in " ".join(model_card.card(dataclasses.replace(
+    assert read(metrics=mixed).eval_results[0].metric_name.startswith("Acc@1, --average_with ['A.npy'] (")
+    assert "before merging, --average_with ['A.npy']." in " ".join(model_card.card(dataclasses.replace(
         MODEL, metrics=mixed)).split())
-    settings["history_weight"] = "0.0"
+    settings["average_with"] = "[]"
     assert read(metrics=mixed).eval_results[0].metric_name.startswith("Acc@1 (")
 
 
