@@ -3,6 +3,7 @@ import argparse
 import errno
 import importlib.util
 import logging
+import math
 import os
 import sys
 
@@ -54,6 +55,17 @@ def whole_number(least: int, most: int = 2**63 - 1):
             raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most}, got {text!r}")
         return number
     return parse_number
+
+
+def share(text: str) -> float:
+    """A type for argparse: numbers from 0 to below 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to below 1, got {text!r}")
+    return number
 
 
 token_count = whole_number(LEAST_TOKENS, MOST_TOKENS)

@@ -123,7 +123,8 @@ def test_a_scale_like_another_has_its_flags_save_its_own(place):
     assert plan("cpu").count(" --max_steps 300 ") == plan("more").count(" --max_steps 300 ") + 1
     assert plan("more").count(" --max_steps 7 ") == 1
     for text, names in (("like: nothing\n", ["like", "cpu_pretrained"]),
-                        ("like: cpu_pointer_alone\n", ["unknown key like"]), ("model: m\n", ["backbone"]), ("like: cpu\nprocesses: 0\n", ["processes"])):
+                        ("like: cpu_pointer_alone\n", ["unknown key like"]), ("model: m\n", ["backbone"]),
+                        ("like: cpu\nprocesses: 0\n", ["processes"])):
         (place / "experiments/scales/bad.yml").write_text(text)
         refusal(call(place, "run_experiment.py", "experiments/main_nyc.yml", "--scale", "bad", "--plan"), *names)
 
