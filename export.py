@@ -102,7 +102,7 @@ def main():
         (folder / model_card.README).write_text(model_card.card(about), encoding="utf-8")
     size = sum(file.stat().st_size for file in args.export_dir.iterdir())
     log.info("%.2f M weights in %s, %.1f MB", model.num_parameters() / 1e6, dtype, size / 1e6)
-    print(f"wrote {args.export_dir}; {model_card.how_to_use(about, args.export_dir)}")
+    print(f"wrote {args.export_dir}; {model_card.how_to_use(about, args.export_dir, args.data_path)}")
 
 
 if __name__ == "__main__":

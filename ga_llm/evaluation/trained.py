@@ -112,6 +112,8 @@ def _recall(args: argparse.Namespace, paths: dict[str, str], flag: str, way_out:
 
 def _require(args: argparse.Namespace, name: str) -> None:
     if not getattr(args, name):
+        if name != "output_dir" and not Path(args.output_dir).exists():
+            raise UserError(f"--output_dir {args.output_dir}: not found; give a checkpoint-N of stage 2")
         raise UserError(f"--{name} is required" + ", for the checkpoint does not tell it" * (name != "output_dir")
                         + f"; see python {sys.argv[0]} --help")
 

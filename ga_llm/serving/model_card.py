@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 from ga_llm.base import prompts
+from ga_llm.base.artifacts import DATASETS
 from ga_llm.llm import four_bits
 from ga_llm.pairs import spelling
 from ga_llm.serving import hub
@@ -15,6 +16,8 @@ METRICS = ("Acc@1", "Acc@5", "MRR")
 BASELINE = "user-history frequency"
 MIXTURES = {"--average_with": "[]"}     # flags of the evaluation, and what mixes nothing
 LOSS = {"answer": "Loss on the answers alone", "poi_ids": "Loss on every POI id, the questions' too"}
+BEYOND = ("pointer", "pointer_without", "geo_output", "geo_encoder", "dropout", "beside_learning_rate", "batch_tokens",
+          "weight_decay")       # told where they are not left out
 SHOWN = ("lora_r", "lora_alpha", "learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs",
          "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
 EXAMPLE = ("2013-01-05 12:00:00", "2013-01-05 18:00:00")
@@ -70,11 +73,12 @@ def serve_command(model: Model, folder: Path | str) -> str:
     return f"vllm serve {shlex.quote(str(folder))} --max-model-len {model.context} --dtype {model.dtype}"
 
 
-def how_to_use(model: Model, folder: Path | str) -> str:
-    """The next command, after an export to `folder`."""
+def how_to_use(model: Model, folder: Path | str, data_path: str) -> str:
+    """The next command, after an export to `folder`; data_path: the root of the data sets."""
     if model.pointer:
-        return (f"ask it with\n\n    python recommend.py --model {shlex.quote(str(folder))} --check_ins my.csv --time "
-                f"\"{EXAMPLE[1][:-3]}\"\n")
+        elsewhere = f" --data_path {shlex.quote(data_path)}" * (Path(data_path) != DATASETS)
+        return (f"ask it with\n\n    python recommend.py --model {shlex.quote(str(folder))}{elsewhere} "
+                f"--check_ins my.csv --time \"{EXAMPLE[1][:-3]}\"\n")
     return f"serve it with vLLM or others (README.md there):\n\n    {serve_command(model, folder)}\n"
 
 
@@ -106,7 +110,7 @@ def card(model: Model) -> str:
 ---
 # {name}
 
-{model.base}, fine-tuned to predict the next point of interest (POI) of a user from check-ins, by GA-LLM
+{model.base}, trained to predict the next point of interest (POI) of a user from check-ins, by GA-LLM
 ("Geography-Aware Large Language Models for Next POI Recommendation", arXiv 2505.13526).
 Data set: `{model.dataset}`, {model.places:,} POIs. It is a plain Hugging Face model, which
 `AutoModelForCausalLM` and vLLM read without GA-LLM's code. {_older(model)} {_vectors(model)}
@@ -123,7 +127,8 @@ the unseen id. An example with one made-up check-in, in quotes for the space at 
 
 A question shows at most {model.questions["max_history"]} check-ins of the user's history and {model.context:,} tokens.
 {_similar(model)}There is no chat template: it was not trained on chats. `recommend.py` of GA-LLM's code writes the
-question from a user's check-ins, and ranks all POIs exactly, which one answer does not:
+question from a user's check-ins, and ranks all POIs exactly, which one answer does not. It reads the data set's files,
+with `--data_path` where they are not in `datasets/`:
 
 ```bash
 python recommend.py --model {shlex.quote(name)} --check_ins my.csv --time "{now[:-3]}" -k 5
@@ -206,6 +211,9 @@ def _vectors(model: Model) -> str:
     what = {"GCIM": "for `<GPS n>` GCIM's encoding of the place's coordinates",
             "PAM": "for `<POI n>` PAM's projection of the POI's transitions"}
     found = [what[name] for name in model.encoders]
+    if (model.flags or {}).get("geo_output"):
+        kind = model.flags.get("geo_encoder")
+        found.append("for `<GPS n>` sums of its own row, its category's" + f" and the {kind} encoder's" * bool(kind))
     return f"The embedding holds {' and '.join(found)}." if found else "No encoder's vectors stand in its embedding."
 
 
@@ -286,8 +294,10 @@ def _training(model: Model) -> str:
     if flags.get("init_from"):
         lines.append("- It began with the weights of another run, whose settings are not told here.")
     hidden = {*(("lora_r", "lora_alpha") if model.full else ()),
-              "num_train_epochs" if (flags.get("max_steps") or -1) > 0 else "max_steps"}
+              "num_train_epochs" if (flags.get("max_steps") or -1) > 0 else "max_steps",
+              *["per_device_train_batch_size"] * bool(flags.get("batch_tokens"))}
     told = [f"{name} {flags[name]}" for name in SHOWN if name not in hidden and flags.get(name) is not None]
+    told += [f"{name} {flags[name]}" for name in BEYOND if flags.get(name)]
     told = [f"step {model.step}"] * (model.step is not None) + told
     told += [f"processes {model.processes}"] * (model.processes is not None)
     return "\n".join([*lines, f"- {', '.join(told)}."] if told else lines)

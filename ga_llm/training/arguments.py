@@ -110,6 +110,7 @@ class SFTArguments(TrainingArguments):
         self.evaluates = str(getattr(self.eval_strategy, "value", self.eval_strategy)) != "no"
         if self.evaluates and not self.eval_steps:      # transformers: --logging_steps, each step in our commands
             self.eval_steps = self.save_steps
+        validation.check_steps(self)
         if self.dry_run:    # before DeepSpeed's configuration is filled in
             self.planned_accumulation_steps, self.gradient_accumulation_steps = self.gradient_accumulation_steps, 1
             self.save_strategy, self.logging_strategy, self.report_to = "no", "no", "none"

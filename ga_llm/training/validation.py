@@ -53,9 +53,6 @@ def check(args) -> None:
     if getattr(args.lr_scheduler_type, "value", "") in ("reduce_lr_on_plateau", "greedy"):
         raise UserError(f"--lr_scheduler_type {args.lr_scheduler_type.value}: its rate would depend on which questions "
                         "are validated on, and when; give one that follows from the step")
-    if args.load_best_model_at_end and args.eval_strategy == "steps" and args.eval_steps != args.save_steps:
-        raise UserError(f"--load_best_model_at_end True: each evaluation needs its checkpoint, and each checkpoint its "
-                        f"evaluation; give --eval_steps {args.save_steps:g}, as --save_steps, or leave it out")
     args.eval_data_path = str(questions(args))
     _check_alike(args)
     if getattr(args, "eval_ranked", 0):     # days later it would be too late
@@ -67,21 +64,36 @@ def check(args) -> None:
                           "python data-preprocess/run.py -f best_conf/<name>.yml")
 
 
+def check_steps(args) -> None:
+    """Before transformers says the same in words of its own. Raises UserError."""
+    if args.load_best_model_at_end and args.eval_strategy == "steps" and args.eval_steps != args.save_steps:
+        raise UserError(f"--load_best_model_at_end True: each evaluation needs its checkpoint, and each checkpoint its "
+                        f"evaluation; give --eval_steps {args.save_steps:g}, as --save_steps, or leave it out")
+
+
 def questions(args) -> Path:
     """The validation questions: those given, or those that were made with --data_path's. Raises UserError."""
     train = Path(args.data_path)
     settings = artifacts.question_settings(train)
     found = read_json(settings) if settings.is_file() else {}
     script = "process_projector_gps_stage1.py" if found.get("stage") == 1 else "process_llm_gps.py"
-    made_by = f"python data-preprocess/{script} -dataset_name {found.get('dataset', '…')} -validate True"
+    mapped = artifacts.dataset_of(args.gps_mapping_path)
+    elsewhere = f" -datasets {mapped[1]}" if mapped and mapped[1] != artifacts.DATASETS else ""
+    made_by = f"python data-preprocess/{script} -dataset_name {found.get('dataset', '…')}{elsewhere} -validate True"
     if args.eval_data_path:
-        return artifacts.require(args.eval_data_path, made_by)
+        path = artifacts.require(args.eval_data_path, f"{made_by}, and the training questions' other flags,")
+        if path.name.startswith("test_"):
+            raise UserError(f"--eval_data_path {path}: questions of the test split, on which nothing may be chosen; "
+                            "give validation questions")
+        if path.samefile(train):
+            raise UserError(f"--eval_data_path {path}: the questions that it is trained on; give validation questions")
+        return path
     if not train.name.startswith("train_") or found.get("stage") == "pam":
         raise UserError(f"--eval_strategy: {train} has no validation questions beside it; give --eval_data_path")
     path = train.with_name(train.name.replace("train_", "validate_", 1)).with_suffix(LINES)
     if not path.is_file():
-        raise UserError(f"--eval_strategy: {path} not found; make it with `{made_by}` and the "
-                        "training questions' other flags, or give --eval_data_path")
+        raise UserError(f"--eval_strategy: {path} not found; make it with `{made_by}` and the training questions' "
+                        "other flags, or give --eval_data_path")
     return artifacts.require(path, made_by)
 
 

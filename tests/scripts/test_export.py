@@ -84,7 +84,7 @@ def test_what_an_export_holds(repo, exported):
                 if word in told]
     card = (exported / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n") and "`<GPS n>`" in card and "max_steps 6" in card
-    assert "tiny, fine-tuned" in card and "| split | users | pois |" in card and "has no `license` field" in card
+    assert "tiny, trained" in card and "| split | users | pois |" in card and "has no `license` field" in card
     asked = json.loads((exported / "ga_llm.json").read_text())["questions"]
     assert asked["max_history"] == 10 and "gps" in asked["fields"]
 

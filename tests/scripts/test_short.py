@@ -97,7 +97,7 @@ def test_all_of_a_model(repo, tmp_path):
     (["--geoencoder_path", "outputs/gcim/4/geo_encoder_merged.pth"], [AGREEMENT, "other weights of GCIM's"]),
     (["--geoencoder_path", ""], [AGREEMENT, "trained with GCIM"]),
     (["--context_size", "64000"], [AGREEMENT, "give --context_size 4096"]),
-    (["--base_model", "./models/nowhere"], ["./models/nowhere"]),
+    (["--base_model", "./models/nowhere"], ["./models/nowhere"]), (["--output_dir", "O/nope"], ["O/nope", "not found"]),
     (["--gps_mapping_path", "nowhere.csv"], ["nowhere.csv", "not found"]),
     (["--data_path", "nowhere"], ["nowhere/sample/preprocessed/", "not found"]),
     (["--dataset_name", "atlantis"], ["atlantis"]), (["--dataset_name", ""], ["--dataset_name is required"])],

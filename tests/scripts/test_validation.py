@@ -137,7 +137,9 @@ def test_pam(validated):
 @pytest.mark.parametrize("flags, message", [
     (["--eval_ranked", "-1"], "--eval_ranked -1: must be at least 0"),
     (["--gps_mapping_path", f"{DATA}/../mapping.csv"], "--eval_ranked 200: ranking wants"),
-    (["--data_path", PAIRS[2]], "--eval_strategy: "), (["--eval_data_path", "nowhere.txt"], "nowhere.txt: not found")])
+    (["--data_path", PAIRS[2]], "--eval_strategy: "), (["--eval_data_path", "nowhere.txt"], "nowhere.txt: not found"),
+    (["--eval_data_path", f"{DATA}/{artifacts.questions('test', 'sample', 2, False)}"], "questions of the test split"),
+    (["--eval_data_path", FLAGS[1]], "the questions that it is trained on")])
 def test_mistakes(validated, tmp_path, flags, message):
     shutil.copy(validated / f"{DATA}/sample_gps_mapping.csv", validated / f"{DATA}/../mapping.csv")
     result = forked.run(validated, forked.training(2, tmp_path / "O", *FLAGS, *flags), tmp_path / "log",

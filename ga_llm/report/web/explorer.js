@@ -219,7 +219,7 @@ function tabulate(pair) {
                                    strong: place === target, share: share[pair][k] }))));
   const rest = [];
   if (data.baselines.length) {
-    rest.push(table("What needs no model", ["", "first guess", "km off", "the truth"],
+    rest.push(table("First guesses of the baselines", ["", "first guess", "km off", "rank of the truth"],
       data.baselines.map(({ name, top, rank }) => ({
         cells: [`${signOf(name)} ${name}`, ...top[pair] < 0 ? ["–", "–"] : [mark(top[pair]), off(top[pair])],
                 rankOf(rank[pair])], strong: top[pair] === target }))));
@@ -344,6 +344,11 @@ function begin() {
   const asked = count(pairs.target), often = [...truths].sort((a, b) => asked(b) - asked(a));
   $("places").append(...often.map(place => new Option(`${nameOf(place)}: ${asked(place)} pairs`, places.id[place])));
   $("runs").textContent = runs.map((run, i) => `${LETTERS[i]}: ${run.name}`).join(" · ");
+  const told = data.outcomes.map((name, i) => `${OUTCOME_SIGNS[i]} ${name}: ${number(outcomes(i))}`).join(", ");
+  $("about").append("A test pair is a question: where is this user at that time? The map shows what the user did " +
+    "before, the model's first guesses and the truth. The first guess is right, a near miss (at most " +
+    `${data.near_km} km off) or a far one${of}: ${told}. Arrow keys go from pair to pair, in the list and on the ` +
+    "slider. All figures: ", element("a", { href: "report.html" }, "report.html"), ".");
   $("absent").replaceChildren(...data.absent.map(text => element("li", {}, text)));
   legend();
   $("filters").open = !matchMedia("(max-width: 760px)").matches;        // a phone shows the map first
@@ -365,7 +370,7 @@ function begin() {
 function legend() {
   const rows = [
     ["guess", "1", `first ${FIRST} guesses; more area, more probability`], ["guess late", "9", "further guesses"],
-    ["truth", "★", "the truth"],
+    ["truth", "★", "the true place"],
     ...data.baselines.map(({ name }) => ["baseline", signOf(name), `first guess of ${name}`]),
     ["line", "", "current trajectory, with times; ring: its last check-in"],
     ["warm", "", "the user's train check-ins"],

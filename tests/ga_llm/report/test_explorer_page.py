@@ -106,7 +106,7 @@ def test_what_is_shown_of_a_pair(opened):
     guesses = page.get_by_role("region", name="First 12 guesses").locator("tbody tr")
     assert guesses.count() == 12 and guesses.first.locator("td").all_inner_texts() == [
         "1", "★ Café 1, POI 1", "90.0 %", "0.00 km"]
-    history = page.get_by_role("region", name="What needs no model").locator("tbody tr").first
+    history = page.get_by_role("region", name="First guesses of the baselines").locator("tbody tr").first
     assert history.locator("td").all_inner_texts() == ["□ user-history frequency", "★ Café 1, POI 1", "0.00 km",
                                                        "rank 1"]
     steps = page.get_by_role("region", name="Current trajectory").locator("tbody tr").all_inner_texts()

@@ -83,7 +83,7 @@ def test_a_base_that_no_hub_has():
     data = read(base="tiny", base_on_hub=None, licence={})
     assert data.base_model is None and data.license is None and "base_model_relation" not in data
     text = " ".join(model_card.card(dataclasses.replace(MODEL, base="tiny", base_on_hub=None, licence={})).split())
-    assert "tiny, fine-tuned to predict" in text and "this card has no `license` field: add it" in text
+    assert "tiny, trained to predict" in text and "this card has no `license` field: add it" in text
 
 
 def test_the_data_sets_counts():
@@ -137,3 +137,17 @@ def test_a_base_of_the_hub(tmp_path, monkeypatch):
     assert hub.licence("org/the-base", "cache") == expected
     (snapshot / "README.md").unlink()
     assert hub.licence("org/the-base", "cache") == {}
+
+
+def test_rows_that_were_trained_as_sums_are_told():
+    of_cells = dataclasses.replace(MODEL, encoders=[], flags={"geo_output": True, "geo_encoder": "cells",
+                                                              "batch_tokens": 4096, "per_device_train_batch_size": 1})
+    text = " ".join(model_card.card(of_cells).split())
+    assert "sums of its own row, its category's and the cells encoder's" in text and "No encoder's" not in text
+    assert "batch_tokens 4096" in text and "per_device_train_batch_size" not in text
+
+
+def test_the_next_command_finds_the_data_sets():
+    model = dataclasses.replace(MODEL, pointer=True)
+    assert "--model E --data_path datasets/x --check_ins" in model_card.how_to_use(model, "E", "datasets/x")
+    assert "--model E --check_ins" in model_card.how_to_use(model, "E", "datasets")
