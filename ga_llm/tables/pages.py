@@ -12,6 +12,7 @@ APART = ("target's check-ins in train", "target in the user's history")     # of
 SHORT = tuple(f"{name}_{dataset}" for dataset in ("nyc", "tky", "ca")
               for name in ("main", "without_gcim", "without_pam", "without_both", "mean", "pointer",
                            "pointer_mean"))
+COMPARING = ("cpu_pointer_short",)      # scales to compare variants at, whose rows stand in docs/tables.md alone
 SEEDS = ("Acc@1", "Acc@5", "MRR")       # of each seed
 COMMAND = "python results.py --readme README.md --tables docs/tables.md"
 BEGIN, END = f"<!-- results: made by {COMMAND} -->", "<!-- /results -->"
@@ -35,14 +36,14 @@ def between_marks(text: str, tables: str, name: str) -> str:
 
 def short(rows: Sequence[Row]) -> str:
     """One table: the rows named in SHORT, and below those over the same pairs the baselines on them."""
-    chosen = sorted((row for row in rows if row.experiment in SHORT),
+    chosen = sorted((row for row in rows if row.experiment in SHORT and row.scale not in COMPARING),
                     key=lambda row: (row.scale, SHORT.index(row.experiment)))
     if not chosen:
         return NO_RESULT
     lines = _heads("", "model", "data", "n", "Acc@1 [95 %]", "Acc@5", "MRR")
     same_pairs = {}
     for row in chosen:
-        same_pairs.setdefault((row.scale, row.dataset, row.protocol, row.n), []).append(row)
+        same_pairs.setdefault((row.dataset, row.protocol, row.n), []).append(row)
     for members in same_pairs.values():
         data = members[0].dataset or NONE
         lines += [_line([_name(row), row.model or NONE, data, *_figures(row.found[MODEL])]) for row in members]
