@@ -1,4 +1,4 @@
-# make demo        the whole system on a synthetic city, from raw check-ins to Acc@k (about 10 minutes on 2 cores)
+# make demo        the whole system on a synthetic city, from raw check-ins to Acc@k (6 minutes on 2 cores)
 # make test        the tests; of nearly alike cases a drawn tenth (tests/conftest.py)
 # make test-all    all tests; make test-rest: those that make test leaves out
 # make soak        the long part of the tests of reliability: hundreds of kills
