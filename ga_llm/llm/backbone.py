@@ -206,7 +206,7 @@ def add_dropout(model, share: float) -> None:
     """
     dropout = Dropout(share)
     inside = [module for name, module in model.named_modules() if name.endswith((".self_attn", ".mlp"))]
-    if not inside and model.config.num_hidden_layers:
+    if not inside and getattr(getattr(model, "config", None), "num_hidden_layers", 1):      # a model may have none
         raise UserError(f"--dropout: {type(model).__name__} has no layers of self_attn and mlp; leave it out")
 
     def drop(module, _, output):

@@ -242,4 +242,4 @@ def test_of_a_real_chain(repo):
 
 def test_the_demo_ends_with_both_pages():
     *_, last = (ROOT / "demo.sh").read_text(encoding="utf-8").splitlines()
-    assert last == "python report.py --output_dir $STAGE_2/checkpoint-$STEPS_2"
+    assert last == "python report.py --output_dir runs/demo/pointer/checkpoint-$STEPS_0"
