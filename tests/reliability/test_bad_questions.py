@@ -951,7 +951,7 @@ def test_bad_predictions_are_not_compared(place, content, names):
 
 
 @pytest.mark.parametrize("flags, names", [
-    ("--hidden 0", ["--hidden"]), ("--hidden 33", ["--hidden"]), ("--layers 0", ["--layers"]),
+    ("--hidden 0", ["--hidden"]), ("--hidden 33", ["--hidden"]), ("--layers -1", ["--layers"]),
     ("--heads 0", ["--heads"]), ("--kv_heads 3", ["--kv_heads"]), ("--kv_heads -1", ["--kv_heads"]),
     ("--vocab_size 0", ["--vocab_size"]), ("--max_position 0", ["--max_position"]), ("--seed x", ["--seed"]),
     ("--seed -1", ["--seed"]), ("--style foo", ["--style"]), ("--tie_embeddings maybe", ["--tie_embeddings"]),

@@ -99,8 +99,8 @@ def test_any_number_of_processes(repo, pointed, tmp_path, checkpoint, flags):  #
         forked.train(repo, 2, Path(POINTED).parent, *files("moments"), *EXACT, *GEO)
     tested = Copies(repo, tmp_path, checkpoint, flags)
     one = tested.by(1)
-    assert tested.by(2) == tested.by(3) == one
-    for processes in (1, 3):
+    assert tested.by(3) == one
+    for processes in (1, 3) if flags == TABLE and checkpoint == CHECKPOINT else (3,):
         name = f"goes_on_with_{processes}"
         left = tested.killed(2, name, 4)
         assert 0 < left < one[artifacts.PREDICTIONS].count(b"\n")
