@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py [--minutes 8] [--parts numerics,llama7b,ranking,real,processes] [--dataset_name nyc]
 
-numerics    attention, trees, ranking, NF4, injection and resuming on the card against fp32 on the CPU
+numerics    attention, trees, pointer, ranking, NF4, injection, resuming on the card against fp32 on the CPU
 llama7b     a training step of stage 2 at Llama-2-7B's shape (random weights): tokens/s, share of the card's measured
             peak, memory against --dry_run's plan; the same step written plainly with transformers and PEFT
 ranking     prompts per second at that shape: exact ranking, sampling one by one, a beam search

@@ -169,14 +169,6 @@ def _first(paths: Sequence[Path], what: str, flag: str) -> Path:
     return found
 
 
-def difference(a: np.ndarray, b: np.ndarray, draws: int = 10_000) -> dict[str, float]:
-    """{"difference", "low", "high"} of the mean of b - a, (pairs,) each, with its 95 % paired bootstrap interval."""
-    a, b = (np.asarray(values, dtype=np.float64) for values in (a, b))
-    drawn = metrics.resampled((b - a)[None], draws, SEED)[0]
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return {"difference": float((b - a).mean()), "low": float(low), "high": float(high)}
-
-
 def reliability(stated: np.ndarray, right: np.ndarray) -> Reliability:
     """stated: (pairs,) probabilities, of which nan are left out; right: (pairs,) bool. Raises Absent if none is left.
 

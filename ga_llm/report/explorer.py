@@ -215,6 +215,7 @@ def _history(users: Sequence[int | None], baseline: Baseline | None, place: dict
     return [{"id": user, "places": [place[poi] for poi in visits.index], "visits": visits.tolist()}
             for user, visits in found]
 
+
 def _trajectories(evaluation: Evaluation, baseline: Baseline | None, folder: Path) -> list[list[tuple]]:
     """Of each pair the current trajectory's (time, POI): the split's, else the prompt's, whose times are not told."""
     known = contents.trajectories(evaluation, folder)

@@ -77,7 +77,7 @@ def mixture(evaluation: Evaluation) -> str:
 
 def verdict(evaluation: Evaluation, baseline: Baseline) -> str:
     """One sentence: does the model beat the baseline?"""
-    one = contents.difference(baseline.ranks == 1, evaluation.ranks == 1)
+    one = metrics.difference(np.stack([baseline.ranks == 1, evaluation.ranks == 1]).astype(float), 1)
     what = ("The model is better than that count" if one["low"] > 0 else
             "The model is worse than that count, so as a recommender it is no result" if one["high"] < 0 else
             "That is no difference beyond the drawing of test pairs")

@@ -16,12 +16,12 @@ from pathlib import Path, PurePath
 from ga_llm.base import artifacts, writing
 from ga_llm.base.cli import UserError
 from ga_llm.evaluation import comparison
+from ga_llm.evaluation.metrics import COMPARED
 from ga_llm.tables.seeds import MODEL, joined
 
 log = logging.getLogger("results")
 
 METRICS = ("Acc@1", "Acc@5", "MRR@5", "MRR")
-COMPARED = ("Acc@1", "MRR")
 NOISE = 0.05        # a p below it, or the 95 % interval, says that a difference is more than the drawing of test pairs
 NONE = "–"
 OTHERS = "others, by their folder"

@@ -73,11 +73,11 @@ def test_wilson_is_scipys(right, n):
 def test_the_difference_is_paired(town):
     _, evaluation, *_, baseline = town
     ours, theirs = evaluation.ranks == 1, baseline.ranks == 1
-    one = contents.difference(theirs, ours)
+    one = metrics.difference(np.stack([theirs, ours]).astype(float), 1)
     assert one["difference"] == pytest.approx(ours.mean() - theirs.mean())
     assert one["low"] <= one["difference"] <= one["high"]
-    same = contents.difference(ours, ours)
-    assert same == {"difference": 0, "low": 0, "high": 0}
+    same = metrics.difference(np.stack([ours, ours]).astype(float), 1)
+    assert {key: same[key] for key in ("difference", "low", "high")} == {"difference": 0, "low": 0, "high": 0}
 
 
 def grid(n, step=0.01):
