@@ -10,7 +10,7 @@ import forked
 import pytest
 from commands import free_port
 from test_export import CHECKPOINT
-from test_pointer import EXACT, GEO, files, pointed  # noqa: F401
+from test_pointer import EXACT, GEO, files
 from test_short import VARYING
 
 from ga_llm.base import artifacts
@@ -89,7 +89,7 @@ def test_two_processes_write_what_one_does(repo, tmp_path):
 @pytest.mark.parametrize("checkpoint, flags", [
     (CHECKPOINT, TABLE), (CHECKPOINT, ["--decoding", "beam"]), (CHECKPOINT, ["--decoding", "sample"]),
     (POINTED, TABLE)], ids=["rank", "beam", "sample", "pointer"])
-def test_any_number_of_processes(repo, pointed, tmp_path, checkpoint, flags):  # noqa: F811
+def test_any_number_of_processes(repo, pointed, tmp_path, checkpoint, flags):
     if checkpoint == POINTED and not (repo / POINTED).exists():
         forked.train(repo, 2, Path(POINTED).parent, *files("moments"), *EXACT, *GEO)
     tested = Copies(repo, tmp_path, checkpoint, flags)

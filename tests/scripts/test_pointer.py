@@ -28,17 +28,6 @@ def files(kind):
 
 
 @pytest.fixture(scope="module")
-def pointed(repo):
-    """The repository with questions in two tokens a check-in, answered by ids ("moments") and by tokens ("tokens")."""
-    for kind, flags in (("moments", []), ("tokens", ["-answer", "token"])):
-        shutil.copytree(repo / DATA, repo / kind / "sample/preprocessed")
-        result = call(repo, "data-preprocess/process_llm_gps.py", "-dataset_name", "sample", "-datasets", kind,
-                      "-fields", "moment,gps", "-max_history", "10", *flags)
-        assert result.code == 0, result.err
-    return repo
-
-
-@pytest.fixture(scope="module")
 def trained(pointed):
     forked.train(pointed, 2, "outputs/pointed", *files("moments"), *EXACT, *GEO)
     forked.train(pointed, 2, "outputs/by_token", *files("tokens"), *EXACT, *FULL)
