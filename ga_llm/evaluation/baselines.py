@@ -1,5 +1,5 @@
-"""What needs no LLM: the user's own history, popularity, a Markov chain, and where it has been trained the pointer alone.
-No result counts that does not beat them.
+"""What needs no LLM: the user's own history, popularity, a Markov chain, and, where it has been trained, the pointer
+alone. No result counts that does not beat them.
 
 Each ranks POIs on the same pairs as the model. A target that a baseline does not know has rank infinity: no credit.
 """

@@ -48,7 +48,8 @@ def gather(runs: Sequence[Evaluation], mapping: GPSMapping, baseline: Baseline |
     named |= {poi for check_ins in current for _, poi in check_ins}
     guesses = {}
     if baseline is not None:
-        guesses = baselines.rankings(baseline.train, baseline.prompts)
+        found = baselines.rankings(baseline.train, baseline.prompts, folder)
+        guesses = {name: ranking for name, ranking in found.items() if name in first.metrics["all"]}
         named |= set(baseline.train["PoiId"].tolist())
     ids = [*mapping.ids.tolist(), *sorted(named - set(mapping.ids.tolist()))]
     place = {poi: row for row, poi in enumerate(ids)}

@@ -25,7 +25,7 @@ def train(folder: Path, work_dir: Path | str = WORK_DIR) -> Path:
     Raises UserError if samples are missing, or a step fails.
     """
     tests = steps(folder, work_dir)
-    for step in (step for test in tests for step in chain.in_order(test)):
+    for step in {step.id: step for test in tests for step in chain.in_order(test)}.values():
         step.run()
     files = [path for test in tests for path in test.out.rglob(artifacts.PREDICTIONS)]
     records = [record for path in files for record in comparison.read(path).values()]
