@@ -25,19 +25,20 @@ def train(folder: Path, work_dir: Path | str = WORK_DIR) -> Path:
     Raises UserError if samples are missing, or a step fails.
     """
     tests = steps(folder, work_dir)
-    for step in {step.id: step for test in tests for step in chain.in_order(test)}.values():
+    for step in {step.id: step for test in tests.values() for step in chain.in_order(test)}.values():
         step.run()
-    files = [path for test in tests for path in test.out.rglob(artifacts.PREDICTIONS)]
+    files = [test.out / experiments.CHECKPOINT / artifacts.results({"split": split}) / artifacts.PREDICTIONS
+             for split, test in tests.items()]
     records = [record for path in files for record in comparison.read(path).values()]
-    took = {step.name: read_json(step.folder / chain.DONE)["seconds"] for step in chain.in_order(tests[0])}
+    took = {step.name: read_json(step.folder / chain.DONE)["seconds"] for step in chain.in_order(tests["test"])}
     path = pointer_alone.write(folder, records, scale=SCALE, seconds=took)
     log.info("%s: %d pairs; %s was trained in %.0f s, with questions and test %.0f s", path, len(records),
              pointer_alone.NAME, took["stage2"], sum(took.values()))
     return path
 
 
-def steps(folder: Path, work_dir: Path | str) -> list[chain.Step]:
-    """The evaluation of each split that has questions, at the end of one chain."""
+def steps(folder: Path, work_dir: Path | str) -> dict[str, chain.Step]:
+    """{split: its evaluation}, of each that has check-ins, at the end of one chain."""
     name = folder.parent.name
     splits = ["test", *["validate"] * _has_check_ins(folder / artifacts.split_sample("validate"))]
     needed = [*map(artifacts.split_sample, ("train", *splits)), artifacts.gps_mapping(name)]
@@ -48,8 +49,8 @@ def steps(folder: Path, work_dir: Path | str) -> list[chain.Step]:
         "validate": "validate" in splits}})
     test = experiments.chain_of(row, experiments.read_scale(SCALE), None, work_dir, samples=samples)
     asked = {split: artifacts.questions(split, name, 2, use_sim=False) for split in splits}
-    return [dataclasses.replace(test, command=tuple(asked[split] if part == asked["test"] else part
-                                                    for part in test.command)) for split in splits]
+    return {split: dataclasses.replace(test, command=tuple(asked[split] if part == asked["test"] else part
+                                                           for part in test.command)) for split in splits}
 
 
 def _has_check_ins(path: Path) -> bool:
