@@ -25,8 +25,8 @@ def write(root: Path, category="Café {}", encoder=True, pointer=False) -> Path:
     """Below `root`: datasets/town, stage1/4, and stage2/checkpoint-4, which is returned.
 
     Even places lie beside the odd ones before them, the pairs of places 20 km apart. Each user goes 1, 2, 1, 3, then
-    to places of the user's own; a test trajectory is the user at 5 and 6, then the target. pointer: whether the pointer alone has been
-    trained, which has every target second.
+    to places of the user's own; a test trajectory is the user at 5 and 6, then the target. pointer: whether the
+    pointer alone has been trained, which has every target second.
     """
     folder = artifacts.preprocessed("town", root / "datasets")
     folder.mkdir(parents=True)
@@ -73,7 +73,8 @@ def write(root: Path, category="Café {}", encoder=True, pointer=False) -> Path:
     known = baselines.read_train(folder / "train_sample.csv")
     if pointer:
         pointer_alone.write(folder, [{**record, "rank": 2, "top": [[11, -1.0]]} for record in records])
-    found = metrics.report(asked, ranking, baselines.rankings(known, asked, folder), known, mapping, 7.5, "ga-llm", "rank")
+    found = metrics.report(asked, ranking, baselines.rankings(known, asked, folder), known, mapping, 7.5, "ga-llm",
+                           "rank")
     km = metrics.distances(ranking.tops, targets, mapping)
 
     stage_1, checkpoint = root / "stage1", root / "stage2/checkpoint-4"

@@ -1,4 +1,4 @@
-"""The pointer alone as a baseline: the same pairs of whatever question file, or none of them and a line that says why."""
+"""The pointer alone as a baseline: the same pairs of any question file, or none of them and a line that says why."""
 import json
 import logging
 
