@@ -74,8 +74,8 @@ def _ranking(path: Path, folder: Path, test_prompts: Sequence) -> Ranking | str:
         table = {}
         for *key, rank, guess in rows:
             # A user's two trajectories that end alike are one key: what they say must be the same.
-            table.setdefault(tuple(key), set()).add((np.inf if rank is None else int(rank), int(guess)))
-    except (UserError, KeyError, TypeError, ValueError):
+            table.setdefault(tuple(key), set()).add((_rank(rank), np.int64(guess)))
+    except (UserError, KeyError, TypeError, ValueError, OverflowError):
         return "damaged"
     if of != _sha256(folder):
         return f"of another train split than {folder / artifacts.split_sample('train')}"
@@ -85,6 +85,12 @@ def _ranking(path: Path, folder: Path, test_prompts: Sequence) -> Ranking | str:
         return f"lacks {lacking} of these {len(found)} pairs"
     pairs = np.array([next(iter(answers)) for answers in found], dtype=np.float64).reshape(-1, 2)
     return Ranking(pairs[:, 0], pairs[:, 1].astype(np.int64))
+
+
+def _rank(rank: int | None) -> float:
+    if rank is not None and rank < 1:
+        raise ValueError(rank)
+    return np.inf if rank is None else float(rank)
 
 
 def _sha256(folder: Path) -> str | None:

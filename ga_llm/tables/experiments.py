@@ -143,7 +143,7 @@ def merged(common: dict, own: dict) -> dict[str, dict]:
     return {key: {**common.get(key, {}), **(own.get(key) or {})} for key in SECTIONS}
 
 
-def chain_of(experiment: Experiment, scale: Scale, raw: Callable, work_dir: Path | str, model: str | None = None,
+def chain_of(experiment: Experiment, scale: Scale, raw: Callable | None, work_dir: Path | str, model: str | None = None,
              full_table: bool = False, samples: Step | None = None) -> Step:
     """The last step, the test, of the chain from raw check-ins to metrics; full_table: which others average with.
 

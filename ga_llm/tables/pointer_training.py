@@ -39,7 +39,7 @@ def train(folder: Path, work_dir: Path | str = WORK_DIR) -> Path:
 
 def steps(folder: Path, work_dir: Path | str) -> dict[str, chain.Step]:
     """{split: its evaluation}, of each that has check-ins, at the end of one chain."""
-    name = folder.parent.name
+    name, scale = folder.parent.name, experiments.read_scale(SCALE)
     splits = ["test", *["validate"] * _has_check_ins(folder / artifacts.split_sample("validate"))]
     needed = [*map(artifacts.split_sample, ("train", *splits)), artifacts.gps_mapping(name)]
     samples = chain.Given("samples", (f"{name}/{folder.name}",), Path(work_dir) / "steps",
@@ -47,7 +47,7 @@ def steps(folder: Path, work_dir: Path | str) -> dict[str, chain.Step]:
     row = experiments.read(experiments.FOLDER / f"{ROW}.yml")
     row = dataclasses.replace(row, dataset=name, sections={**row.sections, "questions": {
         "validate": "validate" in splits}})
-    test = experiments.chain_of(row, experiments.read_scale(SCALE), None, work_dir, samples=samples)
+    test = experiments.chain_of(row, scale, None, work_dir, samples=samples)
     asked = {split: artifacts.questions(split, name, 2, use_sim=False) for split in splits}
     return {split: dataclasses.replace(test, command=tuple(asked[split] if part == asked["test"] else part
                                                            for part in test.command)) for split in splits}

@@ -92,6 +92,12 @@ def test_the_data_sets_own_folder_is_looked_into(city, tmp_path):
     assert found.ranks.tolist() == [records[i]["rank"] or np.inf for i in range(3)]
 
 
+def pair(**what):
+    """Columns of a file of one pair."""
+    one = {"user": 1, "time": "t", "target": 1, "rank": 1, "guess": 1} | what
+    return {name: [value] for name, value in one.items()}
+
+
 def change(path, **what):
     path.write_text(json.dumps(json.loads(path.read_text()) | what))
 
@@ -101,10 +107,12 @@ def change(path, **what):
     (lambda folder: (folder / "pointer_alone.json").write_text("{"), "damaged"),
     (lambda folder: change(folder / "pointer_alone.json", rank=[1]), "damaged"),
     (lambda folder: change(folder / "pointer_alone.json", user=None), "damaged"),
-    (lambda folder: change(folder / "pointer_alone.json", guess=["x"]), "damaged"),
+    (lambda folder: change(folder / "pointer_alone.json", **pair(guess="x")), "damaged"),
+    (lambda folder: change(folder / "pointer_alone.json", **pair(guess=10**30)), "damaged"),
+    (lambda folder: change(folder / "pointer_alone.json", **pair(rank=0)), "damaged"),
     (lambda folder: change(folder / "pointer_alone.json", user=[], time=[], target=[], rank=[], guess=[]),
      "lacks 5 of these 5 pairs")],
-    ids=["another train split", "no JSON", "columns", "no list", "no number", "no pairs"])
+    ids=["another train split", "no JSON", "columns", "no list", "no number", "a large number", "rank 0", "no pairs"])
 def test_a_file_that_will_not_do_is_not_shown(city, tmp_path, caplog, spoil, why):
     root, _ = city
     folder = artifacts.preprocessed("town", tmp_path)
