@@ -8,7 +8,7 @@
 
 The checkpoint remembers what the second command says of the training; a flag overrides it, and is checked.
 Ranks every POI exactly (--decoding rank), or searches beams or samples one answer, as others do. Prints the metrics,
-beside three baselines on the same pairs, and writes metrics.json and predictions.jsonl. Killed, it goes on where it
+beside baselines on the same pairs, and writes metrics.json and predictions.jsonl. Killed, it goes on where it
 stopped when it is started again. torchrun --nproc_per_node=8 test_next_gps.py … shares the prompts out to 8 GPUs.
 
     python test_next_gps.py --compare A/predictions.jsonl B/predictions.jsonl
@@ -126,7 +126,7 @@ def main(processes: Processes):
     if processes.rank > 0:
         return
 
-    found, others = store.ranking(test_prompts), baselines.rankings(train, test_prompts)
+    found, others = store.ranking(test_prompts), baselines.rankings(train, test_prompts, args.folder)
     if args.average_with:
         found, others = ensemble.averaged(args.average_with, store, test_prompts, trie.candidates, others)
     report = metrics.report(test_prompts, found, others, train, mapping, speed, args.protocol, args.decoding, fits)

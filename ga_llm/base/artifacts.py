@@ -16,6 +16,7 @@ SPLITS = ("train", "validate", "test")
 SAMPLE = "sample.csv"
 LABEL_ENCODING = "label_encoding.json"
 STATS = "stats.json"
+POINTER_ALONE = "pointer_alone.json"     # beside the samples: what this baseline says of their pairs
 GPS_COLUMNS = ["GPS_id", "Latitude", "Longitude"]    # of the GPS mapping; GPS_id is the encoded POI id
 NAME_COLUMNS = ["poi", "name"]      # of the places' names; poi is the raw id, which another encoding leaves as it is
 

@@ -1,4 +1,5 @@
-"""What needs no model: the user's own history, popularity, a Markov chain. No result counts that does not beat them.
+"""What needs no LLM: the user's own history, popularity, a Markov chain, and, where it has been trained, the pointer
+alone. No result counts that does not beat them.
 
 Each ranks POIs on the same pairs as the model. A target that a baseline does not know has rank infinity: no credit.
 """
@@ -11,6 +12,7 @@ import pandas as pd
 
 from ga_llm.base.artifacts import require
 from ga_llm.base.cli import UserError
+from ga_llm.evaluation import pointer_alone
 from ga_llm.evaluation.metrics import NO_POI, Ranking, histories
 
 MADE_BY = "python data-preprocess/run.py -f best_conf/<name>.yml"
@@ -43,13 +45,16 @@ def read_train(path: Path) -> pd.DataFrame:
     return read_check_ins(path, COLUMNS)
 
 
-def rankings(train: pd.DataFrame, test_prompts) -> dict[str, Ranking]:
-    """{baseline: its Ranking of the pairs}; train: as `read_train` gives it.
+def rankings(train: pd.DataFrame, test_prompts, folder: Path | None = None) -> dict[str, Ranking]:
+    """{baseline: its Ranking of the pairs}; train: as `read_train` gives it; folder: the data set's preprocessed, where
+    `pointer_alone` may have left what it says.
 
-    Among equals, each prefers the POI visited first.
+    Among equals, each count prefers the POI visited first.
     """
+    pointer = folder and pointer_alone.ranking(folder, test_prompts)
     return {
         "user-history frequency": user_history(train, test_prompts),
+        **({pointer_alone.NAME: pointer} if pointer else {}),
         "popularity": popularity(train, test_prompts),
         "Markov chain": markov_chain(train, test_prompts),
     }

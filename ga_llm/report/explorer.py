@@ -22,7 +22,7 @@ import yaml
 from ga_llm.base import artifacts, globe
 from ga_llm.base.cli import UserError
 from ga_llm.base.reading import read_json
-from ga_llm.evaluation import baselines, comparison, metrics
+from ga_llm.evaluation import baselines, comparison, metrics, pointer_alone
 from ga_llm.report import contents
 from ga_llm.report.contents import OUTCOMES, Baseline, Evaluation
 from ga_llm.report.markup import visible
@@ -48,7 +48,8 @@ def gather(runs: Sequence[Evaluation], mapping: GPSMapping, baseline: Baseline |
     named |= {poi for check_ins in current for _, poi in check_ins}
     guesses = {}
     if baseline is not None:
-        guesses = baselines.rankings(baseline.train, baseline.prompts)
+        with_pointer = pointer_alone.NAME in first.metrics.get("all", ())     # it may have been trained since
+        guesses = baselines.rankings(baseline.train, baseline.prompts, folder if with_pointer else None)
         named |= set(baseline.train["PoiId"].tolist())
     ids = [*mapping.ids.tolist(), *sorted(named - set(mapping.ids.tolist()))]
     place = {poi: row for row, poi in enumerate(ids)}

@@ -14,13 +14,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from ga_llm.base import globe
-from ga_llm.evaluation import metrics
+from ga_llm.evaluation import metrics, pointer_alone
 from ga_llm.training import run_log
 
 MODEL, HISTORY = "model", "user-history frequency"
 STYLES = {      # colour (dark to light in greyscale), marker, filled, line
     MODEL: ("#12386b", "o", True, "-"), HISTORY: ("#c2570c", "s", False, "--"),
-    "Markov chain": ("#5f6b76", "^", False, ":"), "popularity": ("#8b949c", "D", False, "-."),
+    pointer_alone.NAME: ("#2b6e6a", "v", False, (0, (5, 1))), "Markov chain": ("#5f6b76", "^", False, ":"),
+    "popularity": ("#8b949c", "D", False, "-."),
 }
 OTHER = ("#5f6b76", "x", True, ":")
 WIDTH, DPI = 4.3, 170       # inches: about what a phone shows, so that 10 points stay readable

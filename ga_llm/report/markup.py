@@ -129,10 +129,10 @@ def definitions(rows: dict) -> str:
     return f"<dl>{shown}</dl>"
 
 
-def cell(summary: dict, metric: str) -> tuple[float, float, float] | None:
-    """(value, low, high); None if the summary has no such metric."""
+def cell(summary: dict, metric: str, what: str = "value") -> tuple[float, float, float] | None:
+    """(value, or `what` it is called, low, high); None if the summary has no such metric."""
     found = summary.get(metric) if isinstance(summary, dict) else None
-    values = [found.get(key) for key in ("value", "low", "high")] if isinstance(found, dict) else []
+    values = [found.get(key) for key in (what, "low", "high")] if isinstance(found, dict) else []
     is_whole = values and all(type(value) in (int, float) and math.isfinite(value) for value in values)
     return tuple(values) if is_whole else None
 

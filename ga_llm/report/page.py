@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ga_llm.base import artifacts
-from ga_llm.evaluation import metrics
+from ga_llm.evaluation import metrics, pointer_alone
 from ga_llm.report import contents, figures
 from ga_llm.report.contents import HISTORY, NEAR_KM, Absent, Baseline, Evaluation
 from ga_llm.report.encoder_views import EncoderViews
@@ -55,6 +55,7 @@ def in_short(evaluation: Evaluation, baseline: Callable[[], Baseline], encoder: 
         lines.append(f"Expected calibration error of the first guess's probability: {stated.ece:.3f}.")
     except Absent as absent:
         lines.append(f"Not told here: {absent}.")
+    lines += beside_pointer(found)
     try:
         views = encoder()
         lines.append(f"Distance between the geo-encoder's vectors and km: Pearson's correlation "
@@ -78,11 +79,25 @@ def mixture(evaluation: Evaluation) -> str:
 def verdict(evaluation: Evaluation, baseline: Baseline) -> str:
     """One sentence: does the model beat the baseline?"""
     one = metrics.difference(np.stack([baseline.ranks == 1, evaluation.ranks == 1]).astype(float), 1)
-    what = ("The model is better than that count" if one["low"] > 0 else
-            "The model is worse than that count, so as a recommender it is no result" if one["high"] < 0 else
+    return _verdict("that count", one["difference"], one["low"], one["high"])
+
+
+def beside_pointer(found: dict) -> list[str]:
+    """The same of the pointer alone, a line if it stands in `found`, a metrics.json."""
+    alone = found["all"].get(pointer_alone.NAME)
+    if not cell(alone, "Acc@1"):
+        return []
+    against = found.get("against")
+    of_it = cell(against.get(pointer_alone.NAME), "Acc@1", "difference") if isinstance(against, dict) else None
+    return [f"The pointer alone, without an LLM, reaches {interval(alone, 'Acc@1')}."
+            + (f" {_verdict('the pointer alone', *of_it)}" if of_it else "")]
+
+
+def _verdict(whom: str, difference: float, low: float, high: float) -> str:
+    what = (f"The model is better than {whom}" if low > 0 else
+            f"The model is worse than {whom}, so as a recommender it is no result" if high < 0 else
             "That is no difference beyond the drawing of test pairs")
-    return (f"{what}: Acc@1 differs by {one['difference']:+.4f} [{one['low']:+.4f}, {one['high']:+.4f}] (paired "
-            "bootstrap, 95 %).")
+    return f"{what}: Acc@1 differs by {difference:+.4f} [{low:+.4f}, {high:+.4f}] (paired bootstrap, 95 %)."
 
 
 def metrics_section(page: Page, evaluation: Evaluation) -> list[str]:
@@ -99,7 +114,7 @@ def metrics_section(page: Page, evaluation: Evaluation) -> list[str]:
         "metrics", figures.intervals(shown, cells, "value, 95 % interval"),
         "Dots with intervals: " + described(shown, cells),
         "Dots are values over all pairs, bars 95 % bootstrap intervals. Filled circle: the model; the others need no "
-        "model. More is better: a result counts if the circle lies to the right of the hollow square.")]
+        "LLM. More is better: a result counts if the circle lies to the right of the hollow square.")]
     shown = [metric for metric in metrics.KM if cell(methods[MODEL], metric)]
     if shown:
         cells = {name: [cell(summary, metric) for metric in shown] for name, summary in drawn.items()}

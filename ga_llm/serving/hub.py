@@ -5,6 +5,7 @@ Written by huggingface_hub's own classes, as its documentation of model cards ha
 """
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -78,16 +79,18 @@ def front(name: str, base: str | None, licence_keys: dict[str, str], results: li
     return data.to_yaml()
 
 
-def results(parts: dict[str, dict], dataset: str, places: int, baseline: str) -> list[EvalResult]:
-    """`TYPES` over all pairs, with the baseline's figure beside each in its name.
+def results(parts: dict[str, dict], dataset: str, places: int, baselines: Sequence[str]) -> list[EvalResult]:
+    """`TYPES` over all pairs, with the figures of those baselines that there are beside each in its name.
 
     parts: {how the model answered: the metrics.json of that}; places: how many the data set has.
     """
     found = []
     for how, metrics in parts.items():
-        summary, other = metrics["all"]["model"], metrics["all"].get(baseline, {})
+        summary = metrics["all"]["model"]
         for metric in filter(summary.__contains__, TYPES):
-            beside = f" ({baseline}: {other[metric]['value']:.4f})" if metric in other else ""
+            others = [f"{name}: {metrics['all'][name][metric]['value']:.4f}" for name in baselines
+                      if metric in metrics["all"].get(name, {})]
+            beside = f" ({', '.join(others)})" if others else ""
             found.append(EvalResult(
                 task_type="text-generation",
                 task_name=f"next-POI recommendation, protocol {metrics.get('protocol')}, decoding "

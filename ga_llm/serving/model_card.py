@@ -7,13 +7,15 @@ from pathlib import Path
 
 from ga_llm.base import prompts
 from ga_llm.base.artifacts import DATASETS
+from ga_llm.evaluation import pointer_alone
 from ga_llm.llm import four_bits
 from ga_llm.pairs import spelling
 from ga_llm.serving import hub
 
 README = "README.md"
 METRICS = ("Acc@1", "Acc@5", "MRR")
-BASELINE = "user-history frequency"
+BASELINES = {"user-history frequency": "the count of the user's own visits",      # how a sentence calls them
+             pointer_alone.NAME: "the pointer alone"}
 MIXTURES = {"--average_with": "[]"}     # flags of the evaluation, and what mixes nothing
 LOSS = {"answer": "Loss on the answers alone", "poi_ids": "Loss on every POI id, the questions' too"}
 BEYOND = ("pointer", "pointer_without", "geo_output", "geo_encoder", "dropout", "beside_learning_rate", "batch_tokens",
@@ -169,7 +171,7 @@ def _results(model: Model) -> list[hub.EvalResult]:
         parts = {f", with the pointer{_mixed(model.metrics)}": model.metrics}
         if model.alone:
             parts[f", the LLM alone{_mixed(model.alone)}"] = model.alone
-    return hub.results(parts, model.dataset, model.places, BASELINE)
+    return hub.results(parts, model.dataset, model.places, tuple(BASELINES))
 
 
 def _mixed(metrics: dict) -> str:
@@ -312,10 +314,12 @@ def _metrics(model: Model) -> str:
     file = f"the questions of `{Path(file).name}`" if file else "questions of which no file is told"
     lines = [f"On {file}, n = {n:,} (protocol {model.metrics.get('protocol', 'not told')}, decoding "
              f"{model.metrics.get('decoding', 'not told')}), value [95 % bootstrap interval], before merging"
-             f"{_mixed(model.metrics)}. The baseline counts the user's own visits, and needs no model.", "",
+             f"{_mixed(model.metrics)}. The baselines need no LLM.", "",
              f"| | {' | '.join(METRICS)} |", "|---" * (1 + len(METRICS)) + "|"]
-    for name in ("model", BASELINE):
-        row = found.get(name, {})
+    for name in ("model", *BASELINES):
+        if name not in found:       # the pointer, where it has not been trained
+            continue
+        row = found[name]
         lines.append(f"| {name} | {' | '.join(_cell(row.get(metric)) for metric in METRICS)} |")
     return "\n".join([*lines, "", _verdict(found)])
 
@@ -325,14 +329,18 @@ def _cell(value: dict | None) -> str:
 
 
 def _verdict(found: dict) -> str:
-    if BASELINE not in found or "Acc@1" not in found["model"]:
+    known = [name for name in BASELINES if "Acc@1" in found.get(name, {})]
+    if not known or "Acc@1" not in found["model"]:
         return "There is no baseline to hold it against, so the figures say little."
-    model, baseline = (found[name]["Acc@1"] for name in ("model", BASELINE))
+    return " ".join(_held_against(BASELINES[name], found["model"]["Acc@1"], found[name]["Acc@1"]) for name in known)
+
+
+def _held_against(whom: str, model: dict, baseline: dict) -> str:
     if model["low"] > baseline["high"]:
-        return "In Acc@1 it is better than the baseline: the intervals do not overlap."
+        return f"In Acc@1 it is better than {whom}: the intervals do not overlap."
     if model["high"] < baseline["low"]:
-        return "In Acc@1 it is worse than the baseline: the intervals do not overlap."
-    return "In Acc@1 the intervals of model and baseline overlap: that it beats the baseline is not shown."
+        return f"In Acc@1 it is worse than {whom}: the intervals do not overlap."
+    return f"In Acc@1 its interval and that of {whom} overlap: that it is better is not shown."
 
 
 def _quantization(model: Model) -> str:

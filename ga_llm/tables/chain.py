@@ -150,6 +150,21 @@ class Step:
 OWN = "{out}"
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Given(Step):
+    """Files that are there, `reads`, for steps to build on as if another had made them: copied to a folder in OUT,
+    which is all of `command`."""
+
+    def run(self) -> None:
+        if self.done:
+            return log.info("%s: copied before", self.id)
+        (self.out / self.command[0]).mkdir(parents=True, exist_ok=True)
+        with _one_at_a_time(self):
+            for path in self.reads:
+                shutil.copy2(path, self.out / self.command[0])
+            self._finish(["copy", *map(str, self.reads)], datetime.datetime.now().astimezone().isoformat(), 0.0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Made:
     """A file or folder that `step` makes; name: within its folder."""

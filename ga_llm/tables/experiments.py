@@ -143,12 +143,13 @@ def merged(common: dict, own: dict) -> dict[str, dict]:
     return {key: {**common.get(key, {}), **(own.get(key) or {})} for key in SECTIONS}
 
 
-def chain_of(experiment: Experiment, scale: Scale, raw: Callable, work_dir: Path | str, model: str | None = None,
-             full_table: bool = False) -> Step:
+def chain_of(experiment: Experiment, scale: Scale, raw: Callable | None, work_dir: Path | str, model: str | None = None,
+             full_table: bool = False, samples: Step | None = None) -> Step:
     """The last step, the test, of the chain from raw check-ins to metrics; full_table: which others average with.
 
     raw(data set): (files that its samples are made of, command that makes these first or None). model: the folder of
-    the base LLM, instead of the scale's. Raises UserError if something from outside is missing.
+    the base LLM, instead of the scale's. samples: what leaves the data set's, in place of a step that makes them of
+    raw files. Raises UserError if something from outside is missing.
     """
     experiment, *others = experiment.averaged()
     name, root = experiment.dataset, Path(work_dir) / "steps"
@@ -168,10 +169,11 @@ def chain_of(experiment: Experiment, scale: Scale, raw: Callable, work_dir: Path
                     links=[(Made(one), ".") for one in after], reads=reads)
 
     # Raw check-ins to samples, samples to questions.
-    files, first = raw(name)
-    before = [] if first is None else [step("raw", "python", *first, reads=files)]
-    samples = preprocess("samples", "run.py", named=("-f", str(artifacts.config_file(name))), after=before,
-                         reads=[] if before else files)
+    if samples is None:
+        files, first = raw(name)
+        before = [] if first is None else [step("raw", "python", *first, reads=files)]
+        samples = preprocess("samples", "run.py", named=("-f", str(artifacts.config_file(name))), after=before,
+                             reads=[] if before else files)
     mapping = Made(samples, f"{data}/{artifacts.gps_mapping(name)}")
     known = [samples]
     if similar:

@@ -4,9 +4,10 @@ import io
 from collections.abc import Iterable, Sequence
 
 from ga_llm.base.cli import UserError
+from ga_llm.evaluation import pointer_alone
 from ga_llm.tables.results import COMPARED, METRICS, MODEL, NONE, Row, verdict
 
-BASELINES = ("user-history frequency", "Markov chain", "popularity")
+BASELINES = ("user-history frequency", pointer_alone.NAME, "Markov chain", "popularity")
 APART = ("target's check-ins in train", "target in the user's history")     # of metrics.groups
 # The rows of the short table, where they are kept; experiments of any scale.
 SHORT = tuple(f"{name}_{dataset}" for dataset in ("nyc", "tky", "ca")
@@ -43,7 +44,7 @@ def short(rows: Sequence[Row]) -> str:
     lines = _heads("", "model", "data", "n", "Acc@1 [95 %]", "Acc@5", "MRR")
     same_pairs = {}
     for row in chosen:
-        same_pairs.setdefault((row.dataset, row.protocol, row.n), []).append(row)
+        same_pairs.setdefault(_pairs(row), []).append(row)
     for members in same_pairs.values():
         data = members[0].dataset or NONE
         lines += [_line([_name(row), row.model or NONE, data, *_figures(row.found[MODEL])]) for row in members]
@@ -85,8 +86,8 @@ def _section(rows: Sequence[Row], all_rows: Sequence[Row]) -> str:
 
 
 def _apart(rows: Sequence[Row]) -> list[str]:
-    """How far the first guess is off, and MRR where the target is rare or new, of each row and the first one's history
-    count; nothing where the rows are about single groups, or of other pairs."""
+    """How far the first guess is off, and MRR where the target is rare or new, of each row and the first one's two best
+    baselines; nothing where the rows are about single groups, or of other pairs."""
     first = rows[0]
     groups = [(grouping, group) for grouping in APART for group in first.groups.get(grouping, {})]
     if not groups or any(row.group or row.n != first.n for row in rows):
@@ -94,8 +95,8 @@ def _apart(rows: Sequence[Row]) -> list[str]:
     heads = [f"{grouping}: {group} (n = {first.groups[grouping][group][MODEL]['n']:,})" for grouping, group in groups]
     lines = ["", "Mean distance from the first guess to the true place, and MRR apart:", "",
              *_heads("", "mean km [95 %]", "within 1 km", *heads)]
-    methods = [(_name(row), row, MODEL) for row in rows] + [(BASELINES[0], first, BASELINES[0])] * (
-        BASELINES[0] in first.found)
+    methods = [(_name(row), row, MODEL) for row in rows]
+    methods += [(name, first, name) for name in BASELINES[:2] if name in first.found]
     for name, row, method in methods:
         km = row.found[method].get("mean km")
         cells = [NONE if km is None else f"{km['value']:.2f} [{km['low']:.2f}, {km['high']:.2f}]",
@@ -158,13 +159,20 @@ def _published(rows: Sequence[Row]) -> list[str]:
 
 
 def _baselines(rows: Sequence[Row]) -> list[tuple[str, dict]]:
-    """(name, summary) of each baseline; once where rows share their pairs, else with the row's name."""
-    found = []
+    """(name, summary) of each baseline; once where rows share their pairs, else with the row's name. One that is told
+    of some rows alone, as the pointer of those that were tested once it was trained, stands beside the others, too."""
+    found, alike = [], len({_pairs(row) for row in rows}) == 1
     for name in BASELINES:
         of_rows = [(row, row.found[name]) for row in rows if name in row.found]
         distinct = [pair for i, pair in enumerate(of_rows) if all(pair[1] != other for _, other in of_rows[:i])]
-        found += [(name if len(distinct) == 1 else f"{name}: {row.name}", summary) for row, summary in distinct]
+        found += [(name if alike and len(distinct) == 1 else f"{name}: {row.name}", summary)
+                  for row, summary in distinct]
     return found
+
+
+def _pairs(row: Row) -> tuple:
+    """What rows over the same pairs have in common."""
+    return row.dataset, row.protocol, row.n
 
 
 def _heads(*cells: str) -> list[str]:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ga_llm.base import artifacts, prompts
-from ga_llm.evaluation import baselines, metrics
+from ga_llm.evaluation import baselines, metrics, pointer_alone
 from ga_llm.pairs import spelling
 from geo_encoder.encoder import GeoEncoderConfig, build_encoder
 from geo_encoder.gps_tokens import read_gps_mapping
@@ -21,11 +21,12 @@ NEAR = (1, 6, 8)
 CHECK_INS = "UserId,PoiId,PoiCategoryId,PoiCategoryName,Latitude,Longitude,LocalTime,TrajectoryId,Split\n"
 
 
-def write(root: Path, category="Café {}", encoder=True) -> Path:
+def write(root: Path, category="Café {}", encoder=True, pointer=False) -> Path:
     """Below `root`: datasets/town, stage1/4, and stage2/checkpoint-4, which is returned.
 
     Even places lie beside the odd ones before them, the pairs of places 20 km apart. Each user goes 1, 2, 1, 3, then
-    to places of the user's own; a test trajectory is the user at 5 and 6, then the target.
+    to places of the user's own; a test trajectory is the user at 5 and 6, then the target. pointer: whether the
+    pointer alone has been trained, which has every target second.
     """
     folder = artifacts.preprocessed("town", root / "datasets")
     folder.mkdir(parents=True)
@@ -70,7 +71,10 @@ def write(root: Path, category="Café {}", encoder=True) -> Path:
     ranking = metrics.Ranking(np.array([record["rank"] or np.inf for record in records]),
                               np.array([record["top"][0][0] for record in records]))
     known = baselines.read_train(folder / "train_sample.csv")
-    found = metrics.report(asked, ranking, baselines.rankings(known, asked), known, mapping, 7.5, "ga-llm", "rank")
+    if pointer:
+        pointer_alone.write(folder, [{**record, "rank": 2, "top": [[11, -1.0]]} for record in records])
+    found = metrics.report(asked, ranking, baselines.rankings(known, asked, folder), known, mapping, 7.5, "ga-llm",
+                           "rank")
     km = metrics.distances(ranking.tops, targets, mapping)
 
     stage_1, checkpoint = root / "stage1", root / "stage2/checkpoint-4"

@@ -102,7 +102,7 @@ def test_the_card_tells_the_metrics_beside_the_baseline(repo, tmp_path):
     assert result.code == 0, result.err
     card = (tmp_path / "exported/README.md").read_text()
     assert "n = 40 (protocol ga-llm, decoding rank)" in card and "| model | 0.2000 [0.1000, 0.3000] |" in card
-    assert "| user-history frequency | 0.5000 [0.4000, 0.6000] |" in card and "worse than the baseline" in card
+    assert "| user-history frequency | 0.5000 [0.4000, 0.6000] |" in card and "worse than the count" in card
     assert "merged into these weights; the rest is rounding" in card
     found = huggingface_hub.ModelCard(card).data.eval_results
     assert [(result.metric_name, result.metric_value) for result in found] == [

@@ -79,6 +79,7 @@ def test_another_file_does_not_replace_the_tests_figures(repo):
         (repo / DATA / other).write_text("\n".join(lines) + "\n")
         result, metrics = evaluate(repo, output, "--test_file", other)
         assert f"{output}/{named}/metrics.json" in result.out and metrics["split"] == named and metrics["n"] == 3
+        (repo / DATA / other).unlink()      # others are refused where there are validation questions
     assert (folder / "metrics.json").read_bytes() == before and whole["split"] == "test" and whole["n"] > 3
 
 

@@ -12,7 +12,7 @@ const CLOSEST = 16;         // zoom that a pair is shown at
 const FIRST = 5;            // guesses that the text tells, and that the map is fitted to
 const DAYS = ["Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat"];
 const OUTCOME_SIGNS = ["●", "◐", "○"];
-const BASELINE_SIGNS = { "user-history frequency": "□", "Markov chain": "△", "popularity": "◇" };
+const BASELINE_SIGNS = { "user-history frequency": "□", "pointer alone (no LLM)": "▽", "Markov chain": "△", "popularity": "◇" };
 const signOf = baseline => BASELINE_SIGNS[baseline] ?? "×";
 const $ = id => document.getElementById(id);
 
