@@ -40,6 +40,7 @@ STEPS = {0: "0min", 5: "5min", 15: "15min", 30: "30min", 60: "1h", 120: "2h", 24
 # With the POI Alignment Module: `<POI n>`, behind `POI id n`.
 ALIGNED = "poi_token"
 # A check-in in two tokens, `<TIME n><GPS n>`: weekday, half hour and time since the check-in before; and the place.
+# With the POI Alignment Module in three: `<TIME n><GPS n><POI n>`.
 MOMENT = "moment"
 MOMENT_FIELDS = (MOMENT, "gps")
 HALF_HOURS = 48         # a day
@@ -115,7 +116,7 @@ def check_in(fields: Sequence[str], time: str, user: int, poi: int, latitude: fl
     (`in_a_row`, `in_tokens`).
     """
     if MOMENT in fields:
-        return gps_token(poi)
+        return gps_token(poi) + poi_token(poi) * (ALIGNED in fields)
     shown = {
         WEEK: lambda: week(time),
         CLOCK: lambda: time[11:],

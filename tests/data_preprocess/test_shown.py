@@ -95,10 +95,19 @@ def test_a_check_in_in_two_tokens(city, as_token):
     assert settings["fields"] == ["moment", "poi", "gps"] and settings.get("answer") == ("token" if as_token else None)
 
 
+def test_with_pam_a_check_in_is_three_tokens(city):
+    city("process_llm_gps.py", "-dataset_name", "sample", "-fields", "moment,gps", "-answer", "token", "-use_pam", "True")
+    (file,) = FOLDER.glob("test_*_pam.txt")
+    text = file.read_text()
+    found = re.findall(r"<TIME \d+><GPS (\d+)>(?:<POI (\d+)>|\.)", text)
+    assert found and all(gps == poi or not poi for gps, poi in found)
+    assert sum(bool(poi) for _, poi in found) == text.count("<POI ")
+    assert text.count("<TIME ") == len(found) == text.count("<GPS ")
+
+
 @pytest.mark.parametrize("flags, names", [
     (["-fields", "moment,gps,category"], "give -fields moment,gps and no others"),
     (["-fields", "moment"], "give -fields moment,gps and no others"),
-    (["-fields", "moment,gps", "-use_pam", "True"], "give -fields moment,gps and no others"),
     (["-answer", "token"], "goes with -fields moment,gps"), (["-missing", "0.2"], "goes with -thinned N")])
 def test_mistakes(city, error_of, flags, names):
     assert names in error_of("process_llm_gps.py", "-dataset_name", "sample", *flags)
