@@ -52,8 +52,8 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=Path("models/tiny"))
     parser.add_argument("--style", choices=STYLES, default=STYLES[0])
     parser.add_argument("--corpus", type=Path, help="text to train the tokenizer on, such as a test question file")
-    parser.add_argument("--words", type=Path, help="a training question file of two tokens a check-in: headings and users "
-                                                       "are tokens, too")
+    parser.add_argument("--words", type=Path,
+                        help="a training question file of two tokens a check-in: headings and users are tokens, too")
     parser.add_argument("--vocab_size", type=whole_number(300, 2**24), default=1024, help="at most so many tokens")
     parser.add_argument("--hidden", type=whole_number(2, 2**20), default=64)
     parser.add_argument("--intermediate", type=whole_number(1, 2**20),

@@ -188,8 +188,9 @@ def chain_of(experiment: Experiment, scale: Scale, raw: Callable | None, work_di
         raise UserError(f"{experiment.path}: is about {experiment.backbone}, and {scale.path} has {scale.backbone}; "
                         "give the folder of that model by --model")
     asked_in_training = Made(questions, f"{data}/{artifacts.questions('train', name, 2, similar, pam)}")
-    averaged = [Made(chain_of(other, scale, raw, work_dir, model, full_table=True), _table(other, scale))
-                for other in others]
+    tables = [_table(other, scale) for other in others]     # first: a row may name itself
+    averaged = [Made(chain_of(other, scale, raw, work_dir, model, full_table=True), table)
+                for other, table in zip(others, tables)]
     model = _model(model or scale.model, step, scale, asked_in_training)
 
     def train(kind, script, section, data_path, *flags):

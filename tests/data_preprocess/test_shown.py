@@ -114,7 +114,7 @@ def test_mistakes(city, error_of, flags, names):
 
 
 def test_without_places_none_are_left_behind(city):
-    for flags, there in ((["-fields", "week,gps"], True), (["-fields", "week"], False)):
+    for flags, there in ((["-fields", "clock,gps"], True), (["-fields", "clock"], False)):
         city("process_llm_gps.py", "-dataset_name", "sample", *flags)
         assert bool(list(FOLDER.glob("*.check_ins.safetensors"))) == there
 
