@@ -37,7 +37,7 @@ ALIGNED = "poi_token"
 MOMENT = "moment"
 MOMENT_FIELDS = (MOMENT, "gps")
 HALF_HOURS = 48         # a day
-# The time since the check-in before, at least so many minutes: up to 1 h, up to 1 day, 1 to 8 weeks.
+# The time since the check-in before, at least so many minutes; the last four are 1, 2, 4 and 8 weeks.
 STEPS = (0, 5, 15, 30, 60, 120, 240, 480, 960, 1440, 2880, 5760, 10080, 20160, 40320, 80640)
 GAPS = len(STEPS) + 1   # these, and "none"
 MOMENTS = 7 * HALF_HOURS * GAPS
