@@ -1,6 +1,6 @@
 """Run rows of the paper's tables, each as a chain from raw check-ins to metrics.
 
-    python run_experiment.py experiments/main_nyc.yml [more.yml …] --scale cpu
+    python run_experiment.py experiments/pointer_nyc.yml [more.yml …] --scale cpu_pointer_short
     python run_experiment.py experiments/main_nyc.yml --scale gpu --model M --plan
 
 A step that is done is not run again, by whichever row; changed inputs are other steps; what was stopped goes on.

@@ -10,12 +10,13 @@ same folder. The tokenizer is a BPE trained on text of ga_llm.prompts, or on a f
 
     python tools/make_tiny_llama.py --words train_qa_pairs_….json --tie_embeddings True …
 
-makes instead a tokenizer for the prompts of that question file alone, in which a check-in is two or three tokens: one
-for each POI id, one for all that stands before it.
+makes instead a tokenizer for the prompts of that question file alone, whose check-ins are two tokens each (`-fields
+moment,gps -answer token`): what stands between them, such as a heading or a user, is one token, too.
 """
 import collections
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -35,14 +36,11 @@ from transformers import (GenerationConfig, LlamaConfig, LlamaForCausalLM, Llama
                           PreTrainedTokenizerFast)
 
 from ga_llm.pairs.sft_data import iterate_pairs  # noqa: E402
-from geo_encoder.gps_tokens import GPSMapping, read_gps_mapping  # noqa: E402
-from geo_encoder.quadkey import quadkeys  # noqa: E402
 
 log = logging.getLogger("make_tiny_llama")
 
 STYLES = ("llama3", "sentencepiece")
 WORDS = "words"
-CELL_LEVELS = range(10, 19)
 BOS, EOS, UNK, PAD = "<s>", "</s>", "<unk>", "<pad>"
 CATEGORIES = ("Coffee Shop", "Home (private)", "Office", "Train Station", "Gym / Fitness Center", "Bar", "Park",
               "Café", "Food & Drink Shop", "Movie Theater", "Bus Station", "Neighborhood", "Subway", "Deli / Bodega")
@@ -54,10 +52,8 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=Path("models/tiny"))
     parser.add_argument("--style", choices=STYLES, default=STYLES[0])
     parser.add_argument("--corpus", type=Path, help="text to train the tokenizer on, such as a test question file")
-    parser.add_argument("--words", type=Path, help="a training question file: whole POI ids, users and times as tokens")
-    parser.add_argument("--places", type=Path, help="with --words: the GPS mapping; ids of near places begin alike")
-    parser.add_argument("--categories", type=Path,
-                        help="with --places: train_sample.csv; ids of a category begin alike, too")
+    parser.add_argument("--words", type=Path,
+                        help="a training question file of two tokens a check-in: headings and users are tokens, too")
     parser.add_argument("--vocab_size", type=whole_number(300, 2**24), default=1024, help="at most so many tokens")
     parser.add_argument("--hidden", type=whole_number(2, 2**20), default=64)
     parser.add_argument("--intermediate", type=whole_number(1, 2**20),
@@ -74,27 +70,16 @@ def main():
     if not cli.show_progress():
         transformers.utils.logging.disable_progress_bar()
     options = vars(args)
-    folder, corpus, words, places, categories = (
-        options.pop(name) for name in ("output_dir", "corpus", "words", "places", "categories"))
-    if places is not None and words is None:
-        raise UserError("--places: goes with --words, which makes every POI id a token; give both, or neither")
-    if categories is not None and places is None:
-        raise UserError("--categories: goes with --places; give both, or neither")
+    folder, corpus, words = (options.pop(name) for name in ("output_dir", "corpus", "words"))
     if words is not None:
         if corpus is not None:
             raise UserError("--words, --corpus: exclude each other; give one of them")
-        corpus, options["style"] = iterate_pairs(require(words, "python data-preprocess/process_llm_gps.py")), WORDS
+        corpus, options["style"] = read_pairs(words), WORDS
     elif corpus is not None:
         corpus = read_corpus(corpus)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists and is not empty; remove it or choose another --output_dir")
-    mapping = None if places is None else read_gps_mapping(places)
-    category_of = None
-    if categories is not None:
-        from ga_llm.serving.places import read_categories       # here, for it takes seconds to import
-        category_of = {poi: category for poi, (_, category) in
-                       read_categories(categories, mapping.ids.tolist(), unseen=-1).items()}
-    model = make_tiny_llama(folder, corpus=corpus, places=mapping, category_of=category_of, **options)
+    model = make_tiny_llama(folder, corpus=corpus, **options)
     log.info("wrote %s: random Llama, %.2f M parameters, %d tokens, tokenizer in the style of %s", folder,
              model.num_parameters() / 1e6, model.config.vocab_size, options["style"])
 
@@ -102,14 +87,11 @@ def main():
 def make_tiny_llama(folder: Path | str, *, style: str = STYLES[0], corpus: Iterable[str] | None = None,
                     vocab_size: int = 1024, hidden: int = 64, intermediate: int | None = None, layers: int = 2,
                     heads: int = 4, kv_heads: int | None = None, max_position: int = 2048,
-                    tie_embeddings: bool = False, seed: int = 0, places: GPSMapping | None = None,
-                    category_of: dict[int, int] | None = None,
-                    initializer_range: float = .02) -> LlamaForCausalLM:
+                    tie_embeddings: bool = False, seed: int = 0, initializer_range: float = .02) -> LlamaForCausalLM:
     """Write a random float32 Llama and its tokenizer into `folder` and return the model.
 
-    `corpus` yields texts to train the tokenizer on; by default prompts with random places. places: whose ids begin
-    alike where they are near, category_of: or of one category ({POI id: category id}; `neighbours_alike`).
-    The global random state of torch is left as it was. Raises UserError for sizes that do not make a Llama.
+    `corpus` yields texts to train the tokenizer on; by default prompts with random places. The global random state of
+    torch is left as it was. Raises UserError for sizes that do not make a Llama.
     """
     kv_heads = kv_heads or heads
     if hidden % (2 * heads) or heads % kv_heads:
@@ -128,34 +110,10 @@ def make_tiny_llama(folder: Path | str, *, style: str = STYLES[0], corpus: Itera
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-        if places is not None:
-            neighbours_alike(model, tokenizer, places, category_of)
     model.generation_config = GenerationConfig(**special)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model
-
-
-@torch.no_grad()
-def neighbours_alike(model, tokenizer, places: GPSMapping, category_of: dict[int, int] | None = None) -> None:
-    """Add to the row of each POI id that is a token a random vector for each quadkey cell that it lies in, and one for
-    its category where `category_of` tells it.
-
-    The more cells two places share, the more alike their rows: a model that is trained from scratch then learns of the
-    one from the other. Levels 10 (tiles of some 30 km) to 18 (100 m).
-    """
-    digits = quadkeys(places.latitude, places.longitude, CELL_LEVELS[-1])
-    ids = tokenizer.convert_tokens_to_ids([str(poi) for poi in places.ids])
-    vectors = torch.zeros(len(ids), model.config.hidden_size)
-    kinds = [digits[:, :level] for level in CELL_LEVELS]
-    if category_of is not None:
-        kinds.append(np.array([[category_of[poi]] for poi in places.ids.tolist()]))
-    for kind in kinds:
-        _, cell = np.unique(kind, axis=0, return_inverse=True)
-        vectors += torch.randn(int(cell.max()) + 1, model.config.hidden_size)[torch.from_numpy(cell.reshape(-1))]
-    known = torch.tensor([token is not None for token in ids])
-    rows = torch.tensor([token or 0 for token in ids])[known]
-    model.get_input_embeddings().weight[rows] += model.config.initializer_range * vectors[known]
 
 
 def byte_level_tokenizer(corpus: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -190,26 +148,24 @@ def sentencepiece_tokenizer(corpus: Iterable[str], vocab_size: int) -> LlamaToke
                           add_bos_token=True)
 
 
-# What a words tokenizer passes over: the question's and the answer's sentences, whose time the target's own words
-# repeat ("… At 2012-…, which POI …? … <answer>: At …, user 17 will visit Tue 13h POI id 9."), and a sentence's end.
+# The question's and the answer's sentence, which a words tokenizer passes over: the target's own <TIME n> repeats the
+# time ("… At 2012-…, which POI …? … <answer>: At …, user 17 will visit <TIME 5><GPS 9>.").
 PASSED_OVER = (r"At [0-9: -]{19}, which POI will user [0-9]+ visit\? POI ids range from [0-9]+ to [0-9]+\. "
-               r"<answer>: At [0-9: -]{19}, user [0-9]+ will visit ", r"\.(?= )")
-# What is a token by itself; all between two of them is another.
-ALONE = rf"(?<=POI id )[0-9]+|user [0-9]+:?| ?{prompts.AFTER} [0-9a-z]+"
+               r"<answer>: At [0-9: -]{19}, user [0-9]+ will visit ")
+USER = r"user [0-9]+:?"     # a token by itself; all between two of them is another
 
 
 def words_tokenizer(corpus: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Joined pairs as whole words: each POI id, each user, each "after 2h", and all between two of them, is one token.
+    """Joined pairs whose check-ins are tokens (`-fields moment,gps -answer token`), and what stands between as words:
+    each user, and each heading, is one token.
 
-    The most frequent pieces become words, POI ids before all others; what is none is spelled in bytes. It is made for
-    questions whose check-ins begin with their time (`-fields after,week,gps`): of the question and the answer it reads
-    only what a check-in would show.
+    The most frequent pieces become words; what is none is spelled in bytes.
     """
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
-    tokenizer.normalizer = normalizers.Sequence([*(normalizers.Replace(Regex(part), "") for part in PASSED_OVER),
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(Regex(PASSED_OVER), ""),
                                                  normalizers.Strip(left=False, right=True)])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(ALONE), "isolated"),
+        pre_tokenizers.Split(Regex(USER), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     counts = collections.Counter()
@@ -217,9 +173,9 @@ def words_tokenizer(corpus: Iterable[str], vocab_size: int) -> PreTrainedTokeniz
         for part in filter(None, prompts.PLACE_TOKEN.sub("\0", pair).split("\0")):
             pieces = tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(part))
             counts.update(piece for piece, _ in pieces)
-    # ". " as a token tells the training's reader that check-ins may not be tokenized one by one.
+    # ". " as a token tells the training's reader that a text may not be cut there.
     fixed = [EOS, PAD, *sorted(pre_tokenizers.ByteLevel.alphabet()), ".Ġ"]
-    words = sorted(set(counts).difference(fixed), key=lambda word: (not word.isdigit(), -counts[word], word))
+    words = sorted(set(counts).difference(fixed), key=lambda word: (-counts[word], word))
     vocabulary = dict.fromkeys([*fixed, *words[:max(0, vocab_size - len(fixed))]])
     tokenizer.model = models.BPE(vocab={word: i for i, word in enumerate(vocabulary)}, merges=[], ignore_merges=True)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)
@@ -249,6 +205,15 @@ def random_check_in(draw: np.random.Generator) -> str:
 def random_time(draw: np.random.Generator) -> str:
     moment = np.datetime64("2012-04-01T00:00:00") + np.timedelta64(int(draw.integers(300 * 86400)), "s")
     return str(moment).replace("T", " ")
+
+
+def read_pairs(path: Path) -> Iterator[str]:
+    """The joined pairs of a question file for --words. Raises UserError if one shows a POI's id as text."""
+    for number, pair in enumerate(iterate_pairs(require(path, "python data-preprocess/process_llm_gps.py"))):
+        if re.search("POI id [0-9]", pair):
+            raise UserError(f"--words {path}, pair {number}: shows a POI's id as text; make the questions with -fields "
+                            "moment,gps -answer token, or leave --words out")
+        yield pair
 
 
 def read_corpus(path: Path) -> list[str]:

@@ -132,17 +132,15 @@ def records(config: Config, stage: int | str, split: pd.DataFrame, split_texts: 
     first_id, last_id = min(coordinates), max(coordinates)
     seconds, train_seconds = (rows["Time"].to_numpy("datetime64[s]").astype(np.int64) for rows in (split, train))
     for pair in pairs_:
-        t, after = pair.target, ""
+        t, moment = pair.target, ""
         similar, history = ([train_texts[row] for row in rows] for rows in (pair.similar, pair.history))
         current = [split_texts[row] for row in pair.current]
-        if {prompts.AFTER, prompts.MOMENT} & set(fields):      # what a check-in says then depends on the one before
-            in_a_row = prompts.in_tokens if prompts.MOMENT in fields else prompts.in_a_row
-            similar, _ = in_a_row(similar, train_seconds[pair.similar].tolist())
-            own, after = in_a_row(history + current, np.concatenate([
+        if prompts.MOMENT in fields:    # a check-in then depends on the one before, and nothing stands between two
+            similar, _ = prompts.in_tokens(similar, train_seconds[pair.similar].tolist())
+            own, moment = prompts.in_tokens(history + current, np.concatenate([
                 train_seconds[pair.history], seconds[pair.current]]).tolist(), int(seconds[t]))
-            history, current = own[:len(history)], own[len(history):]
-        if prompts.MOMENT in fields:    # nothing stands between two check-ins
-            similar, history, current = (["".join(part)] if part else [] for part in (similar, history, current))
+            parts = similar, own[:len(history)], own[len(history):]
+            similar, history, current = (["".join(part)] if part else [] for part in parts)
         if stage == 1:
             ask, answer = prompts.ask_coordinates(poi[t]), prompts.answer_coordinates(*coordinates[poi[t]])
         elif stage == PAM and "gps" in fields:
@@ -152,7 +150,7 @@ def records(config: Config, stage: int | str, split: pd.DataFrame, split_texts: 
             ask, answer = prompts.ask_id(poi[t]), prompts.answer_id(poi[t])
         else:
             ask = prompts.ask_poi(time[t], user[t], first_id, last_id)
-            answer = prompts.answer_poi(time[t], user[t], poi[t], fields, after, as_token)
+            answer = prompts.answer_poi(time[t], user[t], poi[t], moment, as_token)
         yield {"question": prompts.question(user[t], similar, history, current, ask), "answer": answer}
 
 
@@ -318,7 +316,7 @@ def shown_fields(text: str, allowed: tuple[str, ...], stage: int, use_pam: bool 
     Raises UserError for an unknown one, or stage 1 without `gps`.
     """
     asked = {field.strip() for field in text.split(",")}
-    allowed = (prompts.AFTER, prompts.WEEK, prompts.CLOCK, *[prompts.MOMENT] * (stage == 2), *allowed)
+    allowed = (prompts.CLOCK, *[prompts.MOMENT] * (stage == 2), *allowed)
     if asked - set(allowed):
         raise cli.UserError(f"-fields: stage {stage} has no {short(min(asked - set(allowed)))}; choose among "
                             + ",".join(allowed))

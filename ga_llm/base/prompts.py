@@ -10,8 +10,6 @@ in another wording work too. (Evaluation also reads the user, the target's time 
 as here.) Where there are several `<answer>:`, as behind examples of answers, the last one counts.
 """
 import bisect
-import datetime
-import itertools
 import re
 from collections.abc import Container, Sequence
 
@@ -30,13 +28,8 @@ LONGEST_ID = 18     # digits; more are no number of 64 bits
 
 # What a check-in may show, in the order of the prompt. `poi` is always shown: it is what is predicted.
 FIELDS = ("time", "user", "poi", "coordinates", "gps", "category")
-# Instead of `time`, for short prompts: the time of day alone, or the weekday and the hour, "Tue 13h".
-CLOCK, WEEK = "clock", "week"
-DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
-# In front of all: how long after the check-in that is shown before, "after 2h".
-AFTER = "after"
-STEPS = {0: "0min", 5: "5min", 15: "15min", 30: "30min", 60: "1h", 120: "2h", 240: "4h", 480: "8h", 960: "16h",
-         1440: "1d", 2880: "2d", 5760: "4d", 10080: "1w", 20160: "2w", 40320: "4w", 80640: "8w"}     # minutes, at least
+# Instead of `time`, for short prompts: the time of day alone.
+CLOCK = "clock"
 # With the POI Alignment Module: `<POI n>`, behind `POI id n`.
 ALIGNED = "poi_token"
 # A check-in in two tokens, `<TIME n><GPS n>`: weekday, half hour and time since the check-in before; and the place.
@@ -44,10 +37,12 @@ ALIGNED = "poi_token"
 MOMENT = "moment"
 MOMENT_FIELDS = (MOMENT, "gps")
 HALF_HOURS = 48         # a day
-GAPS = len(STEPS) + 1   # the steps of time since the check-in before, and "none"
+# The time since the check-in before, at least so many minutes; the last four are 1, 2, 4 and 8 weeks.
+STEPS = (0, 5, 15, 30, 60, 120, 240, 480, 960, 1440, 2880, 5760, 10080, 20160, 40320, 80640)
+GAPS = len(STEPS) + 1   # these, and "none"
 MOMENTS = 7 * HALF_HOURS * GAPS
 MONDAY = 3              # 1970-01-01 was a Thursday, day 3 of a week that begins on Monday
-ORDER = (MOMENT, AFTER, WEEK, CLOCK, "time", "user", "poi", ALIGNED, "coordinates", "gps", "category")
+ORDER = (MOMENT, CLOCK, "time", "user", "poi", ALIGNED, "coordinates", "gps", "category")
 STAGE_1_FIELDS = tuple(field for field in FIELDS if field != "category")
 
 
@@ -72,38 +67,25 @@ def unknown_place(text: str, places: Container[str]) -> str | None:
     return next((token[0] for token in PLACE_TOKEN.finditer(text) if token[0] not in places), None)
 
 
-def week(time: str) -> str:
-    """`YYYY-MM-DD HH:MM:SS` as weekday and hour."""
-    return f"{DAYS[datetime.date.fromisoformat(time[:10]).weekday()]} {time[11:13]}h"
-
-
 def moments(seconds: Sequence[int]) -> list[int]:
     """Number the moments of check-ins that are shown in a row: (weekday · 48 + half hour) · 17 + step since the last.
 
     seconds: of each, local, since 1970. Step 16 is that of the first, which has none before it.
     """
-    steps, found, before = list(STEPS), [], None
+    found, before = [], None
     for second in seconds:
-        gap = GAPS - 1 if before is None else max(0, bisect.bisect_right(steps, (second - before) / 60) - 1)
+        gap = GAPS - 1 if before is None else max(0, bisect.bisect_right(STEPS, (second - before) / 60) - 1)
         day, half_hour = (second // 86400 + MONDAY) % 7, second % 86400 // 1800
         found.append((day * HALF_HOURS + half_hour) * GAPS + gap)
         before = second
     return found
 
 
-def in_a_row(texts: Sequence[str], seconds: Sequence[int], last: int | None = None) -> tuple[list[str], str]:
-    """Check-ins that are shown in a row, each behind how long after the one before it was: "after 1h" is 1 to 2 hours.
-
-    seconds: of each, from any moment on; last: of the target. Returns the texts, and these words of the target.
-    """
-    steps, shown = list(STEPS), [*seconds] + [last] * (last is not None)
-    minutes = [(time - before) / 60 for before, time in itertools.pairwise(shown)]
-    words = [f"{AFTER} none"] + [f"{AFTER} {STEPS[steps[bisect.bisect_right(steps, gap) - 1]]}" for gap in minutes]
-    return [f"{word} {text}" for word, text in zip(words, texts)], words[len(texts)] if last is not None else ""
-
-
 def in_tokens(texts: Sequence[str], seconds: Sequence[int], last: int | None = None) -> tuple[list[str], str]:
-    """As `in_a_row`, but in front of each text stands its `<TIME n>`; `last`'s is the second result."""
+    """Check-ins that are shown in a row, each behind its `<TIME n>`; the target's is the second result.
+
+    seconds: of each, local, since 1970; last: of the target.
+    """
     tokens = [time_token(moment) for moment in moments([*seconds] + [last] * (last is not None))]
     return [token + text for token, text in zip(tokens, texts)], tokens[-1] if last is not None else ""
 
@@ -112,13 +94,11 @@ def check_in(fields: Sequence[str], time: str, user: int, poi: int, latitude: fl
              category_name: str, category: int) -> str:
     """One check-in as text. `time` is local, `YYYY-MM-DD HH:MM:SS`; coordinates are degrees, shown to 6 decimals.
 
-    The fields `after` and `moment` are not among its own: it is whoever puts check-ins in a row that knows them
-    (`in_a_row`, `in_tokens`).
+    The field `moment` is not among its own: it is whoever puts check-ins in a row that knows it (`in_tokens`).
     """
     if MOMENT in fields:
         return gps_token(poi) + poi_token(poi) * (ALIGNED in fields)
     shown = {
-        WEEK: lambda: week(time),
         CLOCK: lambda: time[11:],
         "time": lambda: time,
         "user": lambda: f"user {user}",
@@ -148,15 +128,9 @@ def ask_poi(time: str, user: int, first_id: int, last_id: int) -> str:
     return f"At {time}, which POI will user {user} visit? POI ids range from {first_id} to {last_id}."
 
 
-def answer_poi(time: str, user: int, poi: int, fields: Sequence[str] = (), after: str = "", as_token: bool = False
-               ) -> str:
-    """The answer; with the fields `after` and `week`, or `moment`, the id stands behind the words of a check-in.
-
-    after: of the target, as `in_a_row` or `time_token` tells it. as_token: `<GPS n>` for `POI id n`, one token.
-    """
-    moment = f"{after} " if AFTER in fields else after if MOMENT in fields else ""
-    if WEEK in fields:
-        moment += f"{week(time)} "
+def answer_poi(time: str, user: int, poi: int, moment: str = "", as_token: bool = False) -> str:
+    """The answer. moment: with the field `moment` the target's `<TIME n>`. as_token: `<GPS n>` for `POI id n`, one
+    token."""
     return f"{ANSWER} At {time}, user {user} will visit {moment}{gps_token(poi) if as_token else f'POI id {poi}'}."
 
 

@@ -91,13 +91,12 @@ def example(model: Model) -> tuple[str, str]:
     shown = prompts.check_in(fields, then, model.first, model.first, model.latitude, model.longitude, "Coffee Shop",
                              model.first)
     seconds, last = (int(datetime.datetime.fromisoformat(f"{time}+00:00").timestamp()) for time in EXAMPLE)
-    after = ""
-    if {prompts.AFTER, prompts.MOMENT} & set(fields):
-        in_a_row = prompts.in_tokens if prompts.MOMENT in fields else prompts.in_a_row
-        (shown,), after = in_a_row([shown], [seconds], last)
+    moment = ""
+    if prompts.MOMENT in fields:
+        (shown,), moment = prompts.in_tokens([shown], [seconds], last)
     ask = prompts.ask_poi(now, model.first, model.first, model.last)
     pair = prompts.join(prompts.question(model.first, [], [], [shown], ask),
-                        prompts.answer_poi(now, model.first, model.first, fields, after, as_token))
+                        prompts.answer_poi(now, model.first, model.first, moment, as_token))
     start, _, _ = spelling.answer_id(pair)
     return pair[:start], pair[start:]
 

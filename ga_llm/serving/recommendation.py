@@ -86,18 +86,17 @@ def pair(check_ins: Sequence[CheckIn], time: datetime.datetime, user: int, place
     shown = [prompts.check_in(fields, check_in.time.strftime(TIME_FORMAT), user, check_in.poi,
                               *places.coordinates[check_in.poi], *places.category[check_in.poi])
              for check_in in (*history, *current)]
-    after = ""
-    if {prompts.AFTER, prompts.MOMENT} & set(fields):
-        in_a_row = prompts.in_tokens if prompts.MOMENT in fields else prompts.in_a_row
+    moment = ""
+    if prompts.MOMENT in fields:
         *seconds, last = _seconds([*(check_in.time for check_in in (*history, *current)), time])
-        shown, after = in_a_row(shown, seconds, last)
+        shown, moment = prompts.in_tokens(shown, seconds, last)
     parts = shown[:len(history)], shown[len(history):]
     if prompts.MOMENT in fields:
         parts = [["".join(part)] if part else [] for part in parts]
     first, last = int(places.mapping.ids.min()), int(places.mapping.ids.max())
     at = time.strftime(TIME_FORMAT)
     question = prompts.question(user, [], *parts, prompts.ask_poi(at, user, first, last))
-    return prompts.join(question, prompts.answer_poi(at, user, first, fields, after, asking.answers_by_token))
+    return prompts.join(question, prompts.answer_poi(at, user, first, moment, asking.answers_by_token))
 
 
 def _seconds(times: Sequence[datetime.datetime]) -> list[int]:

@@ -21,7 +21,7 @@ from ga_llm.tables.chain import LAST_CHECKPOINT, OWN, Made, Step
 
 FOLDER = Path("experiments")
 SCALES = FOLDER / "scales"
-EXPLAINED = {True: f"see {FOLDER}/main_nyc.yml", False: f"see {SCALES}/cpu.yml"}
+EXPLAINED = {True: f"see {FOLDER}/main_nyc.yml", False: f"see {SCALES}/cpu_pointer.yml"}
 
 # What makes the questions (of GCIM's and PAM's stage 1, of stage 2), the vectors and the lists; what trains and tests.
 SECTIONS = ("stage_1_questions", "pam_questions", "questions", "similar", "embeddings", "training", "gcim", "pam",
@@ -76,8 +76,7 @@ class Experiment:
 class Scale:
     """One YAML of a scale, checked."""
     path: Path
-    model: str | list                   # a folder, or the command that makes one, with {questions} (stage 2's, for
-                                        # training), {mapping} and {train} (train_sample.csv) where it needs them
+    model: str | list                   # a folder, or the command that makes one; {questions}: stage 2's, for training
     backbone: str                       # what that is
     processes: int                      # of torchrun
     sections: dict
@@ -189,11 +188,10 @@ def chain_of(experiment: Experiment, scale: Scale, raw: Callable | None, work_di
         raise UserError(f"{experiment.path}: is about {experiment.backbone}, and {scale.path} has {scale.backbone}; "
                         "give the folder of that model by --model")
     asked_in_training = Made(questions, f"{data}/{artifacts.questions('train', name, 2, similar, pam)}")
-    averaged = [Made(chain_of(other, scale, raw, work_dir, model, full_table=True), _table(other, scale))
-                for other in others]
-    model = _model(model or scale.model, step, scale, {
-        "{questions}": asked_in_training, "{mapping}": mapping,
-        "{train}": Made(samples, f"{data}/{artifacts.split_sample('train')}")})
+    tables = [_table(other, scale) for other in others]     # first: a row may name itself
+    averaged = [Made(chain_of(other, scale, raw, work_dir, model, full_table=True), table)
+                for other, table in zip(others, tables)]
+    model = _model(model or scale.model, step, scale, asked_in_training)
 
     def train(kind, script, section, data_path, *flags):
         given = {**sections["training"], **sections[section]}
@@ -270,9 +268,9 @@ def write_link(experiment: Experiment, scale: Scale, test: Step, work_dir: Path 
     return path
 
 
-def _model(model: str | list, step: Callable, scale: Scale, files: dict[str, Made]) -> str | Made:
+def _model(model: str | list, step: Callable, scale: Scale, questions: Made) -> str | Made:
     if isinstance(model, list):
-        parts = [files.get(part, part) for part in model]
+        parts = [questions if part == "{questions}" else part for part in model]
         return Made(step("model", "python", *parts, "--output_dir", f"{OWN}/model"), "model")
     if not (Path(model) / "config.json").is_file():
         raise UserError(f"{model}: no folder of a model ({scale.path} or --model); give the folder of {scale.backbone} "

@@ -11,8 +11,7 @@ BASELINES = ("user-history frequency", pointer_alone.NAME, "Markov chain", "popu
 APART = ("target's check-ins in train", "target in the user's history")     # of metrics.groups
 # The rows of the short table, where they are kept; experiments of any scale.
 SHORT = tuple(f"{name}_{dataset}" for dataset in ("nyc", "tky", "ca")
-              for name in ("main", "without_gcim", "without_pam", "without_both", "mean", "pointer",
-                           "pointer_mean"))
+              for name in ("main", "without_gcim", "without_pam", "without_both", "pointer", "pointer_mean"))
 COMPARING = ("cpu_pointer_short",)      # scales to compare variants at, whose rows stand in docs/tables.md alone
 SEEDS = ("Acc@1", "Acc@5", "MRR")       # of each seed
 COMMAND = "python results.py --readme README.md --tables docs/tables.md"

@@ -348,15 +348,6 @@ def test_covering_pairs_show_every_check_in(conf, most):
         assert len(kept) < len(found)
 
 
-def test_weekday_and_hour_in_check_in_and_answer():
-    shown = prompts.check_in(("week", "poi", "gps"), "2012-04-03 18:00:09", 7, 12, 40.0, -74.0, "Bar", 3)
-    assert shown == "Tue 18h POI id 12 <GPS 12>."
-    answer = prompts.answer_poi("2012-12-31 00:59:59", 7, 12, ("week", "poi"))
-    assert answer == "<answer>: At 2012-12-31 00:59:59, user 7 will visit Mon 00h POI id 12."
-    assert prompts.answer_poi("2012-12-31 00:59:59", 7, 12, ("clock", "poi")) == (
-        "<answer>: At 2012-12-31 00:59:59, user 7 will visit POI id 12.")
-
-
 @pytest.fixture
 def trained_on(conf):
     """Six users with up to eleven trajectories each: (train, its pairs)."""
@@ -384,33 +375,3 @@ def test_thinned_histories_lose_whole_trajectories(trained_on):
     assert abs(np.mean(shares) - questions.MISSING / 2) < 0.03 and min(shares) == 0 and max(shares) == 1
     again = questions.thinned(found, train, 50)
     assert all(pair.history.tolist() == other.history.tolist() for pair, other in zip(copies, again))
-
-
-def test_how_long_after_the_one_before():
-    """Hand-counted: 0, 4:59, 5:00 minutes; 59:59; 23:59:59, 24 h; more than 8 weeks."""
-    minute, hour, day = 60, 3600, 86400
-    gaps = [0, 5 * minute - 1, 5 * minute, hour - 1, hour, day - 1, day, 13 * day, 14 * day, 400 * day]
-    words = "none 0min 0min 5min 30min 1h 16h 1d 1w 2w 8w".split()
-    seconds = np.cumsum([1000, *gaps]).tolist()
-    found, last = prompts.in_a_row([f"text {i}" for i in range(10)], seconds[:-1], seconds[-1])
-    assert found == [f"after {word} text {i}" for i, word in enumerate(words[:-1])] and last == "after 8w"
-    assert prompts.in_a_row([], [], 5) == ([], "after none") and prompts.in_a_row([], []) == ([], "")
-    answer = prompts.answer_poi("2012-12-31 00:59:59", 7, 12, ("after", "week", "poi"), "after 8w")
-    assert answer == "<answer>: At 2012-12-31 00:59:59, user 7 will visit after 8w Mon 00h POI id 12."
-
-
-def test_after_in_questions(trained_on):
-    """History, current trajectory and target are one row."""
-    train, found = trained_on
-    train = train.assign(Time=train["Time"].dt.round("s"), PoiId=1, Latitude=40.0, Longitude=-74.0,
-                         PoiCategoryName="Bar", PoiCategoryId=1,
-                         LocalTime=train["Time"].dt.strftime("%Y-%m-%d %H:%M:%S"))
-    places = pd.DataFrame({"Latitude": [40.0], "Longitude": [-74.0]}, index=[1])
-    fields, seconds = ("after", "poi"), [int(time.timestamp()) for time in train["Time"]]
-    texts = questions.texts(train, fields)
-    records = list(questions.records(None, 2, train, texts, train, texts, found, places, fields))
-    for pair, record in zip(found, records):
-        rows = [*pair.history, *pair.current, pair.target]
-        words = re.findall("after [0-9a-z]+", record["question"] + record["answer"])
-        expected, _ = prompts.in_a_row(["x"] * len(rows), [seconds[row] for row in rows])
-        assert words == [text.removesuffix(" x") for text in expected]

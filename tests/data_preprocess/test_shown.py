@@ -96,7 +96,8 @@ def test_a_check_in_in_two_tokens(city, as_token):
 
 
 def test_with_pam_a_check_in_is_three_tokens(city):
-    city("process_llm_gps.py", "-dataset_name", "sample", "-fields", "moment,gps", "-answer", "token", "-use_pam", "True")
+    city("process_llm_gps.py", "-dataset_name", "sample", "-fields", "moment,gps", "-answer", "token", "-use_pam",
+         "True")
     (file,) = FOLDER.glob("test_*_pam.txt")
     text = file.read_text()
     found = re.findall(r"<TIME \d+><GPS (\d+)>(?:<POI (\d+)>|\.)", text)
@@ -114,7 +115,7 @@ def test_mistakes(city, error_of, flags, names):
 
 
 def test_without_places_none_are_left_behind(city):
-    for flags, there in ((["-fields", "week,gps"], True), (["-fields", "week"], False)):
+    for flags, there in ((["-fields", "clock,gps"], True), (["-fields", "clock"], False)):
         city("process_llm_gps.py", "-dataset_name", "sample", *flags)
         assert bool(list(FOLDER.glob("*.check_ins.safetensors"))) == there
 

@@ -64,7 +64,7 @@ def known_flags():
     return found
 
 
-@pytest.mark.parametrize("scale", ["cpu", "cpu_pointer_alone", "cpu_pretrained", "gpu", "gpu_released"])
+@pytest.mark.parametrize("scale", ["cpu_modules", "cpu_pointer_alone", "gpu", "gpu_pointer", "gpu_released"])
 def test_every_row_can_be_planned(place, known_flags, scale):
     """All rows at once, by one command; each command names a script and flags that there are."""
     result = call(place, "run_experiment.py", *(f"experiments/{name}" for name in ROWS), "--scale", scale, "--plan",
@@ -95,7 +95,7 @@ def test_rows_of_one_table_share_what_they_can(place):
     """Quadkey levels change GCIM and what builds on it, not samples, questions, model and PAM; a protocol changes the
     test alone, a seed all trainings."""
     def ids(name):
-        out = call(place, "run_experiment.py", f"experiments/{name}.yml", "--scale", "cpu", "--plan").out
+        out = call(place, "run_experiment.py", f"experiments/{name}.yml", "--scale", "cpu_modules", "--plan").out
         return set(re.findall(r"\b(\w+-[0-9a-f]{12})\b", out))
 
     main_nyc = (place / "experiments/main_nyc.yml").read_text()
@@ -114,23 +114,23 @@ def test_a_scale_like_another_has_its_flags_save_its_own(place):
         assert found.code == 0, found.err
         return found.out
 
-    cpu = yaml.safe_load((place / "experiments/scales/cpu.yml").read_text())
+    base = yaml.safe_load((place / "experiments/scales/cpu_pointer.yml").read_text())
     model = ["tools/make_tiny_llama.py", "--words", "{questions}"]
-    for name, scale in (("full", {**cpu, "model": model}), ("other", {"like": "cpu", "model": model})):
+    for name, scale in (("full", {**base, "model": model}), ("other", {"like": "cpu_pointer", "model": model})):
         (place / f"experiments/scales/{name}.yml").write_text(yaml.safe_dump(scale, sort_keys=False))
-    assert plan("full") == plan("other") != plan("cpu")
-    (place / "experiments/scales/more.yml").write_text("like: cpu\ngcim: {max_steps: 7}\n")
-    assert plan("cpu").count(" --max_steps 300 ") == plan("more").count(" --max_steps 300 ") + 1
-    assert plan("more").count(" --max_steps 7 ") == 1
-    for text, names in (("like: nothing\n", ["like", "cpu_pretrained"]),
+    assert plan("full") == plan("other") != plan("cpu_pointer")
+    (place / "experiments/scales/more.yml").write_text("like: cpu_pointer\nquestions: {thinned: 7}\n")
+    assert [plan(scale).count(" -thinned 6 -missing 0.2") for scale in ("cpu_pointer", "more")] == [1, 0]
+    assert plan("more").count(" -thinned 7 -missing 0.2") == 1
+    for text, names in (("like: nothing\n", ["like", "cpu_pointer"]),
                         ("like: cpu_pointer_alone\n", ["unknown key like"]), ("model: m\n", ["backbone"]),
-                        ("like: cpu\nprocesses: 0\n", ["processes"])):
+                        ("like: cpu_pointer\nprocesses: 0\n", ["processes"])):
         (place / "experiments/scales/bad.yml").write_text(text)
         refusal(call(place, "run_experiment.py", "experiments/main_nyc.yml", "--scale", "bad", "--plan"), *names)
 
 
 @pytest.mark.parametrize("change, flags, names", [
-    (None, ["--scale", "mainframe"], ["--scale mainframe", "cpu_pretrained"]),
+    (None, ["--scale", "mainframe"], ["--scale mainframe", "cpu_pointer"]),
     ("table: [1]\nrow: x\ndataset: nyc\n", [], ["bad.yml", "table"]), ("row: x\n", [], ["bad.yml", "table"]),
     ("table: t\nrow: x\ndataset: ../nyc\n", [], ["bad.yml", "dataset"]), ("table: t\nrow: x\n", [], ["dataset"]),
     ("table: t\nrow: x\ndataset: nyc\nstage_3: {}\n", [], ["stage_3"]), ("a: [", [], ["bad.yml", "not YAML"]),
@@ -138,7 +138,7 @@ def test_a_scale_like_another_has_its_flags_save_its_own(place):
     ("table: t\nrow: x\ndataset: nyc\nstage_2: false\n", [], ["stage_2"]),
     ("table: t\nrow: x\ndataset: nyc\nmembers: main_nyc\n", [], ["bad.yml", "members"]),
     ("table: t\nrow: x\ndataset: nyc\nmembers: [nobody]\n", [], ["experiments/nobody.yml"]),
-    ("table: t\nrow: x\ndataset: nyc\nmembers: [mean_nyc]\n", [], ["mean_nyc.yml", "leave members"]),
+    ("table: t\nrow: x\ndataset: nyc\nmembers: [bad]\n", [], ["bad.yml", "leave members"]),
     ("table: t\nrow: x\ndataset: nyc\nbackbone: GPT-9\n", [], ["GPT-9", "--model"]),
     ("table: t\nrow: x\ndataset: nyc\n", ["--model", "nowhere"], ["nowhere", "--model"]),
     ("table: t\nrow: x\ndataset: nyc\nembeddings: {from: data/none.npy}\n", [], ["data/none.npy", "128"]),
@@ -148,8 +148,8 @@ def test_a_scale_like_another_has_its_flags_save_its_own(place):
          "model", "vectors", "another step"])
 def test_refusals(place, change, flags, names):
     (place / "experiments/bad.yml").write_text(change or "table: t\nrow: x\ndataset: nyc\n")
-    refusal(call(place, "run_experiment.py", "experiments/bad.yml", "--plan", *(flags if "--scale" in flags else
-                                                                              ["--scale", "cpu", *flags])), *names)
+    scale = [] if "--scale" in flags else ["--scale", "cpu_pointer"]
+    refusal(call(place, "run_experiment.py", "experiments/bad.yml", "--plan", *scale, *flags), *names)
 
 
 @pytest.mark.slow

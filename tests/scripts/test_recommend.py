@@ -39,7 +39,7 @@ def raw_ids(repo, field):
     return dict(enumerate(encoding["values"], start=encoding["first_id"]))
 
 
-@pytest.mark.parametrize("fields", [None, "after,week,gps"])
+@pytest.mark.parametrize("fields", [None, "moment,gps"])
 def test_the_prompt_is_that_of_the_test_file(exported, tmp_path, monkeypatch, fields):
     """Each test pair's own check-ins make the line that process_llm_gps.py wrote of them, up to the answer's id."""
     monkeypatch.chdir(exported)
@@ -51,7 +51,7 @@ def test_the_prompt_is_that_of_the_test_file(exported, tmp_path, monkeypatch, fi
         result = call(exported, "data-preprocess/process_llm_gps.py", "-dataset_name", "sample", "-datasets",
                       str(tmp_path), "-fields", fields, "-max_history", "10")
         assert result.code == 0, result.err
-        asking.questions["fields"] = ["after", "week", "poi", "gps"]
+        asking.questions["fields"] = ["moment", "poi", "gps"]
     lines = (folder / "test_qa_pairs_kqt_200items_sample_llm_without_sim_gps.txt").read_text().splitlines()
     made, file = [], tmp_path / "mine.csv"
     for user, time, rows in histories(exported):

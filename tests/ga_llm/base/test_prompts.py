@@ -1,4 +1,6 @@
 """The template: what a check-in shows, the order of the parts, and that what is written can be read back."""
+import itertools
+
 import pytest
 
 from ga_llm.base import prompts
@@ -19,6 +21,20 @@ def test_order_and_empty_parts():
     assert question == ("<question>: Similar trajectories: s. History of user 5: h. Current trajectory of user 5: c. "
                         "Where?")
     assert prompts.question(5, [], [], ["c."], "Where?") == "<question>: Current trajectory of user 5: c. Where?"
+
+
+def test_moments_by_hand():
+    """Weekday, half hour, and how long after the one before: by hand. Sunday, 2012-04-01, 23:59:00 is the first."""
+    minute, hour, day = 60, 3600, 86400
+    gaps = [0, 5 * minute - 1, 5 * minute, hour - 1, hour, day - 1, day, 13 * day, 14 * day, 400 * day]
+    seconds = list(itertools.accumulate([15431 * day + 24 * hour - minute, *gaps]))
+    steps = [16, 0, 0, 1, 3, 4, 8, 9, 12, 13, 15]       # none; 0, 0, 5, 30 min; 1, 16 h; 1 day; 1, 2, 8 weeks
+    moments = prompts.moments(seconds)
+    assert [moment % 17 for moment in moments] == steps
+    assert moments[:3] == [(6 * 48 + 47) * 17 + 16, (6 * 48 + 47) * 17, 0]      # 00:03:59 on Monday
+    tokens, last = prompts.in_tokens(["a", "b"], seconds[:2], seconds[2])
+    assert (tokens, last) == ([f"<TIME {moments[0]}>a", f"<TIME {moments[1]}>b"], "<TIME 0>")
+    assert prompts.in_tokens([], [], 0) == ([], f"<TIME {3 * 48 * 17 + 16}>") and prompts.in_tokens([], []) == ([], "")
 
 
 def test_round_trip():

@@ -166,8 +166,8 @@ def test_mistakes(tokenizer, tmp_path):
         token_cache.load(write(tmp_path / "b.json", ours()), tokenizer, 500, "m.csv", tmp_path / "file" / "x")
 
 
-@pytest.mark.parametrize("pairs", [ours(), ours(fields=("poi",)), ours(fields=("week", "poi", "gps")), FOREIGN],
-                         ids=["all fields", "without places", "week", "foreign"])
+@pytest.mark.parametrize("pairs", [ours(), ours(fields=("poi",)), ours(fields=("clock", "poi", "gps")), FOREIGN],
+                         ids=["all fields", "without places", "clock", "foreign"])
 @pytest.mark.parametrize("max_length", [10_000, 40])
 def test_tokens_of_poi_ids_are_marked(tokenizer, tmp_path, monkeypatch, pairs, max_length):
     """By the offsets of the whole text: a token is marked if it holds a digit of a POI id, and is not the first."""

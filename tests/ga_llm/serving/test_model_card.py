@@ -80,11 +80,11 @@ def test_which_transformers_reads_it():
 
 @pytest.mark.parametrize("questions, ends, follows, tokens", [
     ({"fields": ["poi", "gps"]}, "<answer>: At 2013-01-05 18:00:00, user 1 will visit POI id ", "`n.`", 8),
-    ({"fields": ["after", "week", "poi", "gps"]}, "user 1 will visit after 4h Sat 18h POI id ", "`n.`", 8),
+    ({"fields": ["moment", "gps"]}, ">POI id ", "`n.`", 8),
     ({"fields": ["moment", "gps"], "answer": "token"}, ">", "the token `<GPS n>`", 1)],
-    ids=["id", "after", "token"])
+    ids=["id", "moment", "token"])
 def test_how_it_is_asked(questions, ends, follows, tokens):
-    """The prompt ends where the id begins; of a time, its words or token stand before."""
+    """The prompt ends where the id begins; of a time, its token stands before."""
     prompt, answer = model_card.example(dataclasses.replace(MODEL, questions=MODEL.questions | questions))
     assert prompt.endswith(ends) and prompt.startswith("<question>: ")
     assert answer == ("<GPS 1>." if questions.get("answer") else "1.")
@@ -104,4 +104,4 @@ def test_what_servers_must_know():
 def test_a_tokenizer_that_reads_the_end_otherwise():
     text = "<question>: POI id 3 POI id 4 <answer>: POI id "
     assert export.reads_prefix(byte_level_tokenizer(sample_prompts(0, 20), 700), text, "3.")
-    assert not export.reads_prefix(words_tokenizer([text + "3"], 700), text, "3.")
+    assert not export.reads_prefix(words_tokenizer([text + "3."], 700), text, "3.")
