@@ -44,9 +44,10 @@ class Experiment:
     sections: dict                      # section -> {flag: value}, or False
     reference: str | None = None        # the experiment that the table compares this one with
     group: tuple | None = None          # (grouping, group) of metrics.json; None: all pairs
-    members: tuple = ()                 # other experiments, whose probabilities are averaged with this one's
+    members: tuple = ()                 # others (`name`, `name@scale`), whose probabilities are averaged with its own
     mean_of_seeds: tuple = ()           # it, and each member, is the mean of models of these seeds
     seed: int | None = None             # of its trainings, instead of what its sections say
+    scale: "Scale | None" = None        # a member's own, instead of the one that is asked for
     backbone: str | None = None         # None: whatever the scale has
     published: dict = dataclasses.field(default_factory=dict)      # metric -> figure
     source: str | None = None           # of these
@@ -68,8 +69,9 @@ class Experiment:
         return [one.at(seed) for one in all_of_it for seed in self.mean_of_seeds] or all_of_it
 
     def beside(self, name: str) -> "Experiment":
-        """Another one of the same folder."""
-        return read(self.path.with_name(f"{name}.yml"))
+        """Another one of the same folder, `name@scale`: at a scale of its own."""
+        name, _, scale = name.partition("@")
+        return dataclasses.replace(read(self.path.with_name(f"{name}.yml")), scale=read_scale(scale) if scale else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +111,9 @@ def read(path: Path | str) -> Experiment:
           "a list of seeds")
     sections = {key: values[key] for key in SECTIONS if key in values}
     return Experiment(path, values["table"], values["row"], values["dataset"], sections, values.get("reference"),
-                      None if group is None else tuple(next(iter(group.items()))), tuple(members),
-                      tuple(seeds), None, values.get("backbone"), published, values.get("source"), values.get("note"))
+                      None if group is None else tuple(next(iter(group.items()))), tuple(members), tuple(seeds),
+                      backbone=values.get("backbone"), published=published, source=values.get("source"),
+                      note=values.get("note"))
 
 
 def read_scale(name: str) -> Scale:
@@ -188,9 +191,9 @@ def chain_of(experiment: Experiment, scale: Scale, raw: Callable | None, work_di
         raise UserError(f"{experiment.path}: is about {experiment.backbone}, and {scale.path} has {scale.backbone}; "
                         "give the folder of that model by --model")
     asked_in_training = Made(questions, f"{data}/{artifacts.questions('train', name, 2, similar, pam)}")
-    tables = [_table(other, scale) for other in others]     # first: a row may name itself
-    averaged = [Made(chain_of(other, scale, raw, work_dir, model, full_table=True), table)
-                for other, table in zip(others, tables)]
+    tables = [_table(other, other.scale or scale) for other in others]      # first: a row may name itself
+    averaged = [Made(chain_of(other, other.scale or scale, raw, work_dir, None if other.scale else model,
+                              full_table=True), table) for other, table in zip(others, tables)]
     model = _model(model or scale.model, step, scale, asked_in_training)
 
     def train(kind, script, section, data_path, *flags):

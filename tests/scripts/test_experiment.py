@@ -93,7 +93,7 @@ def test_the_released_scale_has_the_flags_of_the_page():
 
 def test_rows_of_one_table_share_what_they_can(place):
     """Quadkey levels change GCIM and what builds on it, not samples, questions, model and PAM; a protocol changes the
-    test alone, a seed all trainings."""
+    test alone, a seed all trainings but those that have one of their own."""
     def ids(name):
         out = call(place, "run_experiment.py", f"experiments/{name}.yml", "--scale", "cpu_modules", "--plan").out
         return set(re.findall(r"\b(\w+-[0-9a-f]{12})\b", out))
@@ -102,7 +102,7 @@ def test_rows_of_one_table_share_what_they_can(place):
     (place / "experiments/seed.yml").write_text(main_nyc + "training: {seed: 43}\n")
     main = ids("main_nyc")
     for row, expected in (("level_24_nyc", {"gcim", "stage2", "test"}), ("main_sthgcn_nyc", {"test"}),
-                          ("seed", {"gcim", "pam", "stage2", "test"})):
+                          ("seed", {"stage2", "test"})):
         found = ids(row)
         assert {name.rpartition("-")[0] for name in found - main} == expected and len(main & found) >= 6, row
 
@@ -129,6 +129,21 @@ def test_a_scale_like_another_has_its_flags_save_its_own(place):
         refusal(call(place, "run_experiment.py", "experiments/main_nyc.yml", "--scale", "bad", "--plan"), *names)
 
 
+def test_a_member_may_have_a_scale_of_its_own(place):
+    """Its chain is that of the row by itself at that scale, but for the test, which writes the table."""
+    def ids(*flags):
+        result = call(place, "run_experiment.py", *flags, "--plan")
+        assert result.code == 0, result.err
+        return set(re.findall(r"\b(\w+-[0-9a-f]{12})\b", result.out))
+
+    row = (place / "experiments/pointer_nyc.yml").read_text()
+    (place / "experiments/with_alone.yml").write_text(f"{row}members: [pointer_nyc@cpu_pointer_alone]\n")
+    mean = ids("experiments/with_alone.yml", "--scale", "cpu_pointer")
+    own, other = (ids("experiments/pointer_nyc.yml", "--scale", name) for name in ("cpu_pointer", "cpu_pointer_alone"))
+    assert {step for step in own | other if not step.startswith("test")} < mean
+    assert sum(step.startswith("test") for step in mean) == 2
+
+
 @pytest.mark.parametrize("change, flags, names", [
     (None, ["--scale", "mainframe"], ["--scale mainframe", "cpu_pointer"]),
     ("table: [1]\nrow: x\ndataset: nyc\n", [], ["bad.yml", "table"]), ("row: x\n", [], ["bad.yml", "table"]),
@@ -139,12 +154,13 @@ def test_a_scale_like_another_has_its_flags_save_its_own(place):
     ("table: t\nrow: x\ndataset: nyc\nmembers: main_nyc\n", [], ["bad.yml", "members"]),
     ("table: t\nrow: x\ndataset: nyc\nmembers: [nobody]\n", [], ["experiments/nobody.yml"]),
     ("table: t\nrow: x\ndataset: nyc\nmembers: [bad]\n", [], ["bad.yml", "leave members"]),
+    ("table: t\nrow: x\ndataset: nyc\nmembers: [main_nyc@none]\n", [], ["--scale none", "cpu_pointer"]),
     ("table: t\nrow: x\ndataset: nyc\nbackbone: GPT-9\n", [], ["GPT-9", "--model"]),
     ("table: t\nrow: x\ndataset: nyc\n", ["--model", "nowhere"], ["nowhere", "--model"]),
     ("table: t\nrow: x\ndataset: nyc\nembeddings: {from: data/none.npy}\n", [], ["data/none.npy", "128"]),
     ("table: t\nrow: x\ndataset: nyc\nstage_2: {load_best_model_at_end: true}\n", [], ["load_best_model_at_end"])],
     ids=["scale", "kind", "no table", "path", "no data set", "section", "YAML", "percent", "left out", "members",
-         "a member that is not there", "a member that is a mean", "backbone",
+         "a member that is not there", "a member that is a mean", "a member's scale", "backbone",
          "model", "vectors", "another step"])
 def test_refusals(place, change, flags, names):
     (place / "experiments/bad.yml").write_text(change or "table: t\nrow: x\ndataset: nyc\n")
