@@ -5,9 +5,10 @@
 Not in the paper. Attention heads point from where a place is asked for to the check-ins before it: queries are the
 LLM's hidden state there, keys its states at the check-ins' `<GPS n>`, and each pair of them has learned biases for what
 an LLM hardly reads from text: how far apart the times of day are, and the kinds of day; how long ago; how far the place
-is from the last one, and whether that was the same before both; what the two trajectories have in common. The heads'
-weights are added up by place, and what the last visit to a place tells is added. The gate g and the mixture over heads are functions of the state, too. Pointing
-into the input and mixing with a vocabulary: See et al. (arXiv 1704.04368), Merity et al. (arXiv 1609.07843).
+is from the last one, and whether that was the same before both; what their trajectories have in common. The heads'
+weights are added up by place, and what the last visit to a place tells is added. The gate g and the mixture over heads
+are functions of the state, too. Pointing into the input and mixing with a vocabulary: See et al. (arXiv 1704.04368),
+Merity et al. (arXiv 1609.07843).
 """
 import dataclasses
 import math

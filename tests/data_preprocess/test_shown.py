@@ -96,7 +96,8 @@ def test_a_check_in_in_two_tokens(city, as_token):
 
 
 def test_with_pam_a_check_in_is_three_tokens(city):
-    city("process_llm_gps.py", "-dataset_name", "sample", "-fields", "moment,gps", "-answer", "token", "-use_pam", "True")
+    city("process_llm_gps.py", "-dataset_name", "sample", "-fields", "moment,gps", "-answer", "token",
+         "-use_pam", "True")
     (file,) = FOLDER.glob("test_*_pam.txt")
     text = file.read_text()
     found = re.findall(r"<TIME \d+><GPS (\d+)>(?:<POI (\d+)>|\.)", text)
