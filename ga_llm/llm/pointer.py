@@ -90,14 +90,14 @@ class Pointer(nn.Module):
         self.distance, self.context = (self._of("distance", DISTANCES * GAPS, heads) for _ in range(2))
         self.same_before, self.same_category = (self._of("context", 2, heads) for _ in range(2))
         self.leaving, self.company, self.common = (
-            self._of("trajectory", rows, heads) for rows in (2 * GAPS, 2 * GAPS, COMMON))
+            self._of("trajectory", rows, heads) for rows in (4 * GAPS, 2 * GAPS, COMMON))
         # Pooled by place: how far each head is trusted, and what the last visit to the place tells.
         self.trust = nn.Linear(width, heads)
         self.pool1, self.pool2 = nn.Linear(heads + 2, POOL), nn.Linear(POOL, 1, bias=False)
         self.last_clock, self.last_recency, self.last_distance = (
             self._of(group, rows, 1) for group, rows in (("clock", CLOCK), ("recency", 2 * AGES),
                                                          ("distance", DISTANCES * GAPS)))
-        self.last_leaving, self.last_today = (self._of("trajectory", rows, 1) for rows in (2 * GAPS, TODAY * GAPS))
+        self.last_leaving, self.last_today = (self._of("trajectory", rows, 1) for rows in (4 * GAPS, TODAY * GAPS))
         self.last_count, self.last_share = _table(VISITS, 1), _table(SHARES, 1)
         for zero in (*self.trust.parameters(), *self.pool2.parameters()):
             nn.init.zeros_(zero)
@@ -209,16 +209,17 @@ class Pointer(nn.Module):
 
     @staticmethod
     def _trajectories(place, first, query, gap, last, same):
-        """Of each question's trajectory and each check-in's, (P, Q, T), the first (P, 1, T):
+        """Of each question's trajectory and each check-in's, (P, Q, T) each:
 
-        leaving: how long after the check-in the next one was, and whether that began another trajectory; company:
-        whether the check-in's trajectory had been at the question's last place; common: at how many places of the
-        question's trajectory, COMMON - 1: this has none yet; today: how often the question's trajectory has been at
+        leaving: how long after the check-in the next one was, by whether the check-in ended its trajectory, and whether
+        what is asked for does: what a test asks for always does, of the rest of a training's prompts one in eight.
+        company: whether the check-in's trajectory had been at the question's last place; common: at how many places of
+        the question's trajectory, COMMON - 1: this has none yet; today: how often the question's trajectory has been at
         the check-in's place.
         """
         j = torch.arange(place.shape[1], device=place.device)
         ends = (F.pad(first, (0, 1), value=-1)[:, 1:] != first).long()
-        leaving = (ends * GAPS + F.pad(gap, (0, 1))[:, 1:])[:, None]
+        leaving = (ends * GAPS + F.pad(gap, (0, 1))[:, 1:])[:, None] + 2 * GAPS * ends.gather(1, query)[..., None]
         # Which check-ins stand before each one in its trajectory; and of these the first visits to each place.
         before = (first[:, :, None] == first[:, None]) & (j < j[:, None])
         places = before & ~(same & before).any(-1)[:, None]

@@ -81,7 +81,10 @@ def loops(city, model, asking, states, second, place, first, query):
         return place[first[i]:i]
 
     def leaving(j):
-        return 8 * (first[j + 1] != first[j]) + gap_before(j + 1)
+        return 16 * ends(query) + 8 * ends(j) + gap_before(j + 1)
+
+    def ends(j):        # its trajectory
+        return j + 1 == len(first) or first[j + 1] != first[j]
 
     def company(j):
         return 8 * (before(query) in before_in_trajectory(j)) + gap
@@ -158,7 +161,9 @@ def test_a_few_questions_are_answered_like_all(city):
 
 @torch.no_grad()
 def test_nothing_of_the_target_or_later_is_seen(city):
+    """But for one thing: whether the target ends its trajectory, which what is asked in a test always does."""
     model, given = made(city), inputs()
+    given[4][:, 7] = 7
     found = model(*given)
     for changed in (1, 2, 3, 4):        # states, times, places, trajectories from check-in 6 on
         other = [part.clone() for part in given]
@@ -169,7 +174,7 @@ def test_nothing_of_the_target_or_later_is_seen(city):
         elif changed == 3:
             other[3][:, 6:] = (other[3][:, 6:] + 1) % PLACES
         else:
-            other[4][:, 7:] = 7
+            other[4][:, 8:] = 7
         seen = model(*other)
         assert torch.equal(seen.log_gate[:, :7], found.log_gate[:, :7])
         assert torch.equal(seen.share[:, :7], found.share[:, :7])
