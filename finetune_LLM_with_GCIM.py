@@ -16,6 +16,7 @@ from typing import Literal
 from ga_llm.base import sharding
 from ga_llm.base.cli import UserError, run
 from ga_llm.llm import backbone
+from ga_llm.llm.pointer import BIASES
 from ga_llm.training import additions, arguments, common, dry_run, ranked, resuming, trainers
 from geo_encoder import encoder, injection
 
@@ -36,7 +37,7 @@ class Stage2Arguments(arguments.SFTArguments):
         default=False, metadata={"help": "point to the prompt's check-ins by time and distance, too"})
     pointer_heads: int = 8
     pointer_without: str = dataclasses.field(
-        default="", metadata={"help": "biases it lacks, to see what they are worth: clock,recency,distance,context"})
+        default="", metadata={"help": "biases it lacks, to see what they are worth: " + ",".join(BIASES)})
     beside_learning_rate: float = dataclasses.field(
         default=0.0, metadata={"help": "of what has learned nothing yet beside a pretrained LLM; 0: --learning_rate"})
     geo_output: bool = dataclasses.field(

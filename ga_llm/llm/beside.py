@@ -71,7 +71,7 @@ def read(described: dict, state: dict[str, torch.Tensor], path: Path, mapping: G
             elif name == place_rows.MODULE:
                 module = found.rows = place_rows.PlaceRows(place_rows.PlaceRowsConfig(**fields), mapping, token_ids)
             elif name == pointing.MODULE:
-                config = PointerConfig(**fields)
+                config = PointerConfig(**{"trajectory": False, **fields})       # of before there was one
                 module = found.pointer = Pointer(config, mapping)
             else:
                 raise ValueError("unknown")

@@ -5,9 +5,10 @@
 Not in the paper. Attention heads point from where a place is asked for to the check-ins before it: queries are the
 LLM's hidden state there, keys its states at the check-ins' `<GPS n>`, and each pair of them has learned biases for what
 an LLM hardly reads from text: how far apart the times of day are, and the kinds of day; how long ago; how far the place
-is from the last one, and whether that was the same before both. The heads' weights are added up by place, and what the
-last visit to a place tells is added. The gate g and the mixture over heads are functions of the state, too. Pointing
-into the input and mixing with a vocabulary: See et al. (arXiv 1704.04368), Merity et al. (arXiv 1609.07843).
+is from the last one, and whether that was the same before both; what their trajectories have in common. The heads'
+weights are added up by place, and what the last visit to a place tells is added. The gate g and the mixture over heads
+are functions of the state, too. Pointing into the input and mixing with a vocabulary: See et al. (arXiv 1704.04368),
+Merity et al. (arXiv 1609.07843).
 """
 import dataclasses
 import math
@@ -30,9 +31,10 @@ KM = torch.tensor([.001, .1, .25, .5, 1, 2, 4, 7, 11, 16, 25])
 CLOCK = 4 * (HALF_HOURS // 2 + 1)       # half hours apart, by kind of day
 AGES, DISTANCES, GAPS = len(RECENCY) + 1, len(KM) + 2, len(GAP) + 1     # one more distance: where there is no place
 VISITS, SHARES, VISIBLE = 10, 16, 12
+COMMON, TODAY = 8, 6    # places that two trajectories share; visits to a place in the current trajectory: at most 5
 KEY = 32            # width of a head's queries and keys
 POOL = 16           # of the layer behind the sums by place
-BIASES = ("clock", "recency", "distance", "context")        # groups of them, which can be left out
+BIASES = ("clock", "recency", "distance", "context", "trajectory")        # groups of them, which can be left out
 LEAST = 1e-30       # what a place that was not visited has, for its logarithm
 
 
@@ -45,6 +47,7 @@ class PointerConfig:
     recency: bool = True
     distance: bool = True
     context: bool = True
+    trajectory: bool = True
 
     def __post_init__(self):
         for name, kind in self.__annotations__.items():
@@ -86,12 +89,15 @@ class Pointer(nn.Module):
         self.clock, self.recency = self._of("clock", CLOCK, heads), self._of("recency", AGES, heads)
         self.distance, self.context = (self._of("distance", DISTANCES * GAPS, heads) for _ in range(2))
         self.same_before, self.same_category = (self._of("context", 2, heads) for _ in range(2))
+        self.leaving, self.company, self.common = (
+            self._of("trajectory", rows, heads) for rows in (4 * GAPS, 2 * GAPS, COMMON))
         # Pooled by place: how far each head is trusted, and what the last visit to the place tells.
         self.trust = nn.Linear(width, heads)
         self.pool1, self.pool2 = nn.Linear(heads + 2, POOL), nn.Linear(POOL, 1, bias=False)
         self.last_clock, self.last_recency, self.last_distance = (
             self._of(group, rows, 1) for group, rows in (("clock", CLOCK), ("recency", 2 * AGES),
                                                          ("distance", DISTANCES * GAPS)))
+        self.last_leaving, self.last_today = (self._of("trajectory", rows, 1) for rows in (4 * GAPS, TODAY * GAPS))
         self.last_count, self.last_share = _table(VISITS, 1), _table(SHARES, 1)
         for zero in (*self.trust.parameters(), *self.pool2.parameters()):
             nn.init.zeros_(zero)
@@ -123,7 +129,8 @@ class Pointer(nn.Module):
 
         asking: (P, Q, hidden size), the LLM's states where the places are asked for; states: (P, T, hidden size), at
         the check-ins; second, place (`places`: none), first (P, T): when and where each was, and which check-in its
-        trajectory begins with. Behind a prompt's check-ins anything may stand, in increasing time.
+        trajectory begins with. Behind a prompt's check-ins anything may stand, in increasing time, of trajectories that
+        begin there.
         """
         j = torch.arange(place.shape[1], device=place.device)
         before = F.pad(place, (1, 0), value=self.places)[:, :-1]            # of each check-in, the place before
@@ -150,6 +157,12 @@ class Pointer(nn.Module):
             kind = F.pad(self.categories, (0, 1), value=-1)
             scores = scores + F.embedding((last == before[:, None]).long(), self.same_before) + F.embedding(
                 (kind[last] == kind[before][:, None]).long(), self.same_category)
+        same = place[:, :, None] == place[:, None]                                  # (P, T, T)
+        if self.config.trajectory:
+            leaving, company, common, today = self._trajectories(place, first, query, gap, last, same)
+            company, today = company * GAPS + step, today * GAPS + step
+            for feature, biases in ((leaving, self.leaving), (company, self.company), (common, self.common)):
+                scores = scores + F.embedding(feature, biases)
         weights = scores.masked_fill(~earlier[..., None], -1e4).softmax(2)          # (P, Q, T, heads)
 
         # Without an earlier check-in all is the LLM's.
@@ -161,7 +174,6 @@ class Pointer(nn.Module):
         of_head = (gates[..., 1:] - gates[..., 1:].logsumexp(-1, keepdim=True)).exp()
 
         # A place is represented by its last visit, at which its other visits' weights are added up.
-        same = place[:, :, None] == place[:, None]                                  # (P, T, T)
         mass = (weights.permute(0, 3, 1, 2) @ same[:, None].to(weights.dtype)).permute(0, 2, 3, 1).float()
         visit = (same & (j < j[:, None])).sum(-1)                                   # how many visits stand before
         next_visit = torch.where(same & (j > j[:, None]), j, len(j) + 1).amin(-1)
@@ -183,6 +195,8 @@ class Pointer(nn.Module):
             score = score + F.embedding(age * 2 + in_current, self.last_recency)[..., 0]
         if self.config.distance:
             score = score + F.embedding(distance, self.last_distance)[..., 0]
+        if self.config.trajectory:
+            score = score + (F.embedding(leaving, self.last_leaving) + F.embedding(today, self.last_today))[..., 0]
         pointed = score.masked_fill(~is_last, -1e4).softmax(-1) * is_last
         return Pointed(gates[..., 0], pointed * (1 - gates[..., :1].exp()) * any_earlier)
 
@@ -192,6 +206,30 @@ class Pointer(nn.Module):
         query, key = (layer(self.dropout(x)).unflatten(-1, (heads, KEY))
                       for layer, x in ((self.query, asking), (self.key, states)))
         return torch.einsum("pqhc,pthc->pqth", query, key).float() / math.sqrt(KEY)
+
+    @staticmethod
+    def _trajectories(place, first, query, gap, last, same):
+        """Of each question's trajectory and each check-in's, (P, Q, T) each:
+
+        leaving: how long after the check-in the next one was, by whether the check-in ended its trajectory, and whether
+        what is asked for does: what a test asks for always does, of the rest of a training's prompts one in eight.
+        company: whether the check-in's trajectory had been at the question's last place; common: at how many places of
+        the question's trajectory, COMMON - 1: this has none yet; today: how often the question's trajectory has been at
+        the check-in's place.
+        """
+        j = torch.arange(place.shape[1], device=place.device)
+        ends = (F.pad(first, (0, 1), value=-1)[:, 1:] != first).long()
+        leaving = (ends * GAPS + F.pad(gap, (0, 1))[:, 1:])[:, None] + 2 * GAPS * ends.gather(1, query)[..., None]
+        # Which check-ins stand before each one in its trajectory; and of these the first visits to each place.
+        before = (first[:, :, None] == first[:, None]) & (j < j[:, None])
+        places = before & ~(same & before).any(-1)[:, None]
+        of_query = query[..., None].expand(-1, -1, len(j))
+        at_last = (last == place[:, None]).float() @ before.float().transpose(1, 2)
+        common = places.gather(1, of_query).float() @ same.float() @ places.float().transpose(1, 2)
+        today = before.gather(1, of_query).float() @ same.float()
+        none = query[..., None] == first.gather(1, query)[..., None]
+        common = common.long().clamp(max=COMMON - 2).masked_fill(none, COMMON - 1)
+        return leaving, (at_last > 0).long(), common, today.long().clamp(max=TODAY - 1)
 
     @staticmethod
     def _clock(one, other):

@@ -89,7 +89,7 @@ def collate(pairs: Sequence[dict], positions: Sequence[np.ndarray], labels: Sequ
     for row, (own, query, where, label) in enumerate(zip(shown, queries, positions, labels)):
         n, m = len(own.second), len(query.at)
         made["second"][row, :n], made["second"][row, n:] = own.second, own.second[-1]
-        made["place"][row, :n], made["first"][row, :n] = own.place, own.first
+        made["place"][row, :n], made["first"][row, :n], made["first"][row, n:] = own.place, own.first, n
         made["key_at"][row, :n - 1] = where[own.at]
         made["query"][row, :m], made["query_at"][row, :m] = query.check_in, where[query.at]
         of_label = np.where(label >= 0, query.of_token[label], -1)

@@ -74,7 +74,26 @@ def loops(city, model, asking, states, second, place, first, query):
         kind = (0 if day == other_day else 1) if (day >= 5) == (other_day >= 5) else 2 if day >= 5 else 3
         return 25 * kind + apart
 
-    gap = 7 if query == 0 else steps((second[query] - second[query - 1]) / 60, MINUTES, True)
+    def gap_before(i):
+        return 7 if i == 0 else steps((second[i] - second[i - 1]) / 60, MINUTES, True)
+
+    def before_in_trajectory(i):
+        return place[first[i]:i]
+
+    def leaving(j):
+        return 16 * ends(query) + 8 * ends(j) + gap_before(j + 1)
+
+    def ends(j):        # its trajectory
+        return j + 1 == len(first) or first[j + 1] != first[j]
+
+    def company(j):
+        return 8 * (before(query) in before_in_trajectory(j)) + gap
+
+    def common(j):
+        own = set(before_in_trajectory(query))
+        return min(len(own & set(before_in_trajectory(j))), 6) if own else 7
+
+    gap = gap_before(query)
     gates = model.gates(asking) + table(model.visible, min(int(math.log2(query + 1)), 11))
     if query == 0:
         return {}, 0.0
@@ -90,7 +109,8 @@ def loops(city, model, asking, states, second, place, first, query):
                       + table(model.distance, distance(before(query), place[j]) * 8 + gap)
                       + table(model.context, distance(before(query), before(j)) * 8 + gap)
                       + table(model.same_before, int(before(query) == before(j)))
-                      + table(model.same_category, int(same_kind)))
+                      + table(model.same_category, int(same_kind)) + table(model.leaving, leaving(j))
+                      + table(model.company, company(j)) + table(model.common, common(j)))
     weights = torch.stack(scores).softmax(0)
     score = {}
     for c in set(place[:query]):
@@ -107,7 +127,9 @@ def loops(city, model, asking, states, second, place, first, query):
                     + table(model.last_share, share)[0]
                     + table(model.last_clock, clock(last))[0]
                     + table(model.last_recency, age[last] * 2 + (last >= first[query]))[0]
-                    + table(model.last_distance, distance(before(query), c) * 8 + gap)[0])
+                    + table(model.last_distance, distance(before(query), c) * 8 + gap)[0]
+                    + table(model.last_leaving, leaving(last))[0]
+                    + table(model.last_today, min(before_in_trajectory(query).count(c), 5) * 8 + gap)[0])
     whole = torch.stack(list(score.values())).softmax(0) * (1 - gates[0].exp())
     return {c: float(p) for c, p in zip(score, whole)}, float(gates[0])
 
@@ -139,7 +161,9 @@ def test_a_few_questions_are_answered_like_all(city):
 
 @torch.no_grad()
 def test_nothing_of_the_target_or_later_is_seen(city):
+    """But for one thing: whether the target ends its trajectory, which what is asked in a test always does."""
     model, given = made(city), inputs()
+    given[4][:, 7] = 7
     found = model(*given)
     for changed in (1, 2, 3, 4):        # states, times, places, trajectories from check-in 6 on
         other = [part.clone() for part in given]
@@ -150,17 +174,18 @@ def test_nothing_of_the_target_or_later_is_seen(city):
         elif changed == 3:
             other[3][:, 6:] = (other[3][:, 6:] + 1) % PLACES
         else:
-            other[4][:, 7:] = 7
+            other[4][:, 8:] = 7
         seen = model(*other)
         assert torch.equal(seen.log_gate[:, :7], found.log_gate[:, :7])
         assert torch.equal(seen.share[:, :7], found.share[:, :7])
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["clock", "recency", "distance", "context"])
+@pytest.mark.parametrize("name", ["clock", "recency", "distance", "context", "trajectory"])
 def test_what_is_left_out_has_no_part(city, name):
     of = {"clock": ("clock", "last_clock"), "recency": ("recency", "last_recency"),
-          "distance": ("distance", "context", "last_distance"), "context": ("same_before", "same_category")}[name]
+          "distance": ("distance", "context", "last_distance"), "context": ("same_before", "same_category"),
+          "trajectory": ("leaving", "company", "common", "last_leaving", "last_today")}[name]
     whole, without, given = made(city), made(city, **{name: False}), inputs()
     assert whole.state_dict().keys() - without.state_dict().keys() == set(of)
     without.load_state_dict({key: whole.state_dict()[key] for key in without.state_dict()})
@@ -171,7 +196,7 @@ def test_what_is_left_out_has_no_part(city, name):
 
 
 @pytest.mark.parametrize("without", [(), ("clock",), ("recency",), ("distance",), ("context",),
-                                     ("clock", "recency", "distance", "context")])
+                                     ("trajectory",), pointer.BIASES])
 def test_all_that_there_is_learns(city, without):
     """Several processes refuse a weight that the loss does not reach."""
     model = made(city, **{name: False for name in without})
@@ -184,7 +209,7 @@ def test_all_that_there_is_learns(city, without):
 def test_behind_a_prompts_check_ins_anything_may_stand(city):
     model, given = made(city), inputs()
     padded = [torch.cat([part, part[:, -1:].expand(-1, 3, *part.shape[2:])], 1) for part in given[1:5]]
-    padded[2][:, 12:] = PLACES
+    padded[2][:, 12:], padded[3][:, 12:] = PLACES, 12
     found = model(given[0], *padded, given[5])
     assert torch.allclose(found.share[..., :12], model(*given).share, atol=1e-6)
     assert (found.share[..., 12:] == 0).all()

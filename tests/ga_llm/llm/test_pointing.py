@@ -75,11 +75,12 @@ def one_by_one(world, every):
             log_llm = sum(log_p[j - 1, ids[j]] for j in range(i, last + 1))
             if spelled[i]:
                 n = int((shown.at < i).sum())        # check-ins that stand before
-                keys = torch.cat([states[shown.at[:n]], torch.zeros(1, states.shape[1])])
+                m = min(n + 2, len(shown.second))           # the next tells whether the target ends its trajectory
+                keys = torch.cat([states[shown.at[:n]], torch.zeros(m - n, states.shape[1])])
                 found = world.pointer(states[None, i - 1:i], keys[None], *(
-                    torch.from_numpy(part[:n + 1].astype(np.int64))[None] for part in (
+                    torch.from_numpy(part[:m].astype(np.int64))[None] for part in (
                         shown.second, shown.place, shown.first)), torch.tensor([[n]]))
-                pointed = float((found.share[0, 0] * torch.from_numpy(shown.place[:n + 1] == shown.place[n])).sum())
+                pointed = float((found.share[0, 0] * torch.from_numpy(shown.place[:m] == shown.place[n])).sum())
                 log_llm = math.log(math.exp(float(found.log_gate) + float(log_llm)) + pointed)
             total, count = total + float(log_llm), count + last + 1 - i
             i = last + 1
