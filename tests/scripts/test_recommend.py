@@ -241,8 +241,8 @@ def test_candidates_that_the_model_does_not_know_are_left_out(exported, monkeypa
     file.write_text("\n".join(["a", raw[1], "b", "c", "", raw[2], "d"]) + "\n")
     assert check_in_files.read_candidates(str(file), places, None) == {1, 2}
     line, = caplog.messages
-    assert line == (f"{file}: 4 ids are of no POI that the model knows, such as a (line 1), b (line 3), c (line 4), and "
-                    "left out")
+    assert line == (f"{file}: 4 ids are of no POI that the model knows, such as a (line 1), b (line 3), c (line 4), "
+                    "and left out")
 
 
 @pytest.mark.parametrize("flags, names", [(["--within", "-1"], ["--within", "km"]), (["--within", "near"], ["'near'"]),

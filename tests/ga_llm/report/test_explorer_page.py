@@ -129,7 +129,8 @@ def test_what_stands_on_top(opened):
     assert sorted(page.locator("#map0 .when:visible").all_inner_texts()) == ["10:00", "12:00"]
     page.get_by_role("button", name="All places").click()
     assert page.locator("#map0 .when:visible").all_inner_texts() == ["12:00"]
-    heights = page.locator("#map0 .sign").evaluate_all("all => all.map(one => [Number(one.style.zIndex), one.className])")
+    heights = page.locator("#map0 .sign").evaluate_all(
+        "all => all.map(one => [Number(one.style.zIndex), one.className])")
     assert "truth" in max(heights)[1] and page.locator("#map0 .truth").inner_text().split() == ["★", "1"]
     page.locator("#map0 .guess.hit").hover()        # through the star
     assert page.locator(".leaflet-tooltip:not(.when)").inner_text() == "1. Café 1, POI 1: 90.0 %, the truth"
