@@ -179,8 +179,8 @@ def test_other_places_than_the_trainings_are_refused(trained, tmp_path):
 
 def test_the_plan_counts_the_pointer(pointed, tmp_path):
     """Of the batch with the longest prompts, of at most 256 tokens, all of whose check-ins are asked for."""
-    result = forked.run(pointed, forked.training(2, tmp_path / "O", *files("tokens"), *EXACT, *FULL, "--dry_run", "True"),
-                        tmp_path / "log", **forked.ranks())
+    command = forked.training(2, tmp_path / "O", *files("tokens"), *EXACT, *FULL, "--dry_run", "True")
+    result = forked.run(pointed, command, tmp_path / "log", **forked.ranks())
     assert result.code == 0, result.err[-3000:]
     prompts, asked, check_ins = map(int, re.search(
         r"a pointer of (\d+) prompts that ask for (\d+) places among (\d+) check-ins", result.out).groups())
