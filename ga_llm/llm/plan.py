@@ -24,8 +24,8 @@ BUCKET = 500_000_000            # DeepSpeed's reduce_bucket_size and its limit o
 LIVE_PARAMETERS = 1_000_000_000
 
 
-# The pointer's bytes, measured, for it is a chain of small steps (tests/ga_llm/llm/test_plan.py): of each two check-ins of
-# a prompt, while these are compared; in the backward pass of each place that is asked for and check-in, and by head.
+# The pointer's bytes, measured, for it is a chain of small steps (tests/ga_llm/llm/test_plan.py): of each two check-ins
+# of a prompt, while these are compared; in the backward pass of each place that is asked for and check-in, and by head.
 POINTER = {FP32: (46, 290, 29.3), BF16: (29, 228, 28.8)}
 
 

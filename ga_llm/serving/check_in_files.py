@@ -117,8 +117,9 @@ def read_candidates(source: str, places: Places, ids: str | None) -> frozenset[i
             else:
                 found.add(known)
     if not found and unknown:
-        raise UserError(f"{name}: no POI that the model knows ({unknown[0][1]!r} of line {unknown[0][0]} is none); give "
-                        f"the data set's {ids or IDS[0]} ids, or {_other(ids or IDS[0])}")
+        line, poi = unknown[0]
+        raise UserError(f"{name}: no POI that the model knows ({poi!r} of line {line} is none); give the data set's "
+                        f"{ids or IDS[0]} ids, or {_other(ids or IDS[0])}")
     if not found:
         raise UserError(f"{name}: no POI; give one id a line")
     if unknown:
