@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from commands import DATA, PAIRS, few_pairs, free_port, needs_deepspeed
 from harness import call
-from test_processes import CUT_UP, STACKS
+from test_processes import STACKS
 
 from ga_llm.base import artifacts
 from ga_llm.pairs import sft_data
@@ -102,7 +102,9 @@ def test_started_again_it_ranks_what_is_not_ranked(validated, one_process):
     assert lines[0] == lines[1] and (results / artifacts.METRICS).is_file()
 
 
-@pytest.mark.parametrize("stack", [pytest.param("ddp", marks=pytest.mark.slow), *CUT_UP])
+# Each ranks in a process of its own, which costs most. ZeRO-2 has whole weights, as DDP, and is DeepSpeed, as ZeRO-3.
+@pytest.mark.slow
+@pytest.mark.parametrize("stack", ["ddp", pytest.param("zero2", marks=pytest.mark.soak), "zero3", "fsdp2"])
 def test_two_processes_find_the_same_loss(validated, one_process, stack):
     if stack.startswith("zero"):
         needs_deepspeed()
