@@ -1,7 +1,7 @@
 # make demo        the whole system on a synthetic city, from raw check-ins to Acc@k (6 minutes on 2 cores)
 # make test        the tests; of nearly alike cases a drawn tenth (tests/conftest.py)
 # make test-all    all tests; make test-rest: those that make test leaves out
-# make soak        the long part of the tests of reliability: hundreds of kills
+# make soak        the long part of the tests: hundreds of kills, and what only repeats others
 # make env         the environment of them all, in .venv
 #
 # On a GPU node use environment.yml. TORCH may name another build: make env TORCH=torch==2.13.0+cu130
@@ -50,4 +50,4 @@ test-all: env
 	$(PYTEST) $(IN_TWO)
 
 soak: env
-	$(PYTEST) tests/reliability -m soak
+	$(PYTEST) -m soak

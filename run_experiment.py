@@ -7,7 +7,6 @@ A step that is done is not run again, by whichever row; changed inputs are other
 `--plan` prints the commands and runs nothing. `python results.py` makes the table.
 """
 import logging
-import re
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "data-preprocess"))    
 
 from checkins import config, files  # noqa: E402
 from ga_llm.base import artifacts  # noqa: E402
-from ga_llm.base.cli import Parser, UserError, run  # noqa: E402
+from ga_llm.base.cli import Parser, listed, run, whole_number  # noqa: E402
 from ga_llm.tables import chain, experiments  # noqa: E402
 
 log = logging.getLogger("experiment")
@@ -27,14 +26,15 @@ def main():
     parser.add_argument("experiments", nargs="+", metavar="EXPERIMENT.yml", help=f"files of {experiments.FOLDER}/")
     parser.add_argument("--scale", default="gpu", help=f"a file of {experiments.SCALES}/ (default: %(default)s)")
     parser.add_argument("--model", help="folder of the base LLM, instead of the scale's")
-    parser.add_argument("--seeds", help="1,2,3: run each row with each of these, instead of its own seed")
+    parser.add_argument("--seeds", type=listed(whole_number(0, 2**32 - 1)),
+                        help="1,2,3: run each row with each of these, instead of its own seed")
     parser.add_argument("--work_dir", type=Path, default=WORK_DIR, help="default: %(default)s")
     parser.add_argument("--plan", action="store_true", help="print the steps and their commands, and run nothing")
     args = parser.parse_args()
     scale = experiments.read_scale(args.scale)
     rows = [experiments.read(path) for path in args.experiments]
     if args.seeds:
-        rows = [row.at(seed) for row in rows for seed in seeds(args.seeds)]
+        rows = [row.at(seed) for row in rows for seed in args.seeds]
     tests = [experiments.chain_of(row, scale, raw_files, args.work_dir, args.model) for row in rows]
 
     if args.plan:
@@ -46,12 +46,6 @@ def main():
         for step in chain.in_order(test):
             step.run()
         log.info("%s: %s", row.name, experiments.write_link(row, scale, test, args.work_dir, args.model))
-
-
-def seeds(text: str) -> list[int]:
-    if not re.fullmatch(r"[0-9]+(,[0-9]+)*", text):
-        raise UserError(f"--seeds {text[:60]}: expected numbers with commas between, such as 1,2,3")
-    return list(map(int, text.split(",")))
 
 
 def raw_files(dataset: str) -> tuple[list[Path], list[str] | None]:

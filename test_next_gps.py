@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from ga_llm.base import artifacts, writing
-from ga_llm.base.cli import Parser, UserError, boolean, run, token_count, whole_number
+from ga_llm.base.cli import Parser, UserError, boolean, listed, run, token_count, whole_number
 from ga_llm.evaluation import (baselines, comparison, decoding, ensemble, metrics, pointed, predictions, protocols,
                                ranking, released, trained)
 from ga_llm.evaluation.processes import Processes, together
@@ -52,7 +52,7 @@ def arguments() -> tuple[argparse.Namespace, dict]:
     parser.add_argument("--seq_len", type=token_count, help="longer prompts are cut from the left (default: as above)")
     parser.add_argument("--flash_attn", type=boolean, default=True)
     parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=42)
-    parser.add_argument("--compare", nargs=2, type=comparison.runs, metavar="PREDICTIONS",
+    parser.add_argument("--compare", nargs=2, type=listed(Path), metavar="PREDICTIONS",
                         help="compare predictions.jsonl, each a run or several with commas, and no more")
     args = parser.parse_args()
     if args.compare:

@@ -31,6 +31,7 @@ TRAINER_LOG = "trainer_log.jsonl"
 LOSS_PICTURE = "loss.png"
 RUN = "run.json"
 METRICS = "metrics.json"
+USER_HISTORY = "user-history frequency"       # in it, the baseline without which no result is shown
 PREDICTIONS = "predictions.jsonl"
 LOG_PROBABILITIES = "log_probabilities.npy"
 REPORT = "report.html"

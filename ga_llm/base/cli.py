@@ -57,6 +57,16 @@ def whole_number(least: int, most: int = 2**63 - 1):
     return parse_number
 
 
+def listed(kind):
+    """A type for argparse: different values, each of a type for argparse, with commas between."""
+    def parse_list(text: str) -> list:
+        parts = text.split(",")
+        if not all(parts) or len(set(parts)) < len(parts):
+            raise argparse.ArgumentTypeError(f"expected different ones with commas between, got {text!r}")
+        return list(map(kind, parts))
+    return parse_list
+
+
 def share(text: str) -> float:
     """A type for argparse: numbers from 0 to below 1."""
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ga_llm.base.artifacts import require
+from ga_llm.base.artifacts import USER_HISTORY, require
 from ga_llm.base.cli import UserError
 from ga_llm.evaluation import pointer_alone
 from ga_llm.evaluation.metrics import NO_POI, Ranking, histories
@@ -53,7 +53,7 @@ def rankings(train: pd.DataFrame, test_prompts, folder: Path | None = None) -> d
     """
     pointer = folder and pointer_alone.ranking(folder, test_prompts)
     return {
-        "user-history frequency": user_history(train, test_prompts),
+        USER_HISTORY: user_history(train, test_prompts),
         **({pointer_alone.NAME: pointer} if pointer else {}),
         "popularity": popularity(train, test_prompts),
         "Markov chain": markov_chain(train, test_prompts),

@@ -1,5 +1,4 @@
 """Is B better than A? The difference of predictions.jsonl over the same pairs, by a bootstrap over pairs and runs."""
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,14 +16,6 @@ OPTIONAL = type(None)
 TYPES = {"pair": (int,), "user": (int, OPTIONAL), "time": (str, OPTIONAL), "target": (int,),
          "current": (int, OPTIONAL), "rank": (int, OPTIONAL), "top": (list,), "km": (int, float, OPTIONAL)}
 LEAST = {"rank": 1, "km": 0, "current": 0}
-
-
-def runs(text: str) -> list[Path]:
-    """A type for argparse: a method's files, one for each run of it (such as seeds), with commas between."""
-    names = text.split(",")
-    if not all(names) or len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(f"expected different files with commas between, got {text!r}")
-    return list(map(Path, names))
 
 
 def compare(a: Sequence[Path], b: Sequence[Path]) -> str:

@@ -24,6 +24,11 @@ BUCKET = 500_000_000            # DeepSpeed's reduce_bucket_size and its limit o
 LIVE_PARAMETERS = 1_000_000_000
 
 
+# The pointer's bytes, measured, for it is a chain of small steps (tests/ga_llm/llm/test_plan.py): of each two check-ins
+# of a prompt, while these are compared; in the backward pass of each place that is asked for and check-in, and by head.
+POINTER = {FP32: (46, 290, 29.3), BF16: (29, 228, 28.8)}
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """The shape of a Llama-like LLM; vocab with its `<GPS n>`.
@@ -95,6 +100,7 @@ class Run:
     lora_rank: 0 if all of the LLM is trained.
     bf16: autocast, or DeepSpeed's cast of all weights, with a master copy in fp32.
     zero_stage: 0 without DeepSpeed, when everything stands on every GPU.
+    pointer_heads: 0 without a pointer. pointed: prompts of a batch, places that each asks for, check-ins of each.
     """
     length: int
     batch: int
@@ -112,6 +118,8 @@ class Run:
     checkpointing: bool = True
     zero_stage: int = 0
     gpus: int = 1
+    pointer_heads: int = 0
+    pointed: tuple[int, int, int] = (0, 0, 0)
 
     @property
     def trained(self) -> int:
@@ -155,6 +163,8 @@ def memory(model: Model, run: Run) -> dict[str, float]:
         "activations, all kept": activations(model, run, False),
         "logits": run.batch * run.answer * model.vocab * _logit_bytes(run),
     }
+    if run.pointer_heads:
+        parts["pointer"] = pointer(run)
     other = "activations, all kept" if run.checkpointing else "activations, checkpointed"
     parts["total"] = sum(parts.values()) - parts[other]
     return parts
@@ -176,6 +186,13 @@ def _communication(model: Model, run: Run) -> float:
 def _logit_bytes(run: Run) -> int:
     """Logits, their fp32 copy unless they are fp32, its log-softmax, and the gradient of that."""
     return run.compute + (FP32 if run.bf16 else 0) + 2 * FP32
+
+
+def pointer(run: Run) -> float:
+    """Bytes of what the pointer computes, at its height; they grow with the square of the check-ins."""
+    prompts, asked, check_ins = run.pointed
+    of_two, of_asked, of_head = POINTER[run.compute]
+    return prompts * check_ins * max(check_ins * of_two, asked * (of_asked + of_head * run.pointer_heads))
 
 
 def activations(model: Model, run: Run, checkpointing: bool) -> float:

@@ -21,7 +21,7 @@ from ga_llm.tables import chain, results
 from ga_llm.training import run_log
 from geo_encoder.gps_tokens import GPSMapping, read_gps_mapping
 
-HISTORY = "user-history frequency"      # the baseline without which no result is shown
+HISTORY = artifacts.USER_HISTORY
 BINS = 10           # of the top-1 probability, equally wide
 NEAR_KM = 1.0       # a wrong guess within it is a near miss
 OUTCOMES = ("right", "near miss", "far miss")

@@ -13,11 +13,11 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from ga_llm.base import globe
+from ga_llm.base import artifacts, globe
 from ga_llm.evaluation import metrics, pointer_alone
 from ga_llm.training import run_log
 
-MODEL, HISTORY = "model", "user-history frequency"
+MODEL, HISTORY = "model", artifacts.USER_HISTORY
 STYLES = {      # colour (dark to light in greyscale), marker, filled, line
     MODEL: ("#12386b", "o", True, "-"), HISTORY: ("#c2570c", "s", False, "--"),
     pointer_alone.NAME: ("#2b6e6a", "v", False, (0, (5, 1))), "Markov chain": ("#5f6b76", "^", False, ":"),

@@ -20,6 +20,7 @@ RAW_COLUMNS = ("poi", "poiid", "venue", "venueid", "place", "placeid", "location
 ENCODED_COLUMNS = ("gpsid", "encodedpoi", "encodedpoiid", "encodedid")
 USER_COLUMNS = ("user", "userid")
 IDS = ("raw", "encoded")
+TOLD = 3        # of the candidates that the model does not know
 TIME = re.compile(r"(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d)(:\d\d)?(?:\.\d+)?\s*(Z|UTC|[+-]\d\d(?::?\d\d)?)?")
 TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
 
@@ -96,9 +97,10 @@ def _read(source: str, places: Places, ids: str | None, many: bool) -> dict[str,
 def read_candidates(source: str, places: Places, ids: str | None) -> frozenset[int]:
     """The encoded ids of a file's places: one id a line, or a CSV whose header names the column as in one of check-ins.
 
-    Raises UserError with file and line for an id that the model does not know, or if there is none.
+    Those that the model does not know are counted in a log line. Raises UserError with file and line for what is no id,
+    or if none is known.
     """
-    name, found, column = _name(source), set(), 0
+    name, found, unknown, column = _name(source), set(), [], 0
     rows = _rows(source, "one POI id a line")
     for number, (line, row) in enumerate(rows):
         heads = _find(name, row, "POI", RAW_COLUMNS + ENCODED_COLUMNS) if number == 0 else None
@@ -111,11 +113,19 @@ def read_candidates(source: str, places: Places, ids: str | None) -> frozenset[i
             where, poi = f"{name}, line {line}", row[column].strip()
             known = _encoded(poi, ids or IDS[0], places, where)
             if known is None:
-                raise UserError(f"{where}: the model knows no POI {poi[:60]!r}; remove the line, or give "
-                                f"{_other(ids or IDS[0])}")
-            found.add(known)
+                unknown.append((line, poi[:60]))
+            else:
+                found.add(known)
+    if not found and unknown:
+        line, poi = unknown[0]
+        raise UserError(f"{name}: no POI that the model knows ({poi!r} of line {line} is none); give the data set's "
+                        f"{ids or IDS[0]} ids, or {_other(ids or IDS[0])}")
     if not found:
         raise UserError(f"{name}: no POI; give one id a line")
+    if unknown:
+        such_as = ", ".join(f"{poi} (line {line})" for line, poi in unknown[:TOLD])
+        log.warning("%s: %d ids are of no POI that the model knows, such as %s, and left out", name, len(unknown),
+                    such_as)
     return frozenset(found)
 
 

@@ -6,6 +6,7 @@ tensor, and the tokenizer as arrays of tokens with their kinds. It cuts text in 
 name; a tokenizer that cuts otherwise is refused.
 """
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ def write(model, tokenizer, context: int, path: Path, kind: str) -> None:
     """
     needed("gguf", "--gguf")
     import gguf         # which most exports do without
+    logging.getLogger("gguf").setLevel(logging.WARNING)     # else it tells which file it writes
     architecture = check(model.config, tokenizer, context)
     writer = gguf.GGUFWriter(path, architecture, use_temp_file=True)
     _describe(writer, model.config, context, gguf)

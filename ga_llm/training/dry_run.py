@@ -128,7 +128,20 @@ def describe_run(trainer, setup) -> plan.Run:
         embeddings_trained=setup.model.get_input_embeddings().weight.requires_grad, norms_trained=norms,
         four_bit=getattr(setup.model, "is_loaded_in_4bit", False), bf16=args.bf16 or args.fp16,
         full_attention=args.use_full_attn or args.shared_prefix, checkpointing=args.activation_checkpointing,
-        zero_stage=stage, gpus=args.world_size)
+        zero_stage=stage, gpus=args.world_size, **pointed(trainer))
+
+
+def pointed(trainer) -> dict:
+    """What `plan.Run` says of the pointer, of the batch with the longest sequences; nothing without one."""
+    args, dataset = trainer.args, trainer.train_dataset
+    if not getattr(args, "pointer", False):
+        return {}
+    lengths = dataset.lengths
+    if isinstance(dataset, TokenBatches):       # all of about as many tokens: the fewer pairs, the longer they are
+        lengths = -np.array([len(some) for some in dataset.members])
+    longest = np.argsort(lengths, kind="stable")[-args.per_device_train_batch_size:]
+    given = trainer.data_collator([dataset[i] for i in longest.tolist()])["pointer"]
+    return {"pointer_heads": args.pointer_heads, "pointed": (*given["query"].shape, given["place"].shape[1])}
 
 
 def like_7b(setup, chosen: plan.Run) -> tuple[plan.Model, plan.Run]:
@@ -262,6 +275,8 @@ def describe_memory(model: plan.Model, chosen: plan.Run) -> list[str]:
         f"batch {chosen.batch} of {chosen.length:,} tokens", "full attention" if chosen.full_attention else "S²-Attn",
         f"ZeRO-{chosen.zero_stage}" if chosen.zero_stage else "no ZeRO",
         f"activations {'checkpointed' if chosen.checkpointing else 'all kept'}"])
+    if chosen.pointer_heads:
+        how += ", a pointer of {} prompts that ask for {} places among {} check-ins".format(*chosen.pointed)
     lines = [f"memory     {unit} expected on each of N GPUs: {how}",
              f"           {'':26}" + "".join(f"{f'N = {n}':>10}" for n in numbers)]
     for part in columns[0]:

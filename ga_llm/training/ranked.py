@@ -46,15 +46,21 @@ def rank(trainer, trained: bool) -> None:
                    *(["--cache_dir", args.cache_dir] if args.cache_dir else [])]
         log.info("ranking %d validation questions: python %s", args.eval_ranked, " ".join(command))
         environment = {key: value for key, value in os.environ.items() if not key.startswith(OF_TORCHRUN)}
-        if subprocess.run([sys.executable, ROOT / command[0], *command[1:]], env=environment).returncode:
+        # Its tables do not belong into a training's output; what it says while it works does, and its errors.
+        if subprocess.run([sys.executable, ROOT / command[0], *command[1:]], env=environment,
+                          stdout=subprocess.DEVNULL).returncode:
             raise UserError(f"{checkpoint}: is whole, but its validation questions could not be ranked (see above); "
                             "try again by the same command with --resume_from_checkpoint auto, or give --eval_ranked "
                             "0")
-    model = read_json(results)["all"]["model"]
+    everyone = read_json(results)["all"]
+    model, history = everyone["model"], everyone[artifacts.USER_HISTORY]
     figures = {f"eval_{metric}": model[metric]["value"] for metric in ("Acc@1", "MRR")}
     figures |= {"eval_ranked": model["n"], "eval_ranked_step": trainer.result_step}
     if any(figures.items() <= line.items() for line in read_log(Path(args.output_dir) / artifacts.TRAINER_LOG)):
         return      # an earlier start has said so
+    log.info("%d validation questions ranked: %s; all metrics are in %s", model["n"], ", ".join(
+        f"{metric} {model[metric]['value']:.4f} ({artifacts.USER_HISTORY}: {history[metric]['value']:.4f})"
+        for metric in ("Acc@1", "MRR")), results)
     if trained:
         trainer.log(figures)
     else:

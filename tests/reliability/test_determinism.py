@@ -19,6 +19,7 @@ from harness import ROOT, call, snapshot
 
 from ga_llm.base.artifacts import FINAL_ENCODER, METRICS, PREDICTIONS, TRAINABLE_PARAMS
 
+PLAINLY = "as it is"
 PLAIN = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8", "TZ": "UTC", "OMP_NUM_THREADS": "1"}
 NOT_UTF_8 = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 # What sitecustomize.py does when Python starts: folders are listed from z to a.
@@ -142,17 +143,21 @@ def environment_of(folder: Path, changes: dict) -> dict:
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    """plain(part): what that part of the chain prints and leaves in the plain environment."""
+def left_by(tmp_path_factory):
+    """left_by(variant, part): what that part of the chain prints and leaves there; a chain runs once."""
     pytest.importorskip("shapely")     # of the data set ca
-    folder, made = tmp_path_factory.mktemp("plain"), {}
-    copy = copy_of_the_code(folder / "plain")
+    places, made = {}, {}
 
-    def run(part):
+    def run(variant, part):
+        changes, umask, name, absolute = {**TOGETHER, **VARIANTS, PLAINLY: ({}, 0o022, "plain", False)}[variant]
+        if variant not in places:
+            folder = tmp_path_factory.mktemp("variant")
+            places[variant] = copy_of_the_code(folder / name), environment_of(folder, changes)
         for each in (DATA_SETS, MODELS)[:1 if part == DATA_SETS else 2]:
-            if each not in made:
-                made[each] = run_chain(copy, each, environment_of(folder, {}))
-        return made[part]
+            if (variant, each) not in made:
+                copy, environment = places[variant]
+                made[variant, each] = run_chain(copy, each, environment, umask, absolute)
+        return made[variant, part]
     return run
 
 
@@ -160,26 +165,20 @@ FIRST, SECOND = TOGETHER
 ALONE = [pytest.param(name, marks=pytest.mark.soak) for name in VARIANTS]
 
 
-def in_variant(folder: Path, variant: str, *parts: str):
-    changes, umask, name, absolute = {**TOGETHER, **VARIANTS}[variant]
-    copy, environment = copy_of_the_code(folder / name), environment_of(folder, changes)
-    return [run_chain(copy, part, environment, umask, absolute) for part in parts][-1]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", [FIRST, SECOND, *ALONE])
-def test_data_is_the_same_bytes(plain, tmp_path, variant):
-    printed, files = in_variant(tmp_path, variant, DATA_SETS)
-    assert (printed, files) == plain(DATA_SETS)
+def test_data_is_the_same_bytes(left_by, variant):
+    printed, files = left_by(variant, DATA_SETS)
+    assert (printed, files) == left_by(PLAINLY, DATA_SETS)
     assert len(files["data-preprocess/data"]) > 8 and len(files["datasets"]) > 40 and printed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", [FIRST, pytest.param(SECOND, marks=pytest.mark.soak), *ALONE])
-def test_models_and_tokens_are_the_same_bytes(plain, tmp_path, variant):
+def test_models_and_tokens_are_the_same_bytes(left_by, variant):
     """Random weights, tokenizers of both styles, the tokens of both stages; and the baselines' table."""
-    printed, files = in_variant(tmp_path, variant, DATA_SETS, MODELS)
-    assert (printed, files) == plain(MODELS)
+    printed, files = left_by(variant, MODELS)
+    assert (printed, files) == left_by(PLAINLY, MODELS)
     assert sum(name.endswith("ids.bin") for name in files["datasets"]) == 4 and len(files["models"]) > 8
     assert any(b"user-history frequency" in line for line in printed)
 

@@ -148,7 +148,7 @@ STACKS = {"zero2": ["--deepspeed", "ds_configs/stage2.json"], "zero3": ["--deeps
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("stack", [pytest.param("zero2", marks=pytest.mark.soak), "zero3", "fsdp2"])
 def test_cut_up_among_two_processes(repo, tmp_path, trained, stack):
     """One is told, in the first of a step's two batches."""
     if stack != "fsdp2":

@@ -1,9 +1,13 @@
 """What several files of these tests share."""
 import shutil
+from pathlib import Path
 
+import forked
 import pytest
 from commands import DATA
 from harness import call
+
+from ga_llm.tables import chain
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +19,13 @@ def pointed(repo):
                       "-fields", "moment,gps", "-max_history", "10", *flags)
         assert result.code == 0, result.err
     return repo
+
+
+@pytest.fixture
+def steps_are_forked(monkeypatch):
+    """The commands of an experiment's steps start in a moment (`forked`), not by python and torchrun in ten seconds."""
+    def call_forked(command, log_file):
+        script = next(at for at, part in enumerate(command) if part.endswith(".py"))
+        environment = forked.ranks() if command[0] == "torchrun" else {}
+        return forked.run(Path.cwd(), command[script:], log_file, **environment).code
+    monkeypatch.setattr(chain, "_call", call_forked)

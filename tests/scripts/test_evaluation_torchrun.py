@@ -43,15 +43,19 @@ def test_under_torchrun(repo, tmp_path):
     result = run(repo, *TORCHRUN, *tested.command("two"))
     assert (tested.copy("two") / artifacts.PREDICTIONS).read_bytes() == one[artifacts.PREDICTIONS]
     assert result.stdout.count("wrote ") == result.stdout.count("protocol ga-llm") == 1
-    wrong = run(repo, *TORCHRUN, *tested.command("two"), "--base_model", "nowhere/there", check=False)
+
+
+@pytest.mark.soak       # test_evaluation_processes.py has errors of processes without torchrun, which costs most
+def test_an_error_under_torchrun(repo, tmp_path):
+    wrong = run(repo, *TORCHRUN, *Copies(repo, tmp_path).command("two"), "--base_model", "nowhere/there", check=False)
     assert wrong.returncode == 1 and wrong.stderr.count("error: ") == 1 and "nowhere/there" in wrong.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("rank", [pytest.param("0", marks=pytest.mark.soak), "1"])
 def test_torchrun_ends_all_if_one_is_killed(repo, tmp_path, rank):
     """And the others' predictions count when it is started again. Beams take long enough."""
-    tested = Copies(repo, tmp_path, flags=["--decoding", "beam"])
+    tested = Copies(repo, tmp_path, flags=["--decoding", "beam", "--limit", "16"])
     one, killed = tested.by(1), tested.copy("killed")
     before = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     with open(tmp_path / "told", "w") as told:

@@ -169,7 +169,7 @@ def test_refusals(place, change, flags, names):
 
 
 @pytest.mark.slow
-def test_all_as_the_released_code_does_it(repo):
+def test_all_as_the_released_code_does_it(repo, steps_are_forked):
     """The flags of the scale gpu_released, all at once, on a tiny model: from raw check-ins to a row of the table."""
     released = yaml.safe_load((ROOT / "experiments/scales/gpu_released.yml").read_text())
     del released["like"]
@@ -178,36 +178,42 @@ def test_all_as_the_released_code_does_it(repo):
     tiny |= {name: {**tiny.get(name, {}), **section} for name, section in released.items()}
     (repo / "experiments/scales/tiny_released.yml").write_text(yaml.safe_dump(tiny))
     (repo / "experiments/both.yml").write_text(ROW.format(row="both").replace("pam: false\n", ""))
-    run(repo, sys.executable, "run_experiment.py", "experiments/both.yml", "--scale", "tiny_released")
+    result = call(repo, "run_experiment.py", "experiments/both.yml", "--scale", "tiny_released")
+    assert result.code == 0, result.err
     told = json.loads((repo / "runs/experiments/tiny_released/both.json").read_text())
     metrics = json.loads((repo / "runs/experiments" / told["metrics"]).read_text())
     assert metrics["decoding"] == "sample" and metrics["n"] == 8 and set(metrics["all"]["model"]) >= {"n", "Acc@1"}
     assert "released_prompt" in told["metrics"] and "base_norms" in told["metrics"]
-    table = run(repo, sys.executable, "results.py", "--others", "nowhere", "--out", "runs/table")
-    assert "| both | 8 | " in table.stdout
+    table = call(repo, "results.py", "--others", "nowhere", "--out", "runs/table")
+    assert "| both | 8 | " in table.out
     subprocess.run(["rm", "-r", str(repo / "runs/experiments")], check=True)
 
 
 @pytest.mark.slow
-def test_from_raw_check_ins_to_the_table(repo):
-    """A row by one command, a second that shares all but GCIM, a third that is both of them averaged, and all in the
-    table; again, nothing runs."""
+def test_from_raw_check_ins_to_the_table(repo, request, caplog):
+    """A row by one command, as users start it; then a second that shares all but GCIM, a third that is both of them
+    averaged, and all in the table; again, nothing runs."""
     (repo / "experiments/scales/tiny.yml").write_text(yaml.safe_dump(SCALE))
     (repo / "experiments/with.yml").write_text(ROW.format(row="with") + "published: {Acc@1: 0.5}\nsource: nobody\n")
     (repo / "experiments/without.yml").write_text(ROW.format(row="without") + "gcim: false\nreference: with\n")
     (repo / "experiments/mean.yml").write_text(ROW.format(row="mean") + "gcim: false\nmembers: [with]\n")
     rows = [f"experiments/{name}.yml" for name in ("with", "without", "mean")]
-    command = [sys.executable, "run_experiment.py", *rows, "--scale", "tiny"]
-    first, again = (run(repo, *command) for _ in range(2))
-    assert first.stderr.count("done in") == 7 + 3 + 1 and first.stderr.count("done before") == 2 + 9, first.stderr
-    assert "done in" not in again.stderr and again.stderr.count("done before") == 7 + 5 + 10
+    first = run(repo, sys.executable, "run_experiment.py", rows[0], "--scale", "tiny").stderr
+    assert first.count("done in") == 7 and "done before" not in first, first
+    request.getfixturevalue("steps_are_forked")
+    caplog.set_level("INFO")
+    for done, before in ((3 + 1, 7 + 2 + 9), (0, 7 + 5 + 10)):
+        caplog.clear()
+        result = call(repo, "run_experiment.py", *rows, "--scale", "tiny")
+        assert result.code == 0, result.err
+        assert (caplog.text.count("done in"), caplog.text.count("done before")) == (done, before), caplog.text
     told = json.loads((repo / "runs/experiments/tiny/with.json").read_text())
     test, = (repo / "runs/experiments/steps").glob(f"{told['step']}/step.json")
     assert re.search(r"--geoencoder_path \S*/stage2-\w+/out/geo_encoder_final_merged.pth", test.read_text())
     metrics = json.loads((repo / "runs/experiments" / told["metrics"]).read_text())
     assert metrics["n"] == 8 and told["published"] == {"Acc@1": 0.5}
-    table = run(repo, sys.executable, "results.py", "--others", "nowhere", "--out", "runs/table")
-    assert "| with | 8 | " in table.stdout and "| with | .5000 (" in table.stdout and "user-history" in table.stdout
+    table = run(repo, sys.executable, "results.py", "--others", "nowhere", "--out", "runs/table").stdout
+    assert "| with | 8 | " in table and "| with | .5000 (" in table and "user-history" in table
     assert Path(repo / "runs/table.csv").read_text().count("\n") == 4
     mean = json.loads((repo / "runs/experiments/tiny/mean.json").read_text())
     both = json.loads((repo / "runs/experiments" / mean["metrics"]).read_text())["all"]
@@ -215,7 +221,7 @@ def test_from_raw_check_ins_to_the_table(repo):
     assert "average2" in mean["metrics"] and both["model"]["n"] == 8
     alone = json.loads((repo / "runs/experiments" / without["metrics"]).read_text())["all"]
     assert both["model alone"] == alone["model"]
-    run(repo, sys.executable, "results.py", "--keep")
+    assert call(repo, "results.py", "--keep").code == 0
     kept = json.loads((repo / "results/tiny/with.json").read_text())
     assert kept["found"] == metrics["all"] and kept["training"].keys() == {"gcim", "stage2"}
     assert kept["training"]["stage2"]["steps"] == 2 and kept["seconds"].keys() > {"samples", "gcim", "stage2", "test"}

@@ -177,6 +177,17 @@ def test_other_places_than_the_trainings_are_refused(trained, tmp_path):
     assert result.code == 2 and "shuffled.csv: other places than those of" in result.err.splitlines()[-1]
 
 
+def test_the_plan_counts_the_pointer(pointed, tmp_path):
+    """Of the batch with the longest prompts, of at most 256 tokens, all of whose check-ins are asked for."""
+    command = forked.training(2, tmp_path / "O", *files("tokens"), *EXACT, *FULL, "--dry_run", "True")
+    result = forked.run(pointed, command, tmp_path / "log", **forked.ranks())
+    assert result.code == 0, result.err[-3000:]
+    prompts, asked, check_ins = map(int, re.search(
+        r"a pointer of (\d+) prompts that ask for (\d+) places among (\d+) check-ins", result.out).groups())
+    assert prompts >= 1 and check_ins > 5 and asked == check_ins
+    assert re.search(r"\n +pointer( +\d+\.\d\d){4}\n", result.out)
+
+
 def test_what_goes_with_what(pointed, tmp_path):
     """A mistake is one line, before the model is loaded."""
     for flags, names in (

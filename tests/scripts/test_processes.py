@@ -6,7 +6,7 @@ import sys
 import forked
 import pytest
 import torch
-from commands import evaluate, few_pairs, held, losses, needs_deepspeed, run, stage
+from commands import few_pairs, held, losses, needs_deepspeed, run, stage
 from safetensors.torch import load_file
 
 from ga_llm.base.artifacts import FINAL_ENCODER, MERGED_ENCODER, TRAINABLE_PARAMS
@@ -177,6 +177,6 @@ def test_conversion(repo, stack):
     shutil.copytree(repo / checkpoint, repo / f"outputs/{stack}_direct",
                     ignore=shutil.ignore_patterns("pytorch_model.bin", "global_step*"))
     assert close(loaded(repo / checkpoint), loaded(repo / f"outputs/{stack}_direct"), 0)
-    result, metrics = evaluate(repo, checkpoint, "--limit", "4")
-    assert f"weights from {checkpoint}/pytorch_model.bin" in result.stderr
+    result, metrics = forked.evaluate(repo, checkpoint, "--limit", "4")
+    assert f"weights from {checkpoint}/pytorch_model.bin" in result.err
     assert metrics["all"]["model"]["n"] == 4

@@ -222,8 +222,8 @@ def test_what_does_not_go_with_many_users(exported, tmp_path, flags, names):
 
 
 @pytest.mark.parametrize("text, flags, names", [
-    ("{1}\n\n{2}\nnowhere\n", [], ["some.txt, line 4", "'nowhere'", "--ids encoded"]),
-    ("gps_id\n1\n99999\n", [], ["some.txt, line 3", "'99999'", "--ids raw"]),
+    ("nowhere\n\nelsewhere\n", [], ["some.txt: no POI that the model knows", "'nowhere' of line 1", "--ids encoded"]),
+    ("gps_id\n99999\n", [], ["some.txt: no POI", "'99999' of line 2", "--ids raw"]),
     ("x\n", ["--ids", "encoded"], ["some.txt, line 1", "'x'"]),
     ("{1},{2}\n", [], ["some.txt, line 1", "2 cells", "one id a line"]), ("poi\n", [], ["some.txt: no POI"]),
     ("poi,venue\n", [], ["poi and venue"]), ("poi,n\n{1}\n", [], ["some.txt, line 2", "1 cells"]),
@@ -232,6 +232,17 @@ def test_candidates_that_are_refused(exported, asked, tmp_path, text, flags, nam
     if text is not None:
         (tmp_path / "some.txt").write_text(text.format(*(raw_ids(exported, "poi").get(i) for i in range(3))))
     refusal(call(exported, "recommend.py", *asked[0], "--candidates", tmp_path / "some.txt", *flags), *names)
+
+
+def test_candidates_that_the_model_does_not_know_are_left_out(exported, monkeypatch, tmp_path, caplog):
+    monkeypatch.chdir(exported)
+    places = read_places("sample", "datasets", recommendation.read_asking(exported / MODEL).places, "sample")
+    file, raw = tmp_path / "some.txt", raw_ids(exported, "poi")
+    file.write_text("\n".join(["a", raw[1], "b", "c", "", raw[2], "d"]) + "\n")
+    assert check_in_files.read_candidates(str(file), places, None) == {1, 2}
+    line, = caplog.messages
+    assert line == (f"{file}: 4 ids are of no POI that the model knows, such as a (line 1), b (line 3), c (line 4), "
+                    "and left out")
 
 
 @pytest.mark.parametrize("flags, names", [(["--within", "-1"], ["--within", "km"]), (["--within", "near"], ["'near'"]),

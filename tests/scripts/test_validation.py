@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from commands import DATA, PAIRS, few_pairs, free_port, needs_deepspeed
 from harness import call
-from test_processes import CUT_UP, STACKS
+from test_processes import STACKS
 
 from ga_llm.base import artifacts
 from ga_llm.pairs import sft_data
@@ -67,6 +67,16 @@ def test_what_is_ranked_at_the_end_is_what_the_test_ranks(validated, one_process
     assert drawn["n"] == 5 and drawn["split"] == "validate"
     assert drawn["all"]["model"]["MRR"]["value"] == line["eval_MRR"]
 
+    # The training's output has one line of it, and none of the test's tables.
+    printed, out = ((validated / f"{one_process}.log{suffix}").read_text() for suffix in ("", ".out"))
+    history = drawn["all"]["user-history frequency"]
+    assert len([said for said in printed.splitlines() if (
+        f"5 validation questions ranked: Acc@1 {line['eval_Acc@1']:.4f} (user-history frequency: "
+        f"{history['Acc@1']['value']:.4f}), MRR {line['eval_MRR']:.4f} (user-history frequency: "
+        f"{history['MRR']['value']:.4f}); all metrics are in ") in said and said.endswith(
+            f"checkpoint-4/validate_draw5/{artifacts.METRICS}")]) == 1
+    assert "all pairs" not in printed + out and "NDCG" not in printed + out
+
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     scalars = events.EventAccumulator(str(next((validated / one_process / "runs").iterdir()))).Reload()
     assert [event.value for event in scalars.Scalars("eval/MRR")] == [pytest.approx(line["eval_MRR"])]
@@ -92,7 +102,9 @@ def test_started_again_it_ranks_what_is_not_ranked(validated, one_process):
     assert lines[0] == lines[1] and (results / artifacts.METRICS).is_file()
 
 
-@pytest.mark.parametrize("stack", [pytest.param("ddp", marks=pytest.mark.slow), *CUT_UP])
+# Each ranks in a process of its own, which costs most. ZeRO-2 has whole weights, as DDP, and is DeepSpeed, as ZeRO-3.
+@pytest.mark.slow
+@pytest.mark.parametrize("stack", ["ddp", pytest.param("zero2", marks=pytest.mark.soak), "zero3", "fsdp2"])
 def test_two_processes_find_the_same_loss(validated, one_process, stack):
     if stack.startswith("zero"):
         needs_deepspeed()

@@ -95,6 +95,8 @@ function makeMap(i) {
   map.trajectory = L.svg({ pane: "trajectory", padding: 1 });
   map.heat = L.svg({ pane: "heat", padding: 1 });
   map.shown = L.layerGroup().addTo(map);
+  map.labels = [];
+  map.on("zoomend", () => thin(map));
   return map;
 }
 
@@ -108,7 +110,8 @@ function nearest(map, at) {     // of the places that are asked for, if it is ne
 }
 
 function sign(place, kind, text, size, title, z) {
-  const icon = L.divIcon({ className: `sign ${kind}`, html: element("span", {}, text), iconSize: [size, size] });
+  const html = element("span", {}, ...[text].flat());
+  const icon = L.divIcon({ className: `sign ${kind}`, html, iconSize: [size, size] });
   return L.marker(point(place), { icon, keyboard: false, zIndexOffset: z })
     .on("click", () => choosePlace(place)).bindTooltip(element("span", {}, title));
 }
@@ -126,14 +129,31 @@ function draw(map, run, pair) {
     if (!point(place)) return;
     const share = run.share[pair][i], size = Math.max(i < FIRST ? 20 : 17, 42 * Math.sqrt(share / 1e4));
     const kind = `guess${i < FIRST ? "" : " late"}${place === target ? " hit" : ""}`;
-    layers.push(sign(place, kind, String(i + 1), size,
-                     `${i + 1}. ${nameOf(place)}: ${percent(share)}`, 1000 - 10 * i));
+    const told = `${i + 1}. ${nameOf(place)}: ${percent(share)}${place === target ? ", the truth" : ""}`;
+    layers.push(sign(place, kind, String(i + 1), size, told, 1000 - 10 * i));
   });
-  if (point(target)) layers.push(sign(target, "truth", "★", 54, `The truth: ${nameOf(target)}`, 200));
+  if (point(target)) {      // on top, with the number of the guess that it covers
+    const guess = run.top[pair].indexOf(target) + 1;
+    layers.push(sign(target, guess ? "truth hit" : "truth", ["★", ...guess ? [element("b", {}, String(guess))] : []], 54,
+                     `The truth: ${nameOf(target)}`, 2000));
+  }
   layers.forEach(layer => layer.addTo(map.shown));
+  thin(map);
+}
+
+function thin(map) {        // of the labels those that would cover a later check-in's are not shown; the table has all
+  const kept = [];
+  for (const label of map.labels) {
+    const box = label.getElement().getBoundingClientRect();
+    const covers = kept.some(other => box.left < other.right && other.left < box.right &&
+                                      box.top < other.bottom && other.top < box.bottom);
+    label.getElement().style.visibility = covers ? "hidden" : "";
+    if (!covers) kept.push(box);
+  }
 }
 
 function drawTrajectory(map, pair, layers) {
+  map.labels = [];      // the latest check-in's first
   const steps = current.place[pair].map((place, i) => ({ place, at: point(place), second: current.second[pair][i] }))
     .filter(step => step.at);
   if (!steps.length) return;
@@ -146,12 +166,19 @@ function drawTrajectory(map, pair, layers) {
   for (const { place, second } of latest) {
     times.set(place, [...times.get(place) ?? [], shortTime(second, pairs.second[pair])]);
   }
-  const last = steps.at(-1).place;
-  for (const { place, at } of new Map(steps.map(step => [step.place, step])).values()) {
+  const last = steps.at(-1).place, stops = new Map();      // each place, by its last check-in
+  for (const { place, at } of steps) {
+    stops.delete(place);
+    stops.set(place, at);
+  }
+  for (const [place, at] of stops) {
     const [className, radius] = place === last ? ["stop last", 7] : ["stop", 4];
     const dot = L.circleMarker(at, { ...style, className, radius });
     const text = (times.get(place) ?? []).filter(time => time).join(", ");
-    if (text) dot.bindTooltip(text, { permanent: true, direction: "auto", offset: [6, 0], className: "when" });
+    if (text) {
+      dot.bindTooltip(text, { permanent: true, direction: "auto", offset: [6, 0], className: "when" });
+      map.labels.unshift(dot.getTooltip());
+    }
     layers.push(dot);
   }
 }

@@ -1,5 +1,4 @@
 """The bootstrap over pairs and runs against what is certain (equal files) and against the normal approximation."""
-import argparse
 import json
 import math
 
@@ -159,13 +158,6 @@ def test_text_of_runs(write):
     lines = comparison.compare(a, b).splitlines()
     assert lines[:3] == [f"A: {a[0]}", f"B: {b[0]}", f"B: {b[1]}"]
     assert lines[3].endswith("by bootstrap over pairs and runs (1 of A, 2 of B)") and len(lines[3]) <= 120
-
-
-def test_runs_are_files_with_commas_between():
-    assert list(map(str, comparison.runs("a/x,b/x"))) == ["a/x", "b/x"]
-    for text in ("", "a,", "a,,b", "a,b,a"):
-        with pytest.raises(argparse.ArgumentTypeError, match="different files with commas"):
-            comparison.runs(text)
 
 
 def test_every_run_has_the_same_pairs(write):

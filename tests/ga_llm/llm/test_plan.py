@@ -7,7 +7,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ga_llm.llm import backbone, plan
+from ga_llm.llm.pointer import Pointer, PointerConfig
 from ga_llm.llm.shifted_attention import SHIFTED_SPARSE, dense_mask, group_size
+from geo_encoder.gps_tokens import GPSMapping
 
 ANSWER = 4      # positions with logits in what follows
 LLAMA_2_7B = plan.Model(hidden=4096, layers=32, heads=32, kv_heads=32, intermediate=11008, vocab=32000 + 4980,
@@ -150,6 +152,13 @@ def test_saved_tensors_of_a_layer(way, attention, dropout):
     assert (saved[1] - saved[0]) / 2 == expected
 
 
+def height_of(profiler) -> int:
+    """The most bytes that were allocated at once."""
+    events = sorted((event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"),
+                    key=lambda event: event.start_ns())
+    return np.cumsum([event.nbytes() for event in events]).max()
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("way", ["stage 2, fp32", "stage 2, DeepSpeed"])
 def test_height_of_a_step(way, checkpointing):
@@ -162,12 +171,37 @@ def test_height_of_a_step(way, checkpointing):
     model.zero_grad()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         loss(model, run).backward()
-    events = sorted((event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"),
-                    key=lambda event: event.start_ns())
-    height = np.cumsum([event.nbytes() for event in events]).max()
+    height = height_of(profiler)
     parts = plan.memory(shape, run)
     name = "activations, checkpointed" if checkpointing else "activations, all kept"
     assert parts[name] + parts["gradients"] + parts["logits"] == pytest.approx(height, rel=0.1)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("asked, check_ins, heads", [(120, 120, 8), (200, 200, 1), (40, 200, 4), (1, 400, 8)])
+def test_height_of_the_pointer(asked, check_ins, heads, autocast):
+    """All that its forward and backward pass allocates, at its height: within a sixth of what is expected."""
+    ids, generator = np.arange(1, 51), torch.Generator().manual_seed(0)
+    mapping = GPSMapping(ids, 40 + ids / 100, -74 + ids / 50)
+    module = Pointer(PointerConfig(hidden_size=16, heads=heads), mapping, dropout=0.1)
+    place = torch.randint(0, 50, (2, check_ins), generator=generator)
+    second = torch.randint(0, 10**7, (2, check_ins), generator=generator).sort(1).values
+    first = (torch.arange(check_ins) // 4 * 4).repeat(2, 1)
+    query = torch.arange(check_ins)[-asked:].repeat(2, 1)
+
+    def height():
+        asking, states = (torch.randn(2, n, 16, requires_grad=True) for n in (asked, check_ins))
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                found = module(asking, states, second, place, first, query)
+            found.of_targets(place, place.gather(1, query)).sum().backward()
+        return height_of(profiler)
+
+    height()        # what is allocated once and for all
+    run = plan.Run(1, 1, 1, 0, 0, bf16=autocast, pointer_heads=heads, pointed=(2, asked, check_ins))
+    assert plan.pointer(run) == pytest.approx(height(), rel=1 / 6)
+    parts, without = (plan.memory(LLAMA_2_7B, one) for one in (run, plan.dataclasses.replace(run, pointer_heads=0)))
+    assert parts["total"] - without["total"] == pytest.approx(parts["pointer"]) and "pointer" not in without
 
 
 @pytest.mark.parametrize("way", ["full, fp32", "stage 2, fp32", "stage 2, autocast"])

@@ -116,9 +116,26 @@ def test_what_is_shown_of_a_pair(opened):
     assert page.locator("#map0 .truth").count() == 1 and page.locator("#map0 .baseline").count() == 3
     assert page.locator("#map0 path.heat").count() == 5     # user 0: 1, 2, 3, 4, 7
     assert page.locator("#map0 path.trajectory").count() == 1
-    assert sorted(page.locator("#map0 .when").all_inner_texts()) == ["10:00", "12:00"]
+    assert sorted(page.locator("#map0 .when").all_text_contents()) == ["10:00", "12:00"]
     sizes = page.locator("#map0 .guess").evaluate_all("all => all.map(one => one.offsetWidth)")
     assert sizes[0] > sizes[1] and sizes[0] == pytest.approx(42 * 0.9 ** 0.5, abs=1)
+
+
+def test_what_stands_on_top(opened):
+    """A label that would cover a later check-in's is hidden while it would; the star lies above all guesses, with the
+    number of the one that it covers."""
+    page = opened("one")
+    page.evaluate("maps[0].setView(point(places.id.indexOf(5)), 16, { animate: false })")
+    assert sorted(page.locator("#map0 .when:visible").all_inner_texts()) == ["10:00", "12:00"]
+    page.get_by_role("button", name="All places").click()
+    assert page.locator("#map0 .when:visible").all_inner_texts() == ["12:00"]
+    heights = page.locator("#map0 .sign").evaluate_all(
+        "all => all.map(one => [Number(one.style.zIndex), one.className])")
+    assert "truth" in max(heights)[1] and page.locator("#map0 .truth").inner_text().split() == ["★", "1"]
+    page.locator("#map0 .guess.hit").hover()        # through the star
+    assert page.locator(".leaflet-tooltip:not(.when)").inner_text() == "1. Café 1, POI 1: 90.0 %, the truth"
+    page.locator("#list").select_option("4")        # not ranked
+    assert page.locator("#map0 .truth").inner_text() == "★"
 
 
 def test_clicks_choose(opened):

@@ -1,4 +1,6 @@
 """The GGUF file of an export holds the model: as transformers' own reader of such files finds it, and llama.cpp."""
+import logging
+
 import llama_cpp_python
 import numpy as np
 import pytest
@@ -43,9 +45,11 @@ def logits(model, tokenizer) -> np.ndarray:
 # Whose positions transformers' reader of GGUF files understands.
 @pytest.mark.parametrize("kind", gguf_file.TYPES)
 @pytest.mark.parametrize("family", ["llama-2", "llama-3", "qwen2.5", "smollm2"])
-def test_transformers_reads_it(ready, tmp_path, family, kind):
+def test_transformers_reads_it(ready, tmp_path, family, kind, caplog):
+    caplog.set_level(logging.INFO)
     tokenizer, model = ready(family)
     gguf_file.write(model, tokenizer, 512, tmp_path / gguf_file.name(kind), kind)
+    assert not [record for record in caplog.records if record.name.startswith("gguf")]
     read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=gguf_file.name(kind))
     assert rounding(logits(read, tokenizer), logits(model, tokenizer)) < MOST[kind]
     assert read.config.max_position_embeddings == 512
