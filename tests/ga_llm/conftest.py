@@ -59,7 +59,7 @@ def asked_city(once):
     """A small synthetic city's folder: D/<kind> holds its question files, mapping and samples, `kind` being how its
     check-ins are shown: "tokens" (<TIME n><GPS n>, answered by <GPS n>), "moments" (answered by ids), "text"."""
     kinds = {"tokens": ["-fields", "moment,gps", "-answer", "token"], "moments": ["-fields", "moment,gps"],
-             "text": ["-fields", "week,poi,gps"]}
+             "text": ["-fields", "clock,poi,gps"]}
 
     def make(folder):
         (folder / "best_conf").symlink_to(ROOT / "best_conf")
