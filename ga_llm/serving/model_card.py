@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from ga_llm.base import prompts
-from ga_llm.base.artifacts import DATASETS
+from ga_llm.base.artifacts import DATASETS, USER_HISTORY
 from ga_llm.evaluation import pointer_alone
 from ga_llm.llm import four_bits
 from ga_llm.pairs import spelling
@@ -14,7 +14,7 @@ from ga_llm.serving import hub
 
 README = "README.md"
 METRICS = ("Acc@1", "Acc@5", "MRR")
-BASELINES = {"user-history frequency": "the count of the user's own visits",      # how a sentence calls them
+BASELINES = {USER_HISTORY: "the count of the user's own visits",      # how a sentence calls them
              pointer_alone.NAME: "the pointer alone"}
 MIXTURES = {"--average_with": "[]"}     # flags of the evaluation, and what mixes nothing
 LOSS = {"answer": "Loss on the answers alone", "poi_ids": "Loss on every POI id, the questions' too"}
