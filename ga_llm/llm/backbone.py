@@ -16,6 +16,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from ga_llm.base.cli import UserError, show_progress
 from ga_llm.base.reading import check_finite, reason, weights_files
 from ga_llm.llm.plan import Model
+from ga_llm.llm.right_padding import RIGHT_PADDED
 from ga_llm.llm.shared_prefix import SHARED_PREFIX
 from ga_llm.llm.shifted_attention import SHIFTED_SPARSE
 from geo_encoder.encoder import Dropout
@@ -142,7 +143,7 @@ def training_attention(use_flash: bool, full: bool, shared_prefix: bool = False)
                  "--no-build-isolation" if torch.cuda.is_available() else "flash-attn needs a GPU")
     if not full:
         return SHIFTED_SPARSE
-    return "flash_attention_2" if use_flash and flash_attention_available() else "sdpa"
+    return "flash_attention_2" if use_flash and flash_attention_available() else RIGHT_PADDED
 
 
 def quantization(wanted: bool) -> BitsAndBytesConfig | None:

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
+from ga_llm.llm.right_padding import causality_hides
+
 try:
     from flash_attn import flash_attn_varlen_func
 except ImportError:
@@ -136,14 +138,9 @@ def _allowed(mask, queries, window):
 
 
 def shifted_sparse_mask(batch_size, q_length, kv_length, attention_mask=None, **kwargs):
-    """The AttentionMaskInterface function: (B, keys) bool, or None where causality alone hides the padding.
-
-    It does so with right padding, since no token looks to its right; that keeps the fast kernels.
-    """
+    """The AttentionMaskInterface function: (B, keys) bool, or None where causality alone hides the padding."""
     mask = flash_attention_mask(batch_size, q_length, kv_length, attention_mask=attention_mask, **kwargs)
-    if mask is not None and q_length == kv_length and not (mask[:, 1:] & ~mask[:, :-1]).any():
-        return None
-    return mask
+    return None if causality_hides(mask, q_length, kv_length) else mask
 
 
 AttentionInterface.register(SHIFTED_SPARSE, shifted_sparse_attention)

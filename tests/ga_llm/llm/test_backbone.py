@@ -86,7 +86,7 @@ def test_folder_without_a_model(tmp_path):
 def test_flash_attention_falls_back(caplog, monkeypatch):
     caplog.set_level("INFO")
     monkeypatch.setattr(backbone, "flash_attention_available", lambda: False)
-    assert backbone.training_attention(use_flash=True, full=True) == "sdpa"
+    assert backbone.training_attention(use_flash=True, full=True) == backbone.RIGHT_PADDED
     assert backbone.training_attention(use_flash=True, full=False) == backbone.SHIFTED_SPARSE
     assert caplog.text.count("attention runs through SDPA: flash-attn needs a GPU") == 2
     monkeypatch.setattr(backbone, "flash_attention_available", lambda: True)
