@@ -5,7 +5,7 @@ import os
 import sys
 
 # The data folder `datasets/` beside the scripts would pass for Hugging Face's library of that name, where that is not
-# installed, and its Trainer would fail on it; also if the folder is made later, while this runs. So this package must be
+# installed, and its Trainer would fail on it, also if the folder is made while this runs. So this package must be
 # imported before transformers.
 _spec = importlib.util.find_spec("datasets")
 if _spec is None or _spec.origin is None:
