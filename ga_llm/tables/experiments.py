@@ -68,10 +68,16 @@ class Experiment:
         all_of_it = [dataclasses.replace(self, members=(), mean_of_seeds=()), *map(self.beside, self.members)]
         return [one.at(seed) for one in all_of_it for seed in self.mean_of_seeds] or all_of_it
 
-    def beside(self, name: str) -> "Experiment":
+    @property
+    def is_mean(self) -> bool:
+        return bool(self.members or self.mean_of_seeds)
+
+    def beside(self, member: str) -> "Experiment":
         """Another one of the same folder, `name@scale`: at a scale of its own."""
-        name, _, scale = name.partition("@")
-        return dataclasses.replace(read(self.path.with_name(f"{name}.yml")), scale=read_scale(scale) if scale else None)
+        name, _, scale = member.partition("@")
+        path = _beside(self.path, "members", name)
+        scale = read_scale(scale, f"{self.path}: members: {member}") if scale else None
+        return dataclasses.replace(read(path), scale=scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +102,8 @@ def read(path: Path | str) -> Experiment:
     artifacts.dataset_name(str(values["dataset"]), f"{path}: dataset")
     for key in (*ROW, "reference", "backbone", "source", "note"):
         check(isinstance(values.get(key, ""), str), key, "a line of text")
+    if "reference" in values:
+        _beside(path, "reference", values["reference"])
     group = values.get("group")
     check(group is None or isinstance(group, dict) and len(group) == 1 and all(map(_is_text, *group.items())), "group",
           "one grouping of metrics.json and its group, such as {user activity: inactive}")
@@ -116,11 +124,21 @@ def read(path: Path | str) -> Experiment:
                       note=values.get("note"))
 
 
-def read_scale(name: str) -> Scale:
-    """experiments/scales/<name>.yml. Raises UserError, with file and key, if there is none."""
+def _beside(path: Path, key: str, name: str) -> Path:
+    """The file of another row, which `key` of the row `path` names. Raises UserError if there is none."""
+    other = path.parent / f"{name}.yml"
+    if not other.is_file():
+        raise UserError(f"{path}: {key}: no {other}; write one, or name another row")
+    return other
+
+
+def read_scale(name: str, given: str | None = None) -> Scale:
+    """experiments/scales/<name>.yml. given: where it is named, if not by --scale. Raises UserError, with file and key,
+    if there is none.
+    """
     known = sorted(path.stem for path in SCALES.glob("*.yml"))
     if name not in known:
-        raise UserError(f"--scale {name[:60]}: no {SCALES}/{name[:60]}.yml; write one, or choose among: "
+        raise UserError(f"{given or f'--scale {name[:60]}'}: no {SCALES}/{name[:60]}.yml; write one, or choose among: "
                         f"{', '.join(known) or 'none, so run from the root of the repository'}")
     path = SCALES / f"{name}.yml"
     values = _values(path, (), (LIKE, *SCALE), False)
