@@ -28,7 +28,7 @@ SECTIONS = ("stage_1_questions", "pam_questions", "questions", "similar", "embed
             "stage_2", "test")
 LEFT_OUT = ("gcim", "pam")      # by `false`; `similar` is there only where the row has it
 ROW = ("table", "row", "dataset")
-ROW_OPTIONAL = ("reference", "group", "members", "mean_of_seeds", "backbone", "published", "source", "note")
+ROW_OPTIONAL = ("reference", "group", "members", "mean_of_seeds", "backbone", "published", "source")
 SCALE = ("model", "backbone", "processes")
 LIKE = "like"       # of a scale: another one, whose keys and flags it has where it does not say its own
 METRICS = tuple(f"Acc@{k}" for k in ACC_AT) + ("MRR", "MRR@5", "MRR@10", "NDCG@10")
@@ -51,7 +51,6 @@ class Experiment:
     backbone: str | None = None         # None: whatever the scale has
     published: dict = dataclasses.field(default_factory=dict)      # metric -> figure
     source: str | None = None           # of these
-    note: str | None = None
 
     @property
     def name(self) -> str:
@@ -100,7 +99,7 @@ def read(path: Path | str) -> Experiment:
     values = _values(path, ROW, ROW_OPTIONAL, True)
     check = _checker(path, values, True)
     artifacts.dataset_name(str(values["dataset"]), f"{path}: dataset")
-    for key in (*ROW, "reference", "backbone", "source", "note"):
+    for key in (*ROW, "reference", "backbone", "source"):
         check(isinstance(values.get(key, ""), str), key, "a line of text")
     if "reference" in values:
         _beside(path, "reference", values["reference"])
@@ -120,8 +119,7 @@ def read(path: Path | str) -> Experiment:
     sections = {key: values[key] for key in SECTIONS if key in values}
     return Experiment(path, values["table"], values["row"], values["dataset"], sections, values.get("reference"),
                       None if group is None else tuple(next(iter(group.items()))), tuple(members), tuple(seeds),
-                      backbone=values.get("backbone"), published=published, source=values.get("source"),
-                      note=values.get("note"))
+                      backbone=values.get("backbone"), published=published, source=values.get("source"))
 
 
 def _beside(path: Path, key: str, name: str) -> Path:
