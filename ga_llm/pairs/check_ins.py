@@ -13,7 +13,7 @@ from ga_llm.base import artifacts
 from ga_llm.base.cli import UserError
 from ga_llm.base.reading import read_json, reason, sha256
 
-MADE_BY = "python data-preprocess/process_llm_gps.py -dataset_name <name>"
+MADE_BY = "python data-preprocess/process_llm_gps.py -dataset_name <name> …"
 NAMES = ("second", "place", "category", "trajectory", "rows", "ends")
 
 
