@@ -27,14 +27,14 @@ def main():
     parser.add_argument("--scale", default="gpu", help=f"a file of {experiments.SCALES}/ (default: %(default)s)")
     parser.add_argument("--model", help="folder of the base LLM, instead of the scale's")
     parser.add_argument("--seeds", type=listed(whole_number(0, 2**32 - 1)),
-                        help="1,2,3: run each row with each of these, instead of its own seed")
+                        help="1,2,3: run each row, but for means, with each of these instead of its own seed")
     parser.add_argument("--work_dir", type=Path, default=WORK_DIR, help="default: %(default)s")
     parser.add_argument("--plan", action="store_true", help="print the steps and their commands, and run nothing")
     args = parser.parse_args()
     scale = experiments.read_scale(args.scale)
     rows = [experiments.read(path) for path in args.experiments]
-    if args.seeds:
-        rows = [row.at(seed) for row in rows for seed in args.seeds]
+    if args.seeds:      # a mean is of the seeds that it names itself
+        rows = [one for row in rows for one in ([row] if row.is_mean else map(row.at, args.seeds))]
     tests = [experiments.chain_of(row, scale, raw_files, args.work_dir, args.model) for row in rows]
 
     if args.plan:

@@ -5,9 +5,10 @@ import os
 import sys
 
 # The data folder `datasets/` beside the scripts would pass for Hugging Face's library of that name, where that is not
-# installed, and its Trainer would fail on it. So this package must be imported before transformers.
+# installed, and its Trainer would fail on it, also if the folder is made while this runs. So this package must be
+# imported before transformers.
 _spec = importlib.util.find_spec("datasets")
-if _spec is not None and _spec.origin is None:
+if _spec is None or _spec.origin is None:
     sys.modules["datasets"] = None
 
 # No pickle is executed, in whatever library: DeepSpeed asks torch.load for it. Processes started from here inherit it.

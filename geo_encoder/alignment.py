@@ -4,7 +4,6 @@ The embeddings are given (paper, Section 3.3; data-preprocess/poi_embeddings.py,
 one linear layer to the LLM's width (in a variant of the released code two), is what PAM's stage 1 trains.
 """
 import dataclasses
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import nn
 
 from ga_llm.base.artifacts import PAM, POI_WIDTH, require
 from ga_llm.base.cli import UserError
-from ga_llm.base.reading import read_json, read_tensors
+from ga_llm.base.reading import read_json, read_tensors, sha256
 from geo_encoder.gps_tokens import GPSMapping
 from geo_encoder.weights import first_mismatch
 
@@ -49,7 +48,7 @@ def read_poi_embeddings(path: Path | str, mapping: GPSMapping) -> POIEmbeddings:
             raise ValueError(f"the row of POI {mapping.ids[~np.isfinite(vectors).all(axis=1)][0]} is not finite")
     except (ValueError, EOFError, AttributeError, OSError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())[:200]}; make it again with `{MADE_BY}`") from None
-    return POIEmbeddings(vectors, hashlib.sha256(path.read_bytes()).hexdigest())
+    return POIEmbeddings(vectors, sha256(path))
 
 
 def build_projector(hidden_size: int, kind: str = KINDS[0]) -> nn.Module:

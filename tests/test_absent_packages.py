@@ -134,3 +134,20 @@ def test_what_needs_a_package_names_it_in_one_line(found, package, code):
     """Four cannot be done without and end with 2; for the others there is another way."""
     ended, told, traceback = found["told"][package]
     assert (ended, traceback) == (str(code), "False") and f"pip install {package}" in told
+
+
+@pytest.mark.parametrize("made", ["before", "later"])
+@pytest.mark.parametrize("installed", [False, True])
+def test_the_data_folder_is_not_the_library_of_its_name(tmp_path, made, installed):
+    if made == "before":
+        (tmp_path / "datasets").mkdir()
+    library = tmp_path / "site" / "datasets" / "__init__.py"
+    if installed:
+        library.parent.mkdir(parents=True)
+        library.touch()
+    code = ("import importlib.util, os, ga_llm; os.makedirs('datasets', exist_ok=True); importlib.invalidate_caches(); "
+            "print(getattr(importlib.util.find_spec('datasets'), 'origin', 'no library'))")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path / "site")])}
+    command = [sys.executable, "-S", "-c", code]        # without whatever is installed here
+    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert found.stdout.strip() == (str(library) if installed else "no library"), found.stderr

@@ -246,6 +246,6 @@ def _same_keys(where: str, values: dict, needed: set, optional: tuple[str, ...],
     for key in values:
         if key not in needed and key not in optional:
             raise UserError(f"{where}: unknown key {short(key)}; it takes {', '.join(sorted(needed.union(optional)))}")
-    for key in sorted(needed):
-        if key not in values:
-            raise UserError(f"{where}: missing key {key}; {explained}")
+    lacking = sorted(needed - values.keys())
+    if lacking:
+        raise UserError(f"{where}: missing key{'s' * (len(lacking) > 1)} {', '.join(lacking)}; {explained}")

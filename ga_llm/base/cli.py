@@ -1,5 +1,6 @@
 """How every script talks to its user: boolean flags, one-line errors, log lines."""
 import argparse
+import difflib
 import errno
 import importlib.util
 import logging
@@ -91,6 +92,14 @@ class Parser(argparse.ArgumentParser):
     def _get_option_tuples(self, option_string: str) -> list:
         """No abbreviations: allow_abbrev=False spares those of `-flags`."""
         return []
+
+    def parse_args(self, args=None, namespace=None):
+        """Of an unknown flag it says what it looks like: data-preprocess/'s have one dash, the others' two."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], self._option_string_actions, n=1)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f", perhaps for {near[0]}" if near else ""))
+        return found
 
     def error(self, message: str):
         raise UserError(f"{message}; see python {sys.argv[0]} --help")

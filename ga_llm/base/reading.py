@@ -93,6 +93,12 @@ def weights_files(folder: Path | str) -> list[Path]:
     return []
 
 
+def sha256(path: Path | str) -> str:
+    """The file's SHA-256, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def fingerprint(folder: Path | str) -> str | None:
     """What tells the weights in a model's folder from others: of each file its name, size and some samples.
 

@@ -15,6 +15,7 @@ from ga_llm.base.cli import UserError
 from ga_llm.evaluation import pointer_alone
 from ga_llm.evaluation.metrics import NO_POI, Ranking, histories
 
+POPULARITY, MARKOV_CHAIN = "popularity", "Markov chain"
 MADE_BY = "python data-preprocess/run.py -f best_conf/<name>.yml"
 COLUMNS = ["UserId", "PoiId", "TrajectoryId"]
 
@@ -55,8 +56,8 @@ def rankings(train: pd.DataFrame, test_prompts, folder: Path | None = None) -> d
     return {
         USER_HISTORY: user_history(train, test_prompts),
         **({pointer_alone.NAME: pointer} if pointer else {}),
-        "popularity": popularity(train, test_prompts),
-        "Markov chain": markov_chain(train, test_prompts),
+        POPULARITY: popularity(train, test_prompts),
+        MARKOV_CHAIN: markov_chain(train, test_prompts),
     }
 
 

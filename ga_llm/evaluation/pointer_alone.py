@@ -5,7 +5,6 @@ split by its SHA-256. A pair is known by its user, the target's time and the tar
 histories or protocols find theirs. It stands beside an evaluation with all of its pairs, or not at all.
 """
 import datetime
-import hashlib
 import json
 import logging
 from collections.abc import Iterable, Sequence
@@ -15,7 +14,7 @@ import numpy as np
 
 from ga_llm.base import artifacts, writing
 from ga_llm.base.cli import UserError
-from ga_llm.base.reading import read_json
+from ga_llm.base.reading import read_json, sha256
 from ga_llm.evaluation.metrics import NO_POI, Ranking
 
 log = logging.getLogger(__name__)
@@ -36,7 +35,7 @@ def write(folder: Path, records: Iterable[dict], **told) -> Path:
     columns = dict(zip(COLUMNS, map(list, zip(*rows)))) if rows else {name: [] for name in COLUMNS}
     path = folder / artifacts.POINTER_ALONE
     with writing.atomic_write(path) as file:
-        json.dump({"train": _sha256(folder), "written": datetime.date.today().isoformat(), **told, **columns}, file)
+        json.dump({"train": _train(folder), "written": datetime.date.today().isoformat(), **told, **columns}, file)
     return path
 
 
@@ -77,7 +76,7 @@ def _ranking(path: Path, folder: Path, test_prompts: Sequence) -> Ranking | str:
             table.setdefault(tuple(key), set()).add((_rank(rank), np.int64(guess)))
     except (UserError, KeyError, TypeError, ValueError, OverflowError):
         return "damaged"
-    if of != _sha256(folder):
+    if of != _train(folder):
         return f"of another train split than {folder / artifacts.split_sample('train')}"
     found = [table.get((prompt.user, prompt.time, prompt.target), ()) for prompt in test_prompts]
     lacking = sum(len(answers) != 1 for answers in found)
@@ -93,9 +92,7 @@ def _rank(rank: int | None) -> float:
     return np.inf if rank is None else float(rank)
 
 
-def _sha256(folder: Path) -> str | None:
+def _train(folder: Path) -> str | None:
+    """The train split's SHA-256."""
     path = folder / artifacts.split_sample("train")
-    if not path.is_file():
-        return None
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(path) if path.is_file() else None

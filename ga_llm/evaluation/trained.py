@@ -12,7 +12,7 @@ import torch
 from ga_llm.base import artifacts, prompts
 from ga_llm.base.cli import UserError, boolean, token_count
 from ga_llm.llm import backbone, beside, four_bits
-from ga_llm.training import checkpoints
+from ga_llm.training import checkpoints, staging
 from geo_encoder import injection
 from geo_encoder.alignment import read_poi_embeddings
 from geo_encoder.gps_tokens import GPSMapping, add_gps_tokens, add_poi_tokens, add_time_tokens
@@ -112,10 +112,19 @@ def _recall(args: argparse.Namespace, paths: dict[str, str], flag: str, way_out:
 
 def _require(args: argparse.Namespace, name: str) -> None:
     if not getattr(args, name):
-        if name != "output_dir" and not Path(args.output_dir).exists():
-            raise UserError(f"--output_dir {args.output_dir}: not found; give a checkpoint-N of stage 2")
+        if name != "output_dir":
+            _check_folder(Path(args.output_dir))
         raise UserError(f"--{name} is required" + ", for the checkpoint does not tell it" * (name != "output_dir")
                         + f"; see python {sys.argv[0]} --help")
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises UserError if it is not there, or is a training's, in which the checkpoints lie."""
+    last = staging.last_checkpoint(folder if folder.is_dir() else folder.parent)
+    what = "not found" if not folder.exists() else last and "the folder of a training, not of a checkpoint"
+    if what:
+        raise UserError(f"--output_dir {folder}: {what}; give a checkpoint-N of stage 2"
+                        + f", such as {last}" * bool(last))
 
 
 def question_kind(agreement: dict) -> tuple[bool, bool]:

@@ -4,7 +4,6 @@ data-preprocess writes them beside each question file (`artifacts.check_ins`), b
 out is what a pair's tokens show: of a pair that was cut, the check-ins that are left.
 """
 import dataclasses
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +11,9 @@ import safetensors
 
 from ga_llm.base import artifacts
 from ga_llm.base.cli import UserError
-from ga_llm.base.reading import read_json, reason
+from ga_llm.base.reading import read_json, reason, sha256
 
-MADE_BY = "python data-preprocess/process_llm_gps.py -dataset_name <name>"
+MADE_BY = "python data-preprocess/process_llm_gps.py -dataset_name <name> …"
 NAMES = ("second", "place", "category", "trajectory", "rows", "ends")
 
 
@@ -25,8 +24,7 @@ def read(questions: Path | str, ids: np.ndarray) -> "CheckIns":
     if isinstance(fields, list) and "gps" not in fields:
         raise UserError(f"{questions}: its check-ins show no <GPS n> ({', '.join(map(str, fields))}), to which a "
                         "pointer could point; make it with gps among process_llm_gps.py's -fields")
-    with open(questions, "rb") as file:
-        return CheckIns(questions, hashlib.file_digest(file, "sha256").hexdigest(), ids)
+    return CheckIns(questions, sha256(questions), ids)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 
 from ga_llm.base import prompts, writing
 from ga_llm.base.cli import UserError
+from ga_llm.base.reading import sha256
 from ga_llm.pairs import sft_data
 
 log = logging.getLogger(__name__)
@@ -100,11 +101,10 @@ def load(path: Path | str, tokenizer, max_length: int, mapping: Path | str, cach
     """
     path = Path(path)
     dtype = "uint16" if max(tokenizer.get_vocab().values()) < 2**16 else "uint32"
-    with path.open("rb") as file:
-        about = {"format": FORMAT, "file": hashlib.file_digest(file, "sha256").hexdigest(),
-                 "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-                 "special": [tokenizer.bos_token_id, tokenizer.eos_token_id], "template": prompts.ANSWER,
-                 "max_length": max_length, "dtype": dtype, **({"poi_ids": True} if poi_ids else {})}
+    about = {"format": FORMAT, "file": sha256(path),
+             "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+             "special": [tokenizer.bos_token_id, tokenizer.eos_token_id], "template": prompts.ANSWER,
+             "max_length": max_length, "dtype": dtype, **({"poi_ids": True} if poi_ids else {})}
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     root = Path(cache_dir or path.parent)
     folder, partial = root / f"tokens-{key}", root / f".tokens-{key}.partial"

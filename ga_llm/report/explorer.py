@@ -23,7 +23,7 @@ from ga_llm.base import artifacts, globe
 from ga_llm.base.cli import UserError
 from ga_llm.base.reading import read_json
 from ga_llm.evaluation import baselines, comparison, metrics, pointer_alone
-from ga_llm.report import contents
+from ga_llm.report import contents, figures
 from ga_llm.report.contents import OUTCOMES, Baseline, Evaluation
 from ga_llm.report.markup import visible
 from ga_llm.serving.places import UNKNOWN, read_categories
@@ -69,8 +69,8 @@ def gather(runs: Sequence[Evaluation], mapping: GPSMapping, baseline: Baseline |
         "groups": [] if baseline is None else [
             {"name": name, "groups": list(of), "of": _memberships(list(of.values()))}
             for name, of in metrics.groups(baseline.prompts, baseline.train).items()],
-        "baselines": [{"name": name, "top": [place.get(int(poi), -1) for poi in ranking.tops],
-                       "rank": _ranks(ranking.ranks)} for name, ranking in guesses.items()],
+        "baselines": [{"name": name, "sign": figures.sign(name), "rank": _ranks(ranking.ranks),
+                       "top": [place.get(int(poi), -1) for poi in ranking.tops]} for name, ranking in guesses.items()],
         "runs": [{"name": visible(run.folder), "rank": _ranks(run.ranks),
                   "km": [None if np.isnan(km) else round(METRE * km) for km in run.km],
                   "outcome": contents.outcomes(run).tolist(),

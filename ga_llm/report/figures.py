@@ -14,16 +14,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from ga_llm.base import artifacts, globe
-from ga_llm.evaluation import metrics, pointer_alone
+from ga_llm.evaluation import baselines, metrics, pointer_alone
 from ga_llm.training import run_log
 
 MODEL, HISTORY = "model", artifacts.USER_HISTORY
 STYLES = {      # colour (dark to light in greyscale), marker, filled, line
     MODEL: ("#12386b", "o", True, "-"), HISTORY: ("#c2570c", "s", False, "--"),
-    pointer_alone.NAME: ("#2b6e6a", "v", False, (0, (5, 1))), "Markov chain": ("#5f6b76", "^", False, ":"),
-    "popularity": ("#8b949c", "D", False, "-."),
+    pointer_alone.NAME: ("#2b6e6a", "v", False, (0, (5, 1))),
+    baselines.MARKOV_CHAIN: ("#5f6b76", "^", False, ":"), baselines.POPULARITY: ("#8b949c", "D", False, "-."),
 }
 OTHER = ("#5f6b76", "x", True, ":")
+SIGNS = {"s": "□", "v": "▽", "^": "△", "D": "◇", "x": "×"}      # what a page writes for a marker
 WIDTH, DPI = 4.3, 170       # inches: about what a phone shows, so that 10 points stay readable
 FAR = colormaps["viridis_r"]    # light is near, dark is far
 SHORTEST_KM = 0.1           # the scale of distance begins there
@@ -40,6 +41,11 @@ def _png(figure: Figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
     return file.getvalue()
+
+
+def sign(baseline: str) -> str:
+    """One character, like the baseline's marker in the pictures."""
+    return SIGNS[STYLES.get(baseline, OTHER)[1]]
 
 
 def intervals(rows: Sequence[str], methods: dict[str, Sequence[tuple[float, float, float] | None]], what: str,

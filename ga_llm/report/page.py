@@ -211,7 +211,7 @@ def calibration_section(page: Page, evaluation: Evaluation, baseline: Baseline) 
                 "Above: points on the grey diagonal say what happens, points below it claim too much; bars are 95 % "
                 "intervals (Wilson). Below: how many pairs each point stands for. The model's probabilities are "
                 + ("the mixture's, which are of the places alone" if mixture(evaluation) else
-                   "the LLM's own of the id, not normalised over the places") +
+                   "its own, not normalised over the places") +
                 "; the baseline's is the share of its guess among the user's check-ins."),
                    table(heads, rows, "Stated and right on average, by probability"))]
 

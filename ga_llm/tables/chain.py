@@ -298,5 +298,5 @@ def _contents(path: Path | str) -> str:
 @functools.lru_cache(maxsize=None)
 def _sha256(path: Path, size: int, time_ns: int) -> str:
     """Size and time are only there to notice that a file has changed since it was read last."""
-    with writing.naming(path), open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with writing.naming(path):
+        return reading.sha256(path)

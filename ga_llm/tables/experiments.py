@@ -28,7 +28,7 @@ SECTIONS = ("stage_1_questions", "pam_questions", "questions", "similar", "embed
             "stage_2", "test")
 LEFT_OUT = ("gcim", "pam")      # by `false`; `similar` is there only where the row has it
 ROW = ("table", "row", "dataset")
-ROW_OPTIONAL = ("reference", "group", "members", "mean_of_seeds", "backbone", "published", "source", "note")
+ROW_OPTIONAL = ("reference", "group", "members", "mean_of_seeds", "backbone", "published", "source")
 SCALE = ("model", "backbone", "processes")
 LIKE = "like"       # of a scale: another one, whose keys and flags it has where it does not say its own
 METRICS = tuple(f"Acc@{k}" for k in ACC_AT) + ("MRR", "MRR@5", "MRR@10", "NDCG@10")
@@ -51,7 +51,6 @@ class Experiment:
     backbone: str | None = None         # None: whatever the scale has
     published: dict = dataclasses.field(default_factory=dict)      # metric -> figure
     source: str | None = None           # of these
-    note: str | None = None
 
     @property
     def name(self) -> str:
@@ -68,10 +67,16 @@ class Experiment:
         all_of_it = [dataclasses.replace(self, members=(), mean_of_seeds=()), *map(self.beside, self.members)]
         return [one.at(seed) for one in all_of_it for seed in self.mean_of_seeds] or all_of_it
 
-    def beside(self, name: str) -> "Experiment":
+    @property
+    def is_mean(self) -> bool:
+        return bool(self.members or self.mean_of_seeds)
+
+    def beside(self, member: str) -> "Experiment":
         """Another one of the same folder, `name@scale`: at a scale of its own."""
-        name, _, scale = name.partition("@")
-        return dataclasses.replace(read(self.path.with_name(f"{name}.yml")), scale=read_scale(scale) if scale else None)
+        name, _, scale = member.partition("@")
+        path = _beside(self.path, "members", name)
+        scale = read_scale(scale, f"{self.path}: members: {member}") if scale else None
+        return dataclasses.replace(read(path), scale=scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +99,10 @@ def read(path: Path | str) -> Experiment:
     values = _values(path, ROW, ROW_OPTIONAL, True)
     check = _checker(path, values, True)
     artifacts.dataset_name(str(values["dataset"]), f"{path}: dataset")
-    for key in (*ROW, "reference", "backbone", "source", "note"):
+    for key in (*ROW, "reference", "backbone", "source"):
         check(isinstance(values.get(key, ""), str), key, "a line of text")
+    if "reference" in values:
+        _beside(path, "reference", values["reference"])
     group = values.get("group")
     check(group is None or isinstance(group, dict) and len(group) == 1 and all(map(_is_text, *group.items())), "group",
           "one grouping of metrics.json and its group, such as {user activity: inactive}")
@@ -112,15 +119,24 @@ def read(path: Path | str) -> Experiment:
     sections = {key: values[key] for key in SECTIONS if key in values}
     return Experiment(path, values["table"], values["row"], values["dataset"], sections, values.get("reference"),
                       None if group is None else tuple(next(iter(group.items()))), tuple(members), tuple(seeds),
-                      backbone=values.get("backbone"), published=published, source=values.get("source"),
-                      note=values.get("note"))
+                      backbone=values.get("backbone"), published=published, source=values.get("source"))
 
 
-def read_scale(name: str) -> Scale:
-    """experiments/scales/<name>.yml. Raises UserError, with file and key, if there is none."""
+def _beside(path: Path, key: str, name: str) -> Path:
+    """The file of another row, which `key` of the row `path` names. Raises UserError if there is none."""
+    other = path.parent / f"{name}.yml"
+    if not other.is_file():
+        raise UserError(f"{path}: {key}: no {other}; write one, or name another row")
+    return other
+
+
+def read_scale(name: str, given: str | None = None) -> Scale:
+    """experiments/scales/<name>.yml. given: where it is named, if not by --scale. Raises UserError, with file and key,
+    if there is none.
+    """
     known = sorted(path.stem for path in SCALES.glob("*.yml"))
     if name not in known:
-        raise UserError(f"--scale {name[:60]}: no {SCALES}/{name[:60]}.yml; write one, or choose among: "
+        raise UserError(f"{given or f'--scale {name[:60]}'}: no {SCALES}/{name[:60]}.yml; write one, or choose among: "
                         f"{', '.join(known) or 'none, so run from the root of the repository'}")
     path = SCALES / f"{name}.yml"
     values = _values(path, (), (LIKE, *SCALE), False)

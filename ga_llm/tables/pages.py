@@ -5,10 +5,10 @@ from collections.abc import Iterable, Sequence
 
 from ga_llm.base import artifacts
 from ga_llm.base.cli import UserError
-from ga_llm.evaluation import pointer_alone
+from ga_llm.evaluation import baselines, pointer_alone
 from ga_llm.tables.results import COMPARED, METRICS, MODEL, NONE, Row, verdict
 
-BASELINES = (artifacts.USER_HISTORY, pointer_alone.NAME, "Markov chain", "popularity")
+BASELINES = (artifacts.USER_HISTORY, pointer_alone.NAME, baselines.MARKOV_CHAIN, baselines.POPULARITY)
 APART = ("target's check-ins in train", "target in the user's history")     # of metrics.groups
 # The rows of the short table, where they are kept; experiments of any scale.
 SHORT = tuple(f"{name}_{dataset}" for dataset in ("nyc", "tky", "ca")

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -185,7 +186,7 @@ def _pairs(argv: list[str]) -> list[tuple[str, list[str]]]:
         if part.startswith("--"):
             flag, equals, value = part[2:].partition("=")
             pairs.append((flag.replace("-", "_"), [value] if equals else []))
-        elif not pairs:
+        elif not pairs or re.fullmatch(r"-[a-z]\w*", part):
             _raise(f"{part!r}: flags start with --")
         else:
             pairs[-1][1].append(part)

@@ -33,7 +33,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from ga_llm.base.artifacts import LOSS_PICTURE, RUN, TRAINER_LOG
 from ga_llm.base.cli import UserError
-from ga_llm.base.reading import read_json
+from ga_llm.base.reading import read_json, sha256
 from ga_llm.base.writing import append, atomic_write
 
 log = logging.getLogger(__name__)
@@ -323,11 +323,6 @@ def git_state(folder: Path) -> dict | None:
                 "dirty": bool(git("status", "--porcelain", "--untracked-files=no", ".").strip())}
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def sha256(path: Path | str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe_model_folder(path: str, config) -> dict:

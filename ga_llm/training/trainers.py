@@ -19,7 +19,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from ga_llm.base.artifacts import GCIM, TRAINABLE_PARAMS, EncoderFiles, question_settings, require
 from ga_llm.base.cli import UserError
-from ga_llm.base.reading import check_finite, fingerprint, read_json, read_tensors, reason
+from ga_llm.base.reading import check_finite, fingerprint, read_json, read_tensors, reason, sha256
 from ga_llm.base.sharding import set_up_fsdp
 from ga_llm.base.writing import atomic_write, saving
 from ga_llm.llm import beside, four_bits, pointing
@@ -27,7 +27,7 @@ from ga_llm.llm.backbone import compile_layers, prepare_for_autocast
 from ga_llm.training import building, checkpoint_card, finite, flags, losses, preemption, staging
 from ga_llm.training.checkpoints import (ADAPTER, AGREEMENT, PATHS, PEFT_PREFIX, is_llms, llms_alone,
                                          load_weights)
-from ga_llm.training.run_log import data_sha256, sha256
+from ga_llm.training.run_log import data_sha256
 from ga_llm.training.sampling import EpochSampler
 from ga_llm.training.validation import ValidatedTrainer
 from geo_encoder.gps_tokens import read_gps_mapping

@@ -144,6 +144,20 @@ def test_a_member_may_have_a_scale_of_its_own(place):
     assert sum(step.startswith("test") for step in mean) == 2
 
 
+def test_seeds_are_not_for_means(place):
+    """A row that averages models of its own seeds is run as it stands, beside rows of single ones."""
+    def plan(*names, seeds=()):
+        result = call(place, "run_experiment.py", *(f"experiments/{name}.yml" for name in names), "--scale",
+                      "cpu_pointer", "--plan", *seeds)
+        assert result.code == 0, result.err
+        return result.out
+
+    seeds = ["--seeds", "4,5"]
+    assert plan("pointer_mean_nyc", seeds=seeds) == plan("pointer_mean_nyc")
+    assert plan("pointer_nyc", seeds=seeds) != plan("pointer_nyc")
+    assert plan("pointer_mean_nyc", "pointer_nyc", seeds=seeds).count(" --average_with ") == 1
+
+
 @pytest.mark.parametrize("change, flags, names", [
     (None, ["--scale", "mainframe"], ["--scale mainframe", "cpu_pointer"]),
     ("table: [1]\nrow: x\ndataset: nyc\n", [], ["bad.yml", "table"]), ("row: x\n", [], ["bad.yml", "table"]),
@@ -152,16 +166,18 @@ def test_a_member_may_have_a_scale_of_its_own(place):
     ("table: t\nrow: x\ndataset: nyc\npublished: {Acc@1: 39.88}\nsource: s\n", [], ["published"]),
     ("table: t\nrow: x\ndataset: nyc\nstage_2: false\n", [], ["stage_2"]),
     ("table: t\nrow: x\ndataset: nyc\nmembers: main_nyc\n", [], ["bad.yml", "members"]),
-    ("table: t\nrow: x\ndataset: nyc\nmembers: [nobody]\n", [], ["experiments/nobody.yml"]),
+    ("table: t\nrow: x\ndataset: nyc\nmembers: [nobody]\n", [], ["bad.yml: members", "no experiments/nobody.yml"]),
+    ("table: t\nrow: x\ndataset: nyc\nmembers: [../nobody]\n", [], ["bad.yml: members", "nobody.yml"]),
+    ("table: t\nrow: x\ndataset: nyc\nreference: nobody\n", [], ["bad.yml: reference", "no experiments/nobody.yml"]),
     ("table: t\nrow: x\ndataset: nyc\nmembers: [bad]\n", [], ["bad.yml", "leave members"]),
-    ("table: t\nrow: x\ndataset: nyc\nmembers: [main_nyc@none]\n", [], ["--scale none", "cpu_pointer"]),
+    ("table: t\nrow: x\ndataset: nyc\nmembers: [main_nyc@none]\n", [], ["bad.yml: members: main_nyc@none", "choose"]),
     ("table: t\nrow: x\ndataset: nyc\nbackbone: GPT-9\n", [], ["GPT-9", "--model"]),
     ("table: t\nrow: x\ndataset: nyc\n", ["--model", "nowhere"], ["nowhere", "--model"]),
     ("table: t\nrow: x\ndataset: nyc\nembeddings: {from: data/none.npy}\n", [], ["data/none.npy", "128"]),
     ("table: t\nrow: x\ndataset: nyc\nstage_2: {load_best_model_at_end: true}\n", [], ["load_best_model_at_end"])],
     ids=["scale", "kind", "no table", "path", "no data set", "section", "YAML", "percent", "left out", "members",
-         "a member that is not there", "a member that is a mean", "a member's scale", "backbone",
-         "model", "vectors", "another step"])
+         "a member that is not there", "a member elsewhere", "a reference", "a member that is a mean",
+         "a member's scale", "backbone", "model", "vectors", "another step"])
 def test_refusals(place, change, flags, names):
     (place / "experiments/bad.yml").write_text(change or "table: t\nrow: x\ndataset: nyc\n")
     scale = [] if "--scale" in flags else ["--scale", "cpu_pointer"]

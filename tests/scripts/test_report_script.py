@@ -149,8 +149,8 @@ def test_what_is_absent_is_one_line(tmp_path, no_pictures):
 
 
 @pytest.mark.parametrize("changes, said, source", [
-    ({}, None, "the LLM's own of the id"),
-    ({"average_with": "[]"}, None, "the LLM's own of the id"),
+    ({}, None, "its own, not normalised"),
+    ({"average_with": "[]"}, None, "its own, not normalised"),
     ({"average_with": "['A.npy']"}, "a mixture here: the mean of its probabilities and of ['A.npy'].", "the mixture's"),
 ])
 def test_what_the_probabilities_are(tmp_path, no_pictures, changes, said, source):

@@ -108,6 +108,14 @@ def test_flags_override_and_are_checked(repo, tmp_path, script, flags, names):
     refusal(run(repo, script, copy(repo / CHECKPOINT, tmp_path / "C"), *more, *flags), *names)
 
 
+@pytest.mark.parametrize("given", ["", "checkpoint-268"])
+def test_a_checkpoint_that_is_there_is_named(repo, tmp_path, given):
+    """For whoever gives the training's folder, or a number from another data set."""
+    last = copy(repo / CHECKPOINT, tmp_path / "outputs" / "checkpoint-12")
+    copy(repo / CHECKPOINT, tmp_path / "outputs" / "checkpoint-9")
+    refusal(run(repo, "test_next_gps.py", tmp_path / "outputs" / given), f"such as {last}")
+
+
 GONE = {
     "a base": (remembering(model_name_or_path="models/gone"), ["'models/gone'", "not there; give --base_model"]),
     "an encoder": (remembering(geoencoder_path="gone.pth"), ["'gone.pth'", "not there; give --geoencoder_path"]),

@@ -12,8 +12,6 @@ const CLOSEST = 16;         // zoom that a pair is shown at
 const FIRST = 5;            // guesses that the text tells, and that the map is fitted to
 const DAYS = ["Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat"];
 const OUTCOME_SIGNS = ["●", "◐", "○"];
-const BASELINE_SIGNS = { "user-history frequency": "□", "pointer alone (no LLM)": "▽", "Markov chain": "△", "popularity": "◇" };
-const signOf = baseline => BASELINE_SIGNS[baseline] ?? "×";
 const $ = id => document.getElementById(id);
 
 // Elements and words.
@@ -123,8 +121,8 @@ function draw(map, run, pair) {
     pane: "heat", renderer: map.heat, className: "heat", interactive: false, stroke: false, fillColor: "url(#warm)",
     fillOpacity: 1, radius: 11 + 18 * Math.sqrt(visits[i] / most) })));
   drawTrajectory(map, pair, layers);
-  data.baselines.forEach(({ name, top }) => top[pair] >= 0 && point(top[pair]) && layers.push(
-    sign(top[pair], "baseline", signOf(name), 34, `${name}: ${nameOf(top[pair])}`, 100)));
+  data.baselines.forEach(({ name, sign: text, top }) => top[pair] >= 0 && point(top[pair]) && layers.push(
+    sign(top[pair], "baseline", text, 34, `${name}: ${nameOf(top[pair])}`, 100)));
   run.top[pair].forEach((place, i) => {
     if (!point(place)) return;
     const share = run.share[pair][i], size = Math.max(i < FIRST ? 20 : 17, 42 * Math.sqrt(share / 1e4));
@@ -247,8 +245,8 @@ function tabulate(pair) {
   const rest = [];
   if (data.baselines.length) {
     rest.push(table("First guesses of the baselines", ["", "first guess", "km off", "rank of the truth"],
-      data.baselines.map(({ name, top, rank }) => ({
-        cells: [`${signOf(name)} ${name}`, ...top[pair] < 0 ? ["–", "–"] : [mark(top[pair]), off(top[pair])],
+      data.baselines.map(({ name, sign, top, rank }) => ({
+        cells: [`${sign} ${name}`, ...top[pair] < 0 ? ["–", "–"] : [mark(top[pair]), off(top[pair])],
                 rankOf(rank[pair])], strong: top[pair] === target }))));
   }
   if (steps.length) {
@@ -398,7 +396,7 @@ function legend() {
   const rows = [
     ["guess", "1", `first ${FIRST} guesses; more area, more probability`], ["guess late", "9", "further guesses"],
     ["truth", "★", "the true place"],
-    ...data.baselines.map(({ name }) => ["baseline", signOf(name), `first guess of ${name}`]),
+    ...data.baselines.map(({ name, sign }) => ["baseline", sign, `first guess of ${name}`]),
     ["line", "", "current trajectory, with times; ring: its last check-in"],
     ["warm", "", "the user's train check-ins"],
     ["dark", "", "place that is asked for: click it"], ["light", "", "other place"]];

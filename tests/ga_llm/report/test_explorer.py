@@ -13,8 +13,8 @@ from harness import call, refusal
 from report_folder import NEAR, PROBABILITIES, RANKS, rewritten, write
 
 from ga_llm.base.cli import UserError
-from ga_llm.evaluation import metrics
-from ga_llm.report import contents, explorer
+from ga_llm.evaluation import baselines, metrics
+from ga_llm.report import contents, explorer, figures
 from geo_encoder.gps_tokens import GPSMapping
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -80,6 +80,14 @@ def test_history_trajectory_and_baselines_by_hand(town):
     assert [ids[place] for place in history["top"]] == baseline.tops.tolist()
     assert history["rank"] == [0 if np.isinf(rank) else rank for rank in baseline.ranks]
     assert [one["name"] for one in data["baselines"]] == [name for name in evaluation.metrics["all"] if name != "model"]
+    assert {one["name"]: one["sign"] for one in data["baselines"]} == {
+        contents.HISTORY: "□", baselines.POPULARITY: "◇", baselines.MARKOV_CHAIN: "△"}
+
+
+def test_each_method_has_a_sign_of_its_own():
+    """The page's beside a name are those of the pictures; a method that is not known has a cross."""
+    signs = [figures.sign(name) for name in figures.STYLES if name != figures.MODEL]
+    assert len(set(signs)) == len(signs) == 4 and figures.sign("another") == "×"
 
 
 def test_groups_are_those_of_the_metrics(town):

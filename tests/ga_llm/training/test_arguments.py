@@ -69,6 +69,7 @@ def test_checkpointing_reaches_trainer_under_either_name(inputs, name):
 
 @pytest.mark.parametrize("extra, message", [
     (["--lerning_rate", "1"], "did you mean --learning_rate"),
+    (["-learning_rate", "1"], "'-learning_rate': flags start with --"),
     (["--data_path", "missing.json"], "missing.json: not found"),
     (["--gps_mapping_path", ""], "--gps_mapping_path is required"),
     (["--model_max_length", "3"], "too short"),

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from ga_llm.base.artifacts import RUN, TRAINABLE_PARAMS
 from ga_llm.base.cli import UserError
-from ga_llm.training import arguments, checkpoints, flags, run_log
+from ga_llm.base.reading import sha256
+from ga_llm.training import arguments, checkpoints, flags
 
 CLASSES = [Stage1Arguments, Stage2Arguments]
 
@@ -127,8 +128,8 @@ def test_other_pairs_are_refused(train, tmp_path):
     train(2, max_steps=2, lr_scheduler_type="constant")
     path = tmp_path / "stage2/checkpoint-2" / checkpoints.AGREEMENT
     found = json.loads(path.read_text())
-    assert found["files"] == {"data_path": run_log.sha256(tmp_path / "pairs.json"),
-                              "gps_mapping_path": run_log.sha256(tmp_path / "gps_mapping.csv")}
+    assert found["files"] == {"data_path": sha256(tmp_path / "pairs.json"),
+                              "gps_mapping_path": sha256(tmp_path / "gps_mapping.csv")}
     for name in found["files"]:
         path.write_text(json.dumps({**found, "files": {**found["files"], name: "0" * 64}}))
         with pytest.raises(UserError, match=f"trained on another file than --{name} .*; give that of the training"):
@@ -167,7 +168,7 @@ def test_weights_alone(train, tmp_path, stage, options):
     start, = json.loads((tmp_path / "second" / RUN).read_text())["starts"]
     assert start["arguments"]["init_from"] == str(source)
     files = {name: about["sha256"] for name, about in start["files"].items() if name.startswith("init_from/")}
-    assert files == {f"init_from/{path.name}": run_log.sha256(path) for path in source.glob("*.safetensors")} != {}
+    assert files == {f"init_from/{path.name}": sha256(path) for path in source.glob("*.safetensors")} != {}
 
 
 def test_it_is_interrupted_and_goes_on_from_its_own_checkpoint(train, interrupted, tmp_path):
