@@ -114,8 +114,8 @@ def read(path: Path | str) -> Experiment:
           "published", "a map of metrics to figures such as {Acc@1: 0.3988}")
     check(not published or "source" in values, "source", "where the published figures stand")
     seeds = values.get("mean_of_seeds", [])
-    check(isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds), "mean_of_seeds",
-          "a list of seeds")
+    check(isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
+          and len(set(seeds)) == len(seeds), "mean_of_seeds", "a list of different seeds")
     sections = {key: values[key] for key in SECTIONS if key in values}
     return Experiment(path, values["table"], values["row"], values["dataset"], sections, values.get("reference"),
                       None if group is None else tuple(next(iter(group.items()))), tuple(members), tuple(seeds),

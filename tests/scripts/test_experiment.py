@@ -166,6 +166,7 @@ def test_seeds_are_not_for_means(place):
     ("table: t\nrow: x\ndataset: nyc\npublished: {Acc@1: 39.88}\nsource: s\n", [], ["published"]),
     ("table: t\nrow: x\ndataset: nyc\nstage_2: false\n", [], ["stage_2"]),
     ("table: t\nrow: x\ndataset: nyc\nmembers: main_nyc\n", [], ["bad.yml", "members"]),
+    ("table: t\nrow: x\ndataset: nyc\nmean_of_seeds: [1, 1]\n", [], ["mean_of_seeds", "different"]),
     ("table: t\nrow: x\ndataset: nyc\nmembers: [nobody]\n", [], ["bad.yml: members", "no experiments/nobody.yml"]),
     ("table: t\nrow: x\ndataset: nyc\nmembers: [../nobody]\n", [], ["bad.yml: members", "nobody.yml"]),
     ("table: t\nrow: x\ndataset: nyc\nreference: nobody\n", [], ["bad.yml: reference", "no experiments/nobody.yml"]),
