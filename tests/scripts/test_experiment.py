@@ -177,7 +177,7 @@ def test_seeds_are_not_for_means(place):
     ("table: t\nrow: x\ndataset: nyc\nembeddings: {from: data/none.npy}\n", [], ["data/none.npy", "128"]),
     ("table: t\nrow: x\ndataset: nyc\nstage_2: {load_best_model_at_end: true}\n", [], ["load_best_model_at_end"])],
     ids=["scale", "kind", "no table", "path", "no data set", "section", "YAML", "percent", "left out", "members",
-         "a member that is not there", "a member elsewhere", "a reference", "a member that is a mean",
+         "a seed twice", "a member that is not there", "a member elsewhere", "a reference", "a member that is a mean",
          "a member's scale", "backbone", "model", "vectors", "another step"])
 def test_refusals(place, change, flags, names):
     (place / "experiments/bad.yml").write_text(change or "table: t\nrow: x\ndataset: nyc\n")
