@@ -56,7 +56,7 @@ def read_encoder(evaluation: Evaluation, mapping: GPSMapping, given: Path | str 
     path = given or evaluation.settings.get("geoencoder_path", "None")
     if not given and (path in ("", "None") or evaluation.settings.get("test_type") == "base"
                       or evaluation.settings.get("use_random_projector") == "True"):
-        raise Absent("the test had no geo-encoder with files of its own; give one by --geoencoder_path")
+        raise Absent("the test had no geo-encoder with files of its own; give --geoencoder_path")
     if not given and not Path(path).is_file():
         raise Absent(f"the geo-encoder is not at {path}; give --geoencoder_path")
     if len(mapping.ids) < 4:
