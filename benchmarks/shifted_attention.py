@@ -4,8 +4,8 @@
 
 Two works at 8,192, 16,384 and 32,768 tokens, in bf16 as autocast gives them, with the heads of SmolLM2-135M by
 default: the attention alone (queries, keys and values given, with gradient), and a whole Llama decoder layer (its
-weights frozen, as in LoRA training, with the gradient of its input). Full attention is transformers' own `sdpa`,
-which stage 2 trains with under --use_full_attn True; both sides run in turn.
+weights frozen, as in LoRA training, with the gradient of its input). Full attention is transformers' own `sdpa`;
+without padding, as here, that is what stage 2 trains with under --use_full_attn True. Both sides run in turn.
 
 Predicted is the ratio of attended pairs (query, key), counted from the groups. The limit in docs/measured.md: the
 attention alone reaches at least 80 % of it. It cannot reach all: the CPU's kernel computes whole blocks of queries at

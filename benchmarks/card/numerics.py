@@ -18,6 +18,7 @@ from ga_llm.base.reading import read_tensors
 from ga_llm.evaluation import ranking
 from ga_llm.llm import backbone, pointing, shared_prefix, shifted_attention
 from ga_llm.llm.pointer import Pointer, PointerConfig
+from ga_llm.llm.right_padding import RIGHT_PADDED
 from ga_llm.llm.shared_prefix import SHARED_PREFIX
 from ga_llm.llm.shifted_attention import SHIFTED_SPARSE
 from ga_llm.llm.tree_attention import TREE
@@ -77,7 +78,7 @@ def attentions(record, device: str, length: int) -> None:
     padded = sft_data.AnswerCollator(0)([pairs[0], pairs[1]])
     trees = shared_prefix.TreeDataset(pairs, 2 * length)
     tree = shared_prefix.TreeCollator()([trees[i] for i in range(len(trees))])
-    for name, attention, batch in (("S²-Attn", SHIFTED_SPARSE, padded), ("full attention", "sdpa", padded),
+    for name, attention, batch in (("S²-Attn", SHIFTED_SPARSE, padded), ("full attention", RIGHT_PADDED, padded),
                                    ("trees", SHARED_PREFIX, tree)):
         loss, gradient = step(model(attention), batch, "cpu", torch.float32)
         for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
@@ -90,7 +91,7 @@ def pointed(record, device: str) -> None:
     """The loss and the gradient of a training step with the pointer; weights that begin at zero are drawn, too."""
     draw = np.random.default_rng(1)
     mapping = GPSMapping(np.arange(PLACES), 40 + draw.random(PLACES), -74 + draw.random(PLACES))
-    own = copy.deepcopy(model("sdpa"))
+    own = copy.deepcopy(model(RIGHT_PADDED))
     own.resize_token_embeddings(WORDS + PLACES)
     torch.manual_seed(0)
     made = Pointer(PointerConfig(own.config.hidden_size), mapping)
