@@ -322,9 +322,9 @@ def shown_fields(text: str, allowed: tuple[str, ...], stage: int, use_pam: bool 
                             + ",".join(allowed))
     if stage == 1 and "gps" not in asked:
         raise cli.UserError("-fields: stage 1 trains the encoder behind the GPS tokens; add gps")
-    if prompts.MOMENT in asked and asked - {"poi"} != set(prompts.MOMENT_FIELDS):
+    if prompts.MOMENT in asked and asked - {"poi", "category"} != set(prompts.MOMENT_FIELDS):
         raise cli.UserError("-fields moment: a check-in is then two tokens, its time and its place; give -fields "
-                            f"{','.join(prompts.MOMENT_FIELDS)} and no others")
+                            f"{','.join(prompts.MOMENT_FIELDS)}, with category or without, and no others")
     asked |= {"poi", prompts.ALIGNED} if use_pam else {"poi"}
     return tuple(field for field in prompts.ORDER if field in asked)
 

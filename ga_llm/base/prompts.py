@@ -33,7 +33,7 @@ CLOCK = "clock"
 # With the POI Alignment Module: `<POI n>`, behind `POI id n`.
 ALIGNED = "poi_token"
 # A check-in in two tokens, `<TIME n><GPS n>`: weekday, half hour and time since the check-in before; and the place.
-# With the POI Alignment Module in three: `<TIME n><GPS n><POI n>`.
+# With the POI Alignment Module in three, `<TIME n><GPS n><POI n>`; with `category` its name stands behind them, as text.
 MOMENT = "moment"
 MOMENT_FIELDS = (MOMENT, "gps")
 HALF_HOURS = 48         # a day
@@ -97,7 +97,8 @@ def check_in(fields: Sequence[str], time: str, user: int, poi: int, latitude: fl
     The field `moment` is not among its own: it is whoever puts check-ins in a row that knows it (`in_tokens`).
     """
     if MOMENT in fields:
-        return gps_token(poi) + poi_token(poi) * (ALIGNED in fields)
+        name = f" {category_name}" if "category" in fields else ""
+        return gps_token(poi) + poi_token(poi) * (ALIGNED in fields) + name
     shown = {
         CLOCK: lambda: time[11:],
         "time": lambda: time,

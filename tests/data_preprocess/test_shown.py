@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import safetensors.numpy
 from safetensors import safe_open
@@ -106,9 +107,22 @@ def test_with_pam_a_check_in_is_three_tokens(city):
     assert text.count("<TIME ") == len(found) == text.count("<GPS ")
 
 
+def test_a_category_s_name_stands_behind_the_tokens(city):
+    city("process_llm_gps.py", "-dataset_name", "sample", "-fields", "moment,gps,category", "-answer", "token")
+    rows = pd.concat(pd.read_csv(FOLDER / artifacts.split_sample(split)) for split in ("train", "test"))
+    names = dict(zip(rows["PoiId"], rows["PoiCategoryName"]))
+    _, pairs = asked("test")
+    for question, answer in pairs:
+        found = re.findall(r"<TIME \d+><GPS (\d+)>( [^<]*?)?(?=<TIME|$| Current trajectory| At \d)", question)
+        assert len(found) == question.count("<GPS ")
+        assert [name for _, name in found] == [f" {names[int(poi)]}" for poi, _ in found]
+        assert re.search(r"<TIME \d+><GPS \d+>\.$", answer)        # the target's category is not told
+
+
 @pytest.mark.parametrize("flags, names", [
-    (["-fields", "moment,gps,category"], "give -fields moment,gps and no others"),
-    (["-fields", "moment"], "give -fields moment,gps and no others"),
+    (["-fields", "moment,gps,user"], "give -fields moment,gps, with category or without, and no others"),
+    (["-fields", "moment,category"], "give -fields moment,gps, with category or without, and no others"),
+    (["-fields", "moment"], "give -fields moment,gps, with category or without, and no others"),
     (["-answer", "token"], "goes with -fields moment,gps"), (["-missing", "0.2"], "goes with -thinned N")])
 def test_mistakes(city, error_of, flags, names):
     assert names in error_of("process_llm_gps.py", "-dataset_name", "sample", *flags)

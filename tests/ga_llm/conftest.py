@@ -57,8 +57,10 @@ def from_line(pair, line, fits=True):
 @pytest.fixture(scope="session")
 def asked_city(once):
     """A small synthetic city's folder: D/<kind> holds its question files, mapping and samples, `kind` being how its
-    check-ins are shown: "tokens" (<TIME n><GPS n>, answered by <GPS n>), "moments" (answered by ids), "text"."""
+    check-ins are shown: "tokens" (<TIME n><GPS n>, answered by <GPS n>), "names" (the category behind), "moments"
+    (answered by ids), "text"."""
     kinds = {"tokens": ["-fields", "moment,gps", "-answer", "token"], "moments": ["-fields", "moment,gps"],
+             "names": ["-fields", "moment,gps,category", "-answer", "token"],
              "text": ["-fields", "clock,poi,gps"]}
 
     def make(folder):
