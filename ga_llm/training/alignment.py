@@ -21,7 +21,10 @@ class ProjectorArguments(arguments.SFTArguments):
 
 
 def check(args: ProjectorArguments) -> None:
-    """Raises UserError for flags that exclude each other."""
+    """Raises UserError for flags that exclude each other, or stage 1."""
+    if args.loss_on != "answer":
+        raise UserError(f"--loss_on {args.loss_on}: is stage 2's; stage 1 learns what answers say of one POI; leave it "
+                        "out")
     if not (args.llm_lora or args.low_rank_training):
         raise UserError("--llm_lora False, --low_rank_training False: the LLM is frozen, or all of it is trained; "
                         "leave one of them out")

@@ -105,7 +105,8 @@ def test_one_script_trains_both_modules(repo, aligned):
 
 @pytest.mark.parametrize("stage, flags, names", [
     ("pam", ["--llm_lora", "False", "--low_rank_training", "False"], ["--llm_lora", "--low_rank_training"]),
-    (1, ["--projector", "gelu"], ["--projector", "--poi_embedding_path"])])
+    (1, ["--projector", "gelu"], ["--projector", "--poi_embedding_path"]),
+    (1, ["--loss_on", "poi_ids"], ["--loss_on poi_ids", "leave it out"])])
 def test_flags_that_exclude_each_other(repo, tmp_path, stage, flags, names):
     command = forked.training(stage, "outputs/refused", *flags, "--data_path", PAIRS[2])
     refusal(forked.run(repo, command, tmp_path / "log", **forked.ranks()), *names)

@@ -75,7 +75,7 @@ class Asked:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("style, kind", [("llama3", "tokens"), ("llama3", "names"), ("llama3", "moments"), ("llama3", "text"),
+@pytest.mark.parametrize("style, kind", [*[("llama3", kind) for kind in ("tokens", "names", "moments", "text")],
                                          ("sentencepiece", "tokens"), ("sentencepiece", "moments")])
 def test_every_poi_has_the_probability_of_the_mixture(asked_city, tiny_llama, monkeypatch, style, kind):
     asked = Asked(asked_city, tiny_llama(style), kind)

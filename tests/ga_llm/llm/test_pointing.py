@@ -100,7 +100,7 @@ def world_marks(world, pair):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("style, kind", [("llama3", "tokens"), ("llama3", "names"), ("llama3", "moments"), ("llama3", "text"),
+@pytest.mark.parametrize("style, kind", [*[("llama3", kind) for kind in ("tokens", "names", "moments", "text")],
                                          ("sentencepiece", "tokens"), ("sentencepiece", "moments")])
 @pytest.mark.parametrize("every", [True, False])
 def test_the_loss_is_that_of_the_mixture(asked_city, tiny_llama, style, kind, every):
