@@ -14,6 +14,7 @@ from harness import call, refusal
 from sklearn.metrics.pairwise import haversine_distances
 from test_export import CHECKPOINT, EXPORT
 
+from ga_llm.base import prompts
 from ga_llm.serving import check_in_files, recommendation
 from ga_llm.serving.places import read_categories, read_places
 
@@ -39,7 +40,7 @@ def raw_ids(repo, field):
     return dict(enumerate(encoding["values"], start=encoding["first_id"]))
 
 
-@pytest.mark.parametrize("fields", [None, "moment,gps"])
+@pytest.mark.parametrize("fields", [None, "moment,gps", "moment,gps,category"])
 def test_the_prompt_is_that_of_the_test_file(exported, tmp_path, monkeypatch, fields):
     """Each test pair's own check-ins make the line that process_llm_gps.py wrote of them, up to the answer's id."""
     monkeypatch.chdir(exported)
@@ -51,7 +52,7 @@ def test_the_prompt_is_that_of_the_test_file(exported, tmp_path, monkeypatch, fi
         result = call(exported, "data-preprocess/process_llm_gps.py", "-dataset_name", "sample", "-datasets",
                       str(tmp_path), "-fields", fields, "-max_history", "10")
         assert result.code == 0, result.err
-        asking.questions["fields"] = ["moment", "poi", "gps"]
+        asking.questions["fields"] = [field for field in prompts.ORDER if field in f"poi,{fields}".split(",")]
     lines = (folder / "test_qa_pairs_kqt_200items_sample_llm_without_sim_gps.txt").read_text().splitlines()
     made, file = [], tmp_path / "mine.csv"
     for user, time, rows in histories(exported):
