@@ -119,6 +119,8 @@ class RunLog(TrainerCallback):
             self.began = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == state.max_steps and args.logging_strategy != "no":
+            control.should_log = True       # whatever --logging_steps: the last line tells what all of it took
         if self.bar is not None:
             self.bar.update(1)
 

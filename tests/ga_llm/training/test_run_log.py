@@ -95,6 +95,16 @@ def test_a_line_covers_all_steps_since_the_one_before(make, clock, tmp_path):
         (2, 12, 0.1429), (4, 12, 0.1429)]
 
 
+def test_the_last_step_has_a_line(make, clock, tmp_path):
+    """Three of the four steps are 38 tokens, and the last is 10."""
+    make(logging_steps=3).train()
+    lines = run_log.read_log(tmp_path / "out" / TRAINER_LOG)
+    assert [(line["step"], line["tokens_per_second"], line["elapsed_seconds"]) for line in lines] == [
+        (3, 12.7, 3), (4, 10, 4)]
+    make(logging_strategy="no", output_dir=tmp_path / "none").train()
+    assert run_log.read_log(tmp_path / "none" / TRAINER_LOG) == []
+
+
 def test_without_a_mask_nothing_is_padding(make, clock, tmp_path):
     trainer, collate = make(per_device_train_batch_size=1, max_steps=1), sft_data.AnswerCollator(0)
     trainer.data_collator = lambda batch: {k: v for k, v in collate(batch).items() if k != "attention_mask"}
