@@ -35,8 +35,9 @@ class Row:
 
     found, fits: {method: {"n", metric: {"value", "low", "high"}}} over the row's pairs, and over those of them whose
     prompt fits --seq_len. groups: {grouping: {group: the same}}, of METRICS. differences: {metric of COMPARED:
-    comparison.differences' row and "verdict"}, against `reference`. training: {kind of step: {"steps": optimizer steps,
-    "seconds": of all its starts}}, as logged last; seconds: {kind of step: of the start that finished it, or those}.
+    comparison.differences' row and "verdict"}, against `reference`. seconds: {kind of step: what all steps of that kind
+    took in its chain, of a mean all its models'; of each the start that finished it, of an interrupted training all}.
+    training: {kind of step: {"steps": optimizer steps, "seconds": the same}}, of those that train.
     seeds: {seed: {metric: figure}}, where its figures are those of one or means over several (`seeds.joined`).
     """
     path: Path = dataclasses.field(compare=False)       # of metrics.json or of the kept file
@@ -209,19 +210,21 @@ def _cost(steps: Path, test: str | None) -> tuple[dict | None, dict | None]:
     """`seconds` and `training` of a Row whose chain ends in the step `test`; None where they are not all told."""
     if test is None:
         return None, None
-    from ga_llm.tables import chain       # here, for they take seconds to import, which --tables need not wait for
-    from ga_llm.training import run_log       # here, for they take seconds to import, which --tables need not wait for
+    from ga_llm.tables import chain       # these here, for they take seconds to import, and --tables needs none
+    from ga_llm.training import run_log, staging
     seconds, training, left = {}, {}, [test]
     try:
         for step in left:                   # grows by the steps that a step builds on
             done = _object(steps / step / chain.DONE, "its cost is not told")
-            kind = done["step"]
-            seconds[kind] = float(done["seconds"])
+            kind, took, out = done["step"], float(done["seconds"]), steps / step / chain.OUT
             left += [before for before in done["steps"] if before not in left]
-            logged = run_log.read_log(steps / step / chain.OUT / artifacts.TRAINER_LOG)
+            logged = run_log.read_log(out / artifacts.TRAINER_LOG)
             if logged:
-                training[kind] = {"steps": logged[-1]["step"], "seconds": logged[-1]["elapsed_seconds"]}
-                seconds[kind] = max(seconds[kind], training[kind]["seconds"])   # an interrupted one has more
+                took = max(took, logged[-1]["elapsed_seconds"])     # an interrupted one has more
+                of_all = training.setdefault(kind, {"steps": 0, "seconds": 0.0})
+                of_all["steps"] += max([logged[-1]["step"], *staging.steps(out)])    # not every step has a line
+                of_all["seconds"] += took
+            seconds[kind] = seconds.get(kind, 0.0) + took
     except UserError as error:
         log.warning("%s", error)
         return None, None
