@@ -33,7 +33,7 @@ CLOCK = "clock"
 # With the POI Alignment Module: `<POI n>`, behind `POI id n`.
 ALIGNED = "poi_token"
 # A check-in in two tokens, `<TIME n><GPS n>`: weekday, half hour and time since the check-in before; and the place.
-# With the POI Alignment Module in three, `<TIME n><GPS n><POI n>`; with `category` its name stands behind them, as text.
+# With the POI Alignment Module in three, `<TIME n><GPS n><POI n>`; with `category` its name is text behind them.
 MOMENT = "moment"
 MOMENT_FIELDS = (MOMENT, "gps")
 HALF_HOURS = 48         # a day
