@@ -280,7 +280,7 @@ def command(stage: int, description: str) -> None:
     parser.add_argument("-thinned", type=cli.whole_number(1, 10_000), default=0, metavar="N",
                         help="N copies of train's pairs, from whose histories trajectories are missing at random")
     parser.add_argument("-missing", type=cli.share, metavar="SHARE",
-                        help=f"with -thinned: of a history's trajectories at most (default: {MISSING})")
+                        help=f"with -thinned: the largest share of a history's trajectories (default: {MISSING})")
     if stage == 2:
         parser.add_argument("-answer", choices=ANSWERS, default=ANSWERS[0],
                             help="token: <GPS n> for POI id n, one token a POI (with -fields moment,gps)")
