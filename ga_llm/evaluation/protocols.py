@@ -21,7 +21,8 @@ PROTOCOLS = {
 
 def add_flags(parser) -> None:
     """The flags that say which pairs are asked."""
-    parser.add_argument("--protocol", choices=PROTOCOLS, default="ga-llm", help=str(PROTOCOLS))
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="ga-llm",
+                        help="; ".join(f"{name}: {asked}" for name, asked in PROTOCOLS.items()))
     parser.add_argument("--limit", type=whole_number(1), help="only the first so many pairs")
     parser.add_argument("--draw", type=whole_number(1), help="only so many pairs, drawn, always the same")
 
