@@ -19,7 +19,7 @@ STAGE_1=runs/demo/stage1
 STAGE_2=runs/demo/stage2
 STEPS_0=40
 STEPS_1=8
-STEPS_2=40
+STEPS_2=30
 
 step() { printf '\n== %s\n' "$*"; }
 
