@@ -239,13 +239,16 @@ def chain_of(experiment: Experiment, scale: Scale, raw: Callable | None, work_di
         trained = train("pam", "finetune_PAM.py", "pam", Made(asked, f"{data}/{artifacts.alignment_questions(name)}"),
                         "--poi_embedding_path", embedding)
         modules += ["--projector_path", Made(trained, artifacts.FINAL_PROJECTOR), "--poi_embedding_path", embedding]
-    if not modules:
+    stage_2 = sections["stage_2"]
+    if not (modules or stage_2.get("geo_encoder")):
         for section, flag in (("stage_2", "train_encoders"), ("stage_2", "encode_each"), ("training", "encode_each")):
             sections[section].pop(flag, None)
     tuned = train("stage2", "finetune_LLM_with_GCIM.py", "stage_2", asked_in_training, *modules)
-    if sections["stage_2"].get("train_encoders"):       # they have changed since stage 1
+    if stage_2.get("train_encoders"):       # they have changed since stage 1, or began in stage 2
         own = {"--geoencoder_path": artifacts.FINAL_ENCODER, "--projector_path": artifacts.FINAL_PROJECTOR}
         modules = [Made(tuned, own[flag]) if flag in own else part for flag, part in zip([None, *modules], modules)]
+        if stage_2.get("geo_encoder") and not stage_2.get("geo_output"):
+            modules += ["--geoencoder_path", Made(tuned, artifacts.FINAL_ENCODER)]
     return step("test", "python", "test_next_gps.py", "--base_model", model, "--output_dir", f"{OWN}/{CHECKPOINT}",
                 "--data_path", Made(questions), "--dataset_name", name,
                 "--test_file", artifacts.questions("test", name, 2, similar, pam), "--test_type", "llm",

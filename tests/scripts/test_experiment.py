@@ -80,6 +80,17 @@ def test_every_row_can_be_planned(place, known_flags, scale):
     assert not (place / "runs").exists()
 
 
+def test_an_encoder_that_begins_in_stage_2(place):
+    """It is trained there, and tested as it ended there."""
+    result = call(place, "run_experiment.py", "experiments/pointer_input_cells_nyc.yml", "--scale", "cpu_pointer",
+                  "--plan")
+    (training,) = re.findall(r"^torchrun .*finetune_LLM_with_GCIM.py .*", result.out, re.M)
+    (test,) = re.findall(r"^python test_next_gps.py .*", result.out, re.M)
+    (folder,) = re.findall(r"--output_dir (\S+)", training)
+    assert "--geo_encoder cells --train_encoders True" in training
+    assert f"--geoencoder_path {folder}/geo_encoder_final_merged.pth" in test
+
+
 def test_the_released_scale_has_the_flags_of_the_page():
     """Every flag of docs/differences.md that gives the released code's behaviour; but those of its variants."""
     scale = yaml.safe_load((ROOT / "experiments/scales/gpu_released.yml").read_text())
