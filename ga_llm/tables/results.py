@@ -217,7 +217,7 @@ def _cost(steps: Path, test: str | None) -> tuple[dict | None, dict | None]:
         for step in left:                   # grows by the steps that a step builds on
             done = _object(steps / step / chain.DONE, "its cost is not told")
             kind, took, out = done["step"], float(done["seconds"]), steps / step / chain.OUT
-            left += [before for before in done["steps"] if before not in left]
+            left += [before for before in dict.fromkeys(done["steps"]) if before not in left]     # named once an output
             logged = run_log.read_log(out / artifacts.TRAINER_LOG)
             if logged:
                 took = max(took, logged[-1]["elapsed_seconds"])     # an interrupted one has more

@@ -219,8 +219,9 @@ def test_what_a_training_took(work_dir):
     assert row.seconds == {"samples": 19.5, "stage2": 660, "test": 60.5}
     assert row.training == {"stage2": {"steps": 800, "seconds": 660}}
     assert "training 11.0 min (steps: stage2 800); all steps of its chain 12.3 min;" in pages.markdown([row])
-    # A mean's chain has several trainings; and a log need not tell of the last step, which its checkpoint does.
-    step(work_dir, "main", "test", 60.5, ["stage2-1", "stage2-2", "samples-1"])
+    # A mean's chain has several trainings; and a log need not tell of the last step, which its checkpoint does. A step
+    # is named once for each of its outputs that another takes.
+    step(work_dir, "main", "test", 60.5, ["stage2-1", "stage2-2", "stage2-2", "samples-1"])
     step(work_dir, "stage2-2", "stage2", 240.0, ["samples-1"], log=[(800, 200.0)])
     for number in (400, 813):
         (work_dir / f"steps/stage2-2/out/checkpoint-{number}").mkdir()
