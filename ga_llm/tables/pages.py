@@ -13,7 +13,7 @@ APART = ("target's check-ins in train", "target in the user's history")     # of
 # The rows of the short table, where they are kept; experiments of any scale.
 SHORT = tuple(f"{name}_{dataset}" for dataset in ("nyc", "tky", "ca")
               for name in ("main", "without_gcim", "without_pam", "without_both", "pointer", "pointer_mean"))
-COMPARING = ("cpu_pointer_short",)      # scales to compare variants at, whose rows stand in docs/tables.md alone
+COMPARING = ("cpu_pointer_short", "cpu_pretrained_short")      # scales whose rows stand in docs/tables.md alone
 SEEDS = ("Acc@1", "Acc@5", "MRR")       # of each seed
 COMMAND = "python results.py --readme README.md --tables docs/tables.md"
 BEGIN, END = f"<!-- results: made by {COMMAND} -->", "<!-- /results -->"
